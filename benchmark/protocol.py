@@ -1,0 +1,120 @@
+"""The quantization rules that every number carries, as one frozen value: what is quantized, on which grid, with how many bits."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from benchmark.errors import UserError, UserErrors, nearest
+
+RangeEstimatorName = Literal["ema", "minmax", "percentile", "mse"]
+BatchNormMode = Literal["fixed", "trained", "folded"]
+
+
+class Bits(NamedTuple):
+    """Bit widths of one student: `w4a3` has 4-bit weights and 3-bit activations."""
+
+    weights: int
+    activations: int
+
+    @classmethod
+    def parse(cls, text: object) -> Bits:
+        """Raises UserError for anything but w<2-8>a<2-8>."""
+        match = re.fullmatch(r"w([2-8])a([2-8])", str(text))
+        if match is None:
+            raise UserError(f"{text!r} is not a bit width: write weights and activations, 2 to 8 each, like 'w4a4'")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"w{self.weights}a{self.activations}"
+
+
+class Protocol(BaseModel):
+    """How a network is quantized. Two numbers can be compared only under equal protocols.
+
+    Two are built in. `lineage` is what GDFQ's public code does and what its successors copied. `hardware` can be run by
+    integer kernels: every tensor that enters a convolution, a linear layer or a sum lies on a grid.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(default="custom", description="what tables call it; not part of what is hashed")
+    placement: Literal["activations", "layer-inputs"] = Field(
+        default="activations",
+        description="where activations are quantized: after every activation function; "
+        "or whatever enters a convolution or linear layer, and every residual sum",
+    )
+    input_bits: int | None = Field(default=None, ge=2, le=8, description="bits of the network's input image; null leaves it float")
+    first_bits: int | None = Field(default=None, ge=2, le=8, description="weight bits of the first layer; null: as all others")
+    last_bits: int | None = Field(
+        default=None, ge=2, le=8, description="weight (and, with layer-inputs, input) bits of the last layer; null: as all others"
+    )
+    weight_granularity: Literal["per-channel", "per-tensor"] = "per-channel"
+    weight_symmetric: bool = Field(default=False, description="weights on -(2^(k-1)-1)..2^(k-1)-1 with zero point 0")
+    activation_symmetric: bool = False
+    zero_in_range: bool = Field(default=False, description="activation ranges are widened to contain zero, so that padding is exact")
+    gradient: Literal["identity", "clipped"] = Field(
+        default="identity", description="straight-through gradient: identity everywhere, or zero where a value was clipped to the range"
+    )
+    ranges: RangeEstimatorName = Field(default="ema", description="how activation ranges are estimated, unless the method declares another way")
+    batch_norm: BatchNormMode = Field(
+        default="fixed",
+        description="BN of a student in training: fixed statistics and trained affine, trained statistics, or folded into the layer before",
+    )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that can change a number; the name cannot."""
+        return self.model_dump(exclude={"name"})
+
+    def for_method(self, method: str, ranges: RangeEstimatorName | None, batch_norm: BatchNormMode | None) -> Protocol:
+        """This protocol with what the method declares for itself; UserError where the two cannot work together."""
+        if batch_norm is not None and batch_norm != self.batch_norm and "folded" in (batch_norm, self.batch_norm):
+            raise UserError(
+                f"method {method} needs batch norm '{batch_norm}', protocol {self.name} has it '{self.batch_norm}': "
+                "take another protocol for this method, or another method"
+            )
+        return self.model_copy(update={k: v for k, v in {"ranges": ranges, "batch_norm": batch_norm}.items() if v is not None})
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(name="lineage"),
+        Protocol(
+            name="hardware",
+            placement="layer-inputs",
+            input_bits=8,
+            first_bits=8,
+            last_bits=8,
+            weight_symmetric=True,
+            zero_in_range=True,
+            gradient="clipped",
+            batch_norm="folded",
+        ),
+    )
+}
+
+
+def find_protocol(given: str | dict[str, Any]) -> Protocol:
+    """A built-in protocol by name, or a mapping that starts from one: `{base: lineage, first_bits: 8}`."""
+    if isinstance(given, str):
+        if given not in PROTOCOLS:
+            raise UserError(f"unknown protocol {given!r}: {nearest(given, PROTOCOLS)}")
+        return PROTOCOLS[given]
+    if not isinstance(given, dict):
+        raise UserError(f"a protocol is a name or a mapping, not {given!r}: {nearest('', PROTOCOLS)}")
+    changes = dict(given)
+    base = find_protocol(str(changes.pop("base", "lineage")))
+    unknown = [key for key in changes if key not in Protocol.model_fields]
+    problems = [f"unknown protocol setting {key!r}: {nearest(key, [*Protocol.model_fields, 'base'])}" for key in unknown]
+    changes = {key: value for key, value in changes.items() if key not in unknown}
+    name = changes.pop("name", None) or "+".join([base.name, *(f"{key}={value}" for key, value in sorted(changes.items()))])
+    try:
+        protocol = Protocol(**{**base.model_dump(), **changes, "name": name})
+    except ValidationError as error:
+        problems += [f"protocol.{e['loc'][0]}: {e['input']!r}: {e['msg']}" for e in error.errors()]
+    if problems:
+        raise UserErrors(problems)
+    return protocol

@@ -1,0 +1,1 @@
+"""Fake quantization of any network that torch.fx can trace: grids, ranges, and where they go."""

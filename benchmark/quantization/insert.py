@@ -1,0 +1,200 @@
+"""Making a student: quantizers go into a traced copy of the teacher, where the protocol wants them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from benchmark.protocol import Bits, Protocol
+from benchmark.quantization.activations import is_activation
+from benchmark.quantization.layers import ActivationQuantizer, QuantizedLayer
+
+LAYERS = (nn.Conv2d, nn.Linear)
+SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+# the output's values are all values of the input (or zero): what is on a grid stays on it
+_SAME_VALUES_MODULES = (
+    nn.MaxPool2d,
+    nn.AdaptiveMaxPool2d,
+    nn.Flatten,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout2d,
+    nn.ZeroPad2d,
+    nn.ChannelShuffle,
+    nn.PixelShuffle,
+)
+_SAME_VALUES = {
+    F.max_pool2d, F.adaptive_max_pool2d, F.dropout, F.pad, F.channel_shuffle, F.pixel_shuffle, torch.flatten, torch.squeeze, torch.unsqueeze,
+    torch.transpose, torch.permute, torch.reshape, torch.chunk, torch.split, operator.getitem,
+    "flatten", "squeeze", "unsqueeze", "transpose", "permute", "reshape", "view", "chunk", "split", "contiguous",
+}  # fmt: skip
+
+
+def module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
+    return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) -> list[str]:
+    """Quantizes `traced` in place; new modules are `quantizers.<name of the node they follow>`.
+
+    Returns what keeps float weights because no quantizer is known for it (attention modules, transposed convolutions), to be said to the
+    user: nothing is left out silently.
+    """
+    if protocol.batch_norm == "folded":
+        _fold_batch_norms(traced)
+    layers = [n for n in traced.graph.nodes if isinstance(module_of(n, traced), LAYERS)]
+    targets = list(dict.fromkeys(str(n.target) for n in layers))
+    widths = dict.fromkeys(targets, bits.weights)
+    if targets:
+        widths[targets[0]] = protocol.first_bits or widths[targets[0]]
+        widths[targets[-1]] = protocol.last_bits or widths[targets[-1]]
+    left_float = _layers_left_float(traced, set(targets))
+
+    traced.add_submodule("quantizers", nn.Module())
+    at_layers = protocol.placement == "layer-inputs"
+    places = _before_layers_and_at_sums(traced, layers) if at_layers else _images_and_after_activations(traced)
+    images = _image_nodes(traced)
+    last_only = [n for n in places if at_layers and targets and protocol.last_bits and _feeds_only(n, targets[-1], traced)]
+    for node in places:
+        width = protocol.input_bits if node in images else protocol.last_bits if node in last_only else bits.activations
+        if width is None:  # the image stays float
+            continue
+        _insert_after(node, traced, ActivationQuantizer(width, protocol))
+    for target in targets:
+        parent, _, name = target.rpartition(".")
+        setattr(traced.get_submodule(parent), name, QuantizedLayer(traced.get_submodule(target), widths[target], protocol))  # type: ignore[arg-type]
+    traced.graph.lint()
+    traced.recompile()
+    return left_float
+
+
+def _insert_after(node: fx.Node, traced: fx.GraphModule, quantizer: ActivationQuantizer) -> None:
+    name = f"quantizers.{node.name}"
+    traced.add_submodule(name, quantizer)
+    with traced.graph.inserting_after(node):
+        new = traced.graph.call_module(name, (node,))
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+    # marks of observation go with the value that later layers see
+    new.meta = {k: node.meta[k] for k in ("shape",) if k in node.meta} | {k: node.meta.pop(k) for k in ("stage", "bn_input") if k in node.meta}
+
+
+def _images_and_after_activations(traced: fx.GraphModule) -> list[fx.Node]:
+    """The network's input, and every activation function's output, but not where it is the network's answer."""
+    places = [n for n in traced.graph.nodes if n.op == "placeholder" or is_activation(n, traced)]
+    return [n for n in places if any(u.op != "output" for u in n.users)]
+
+
+def _image_nodes(traced: fx.GraphModule) -> set[fx.Node]:
+    """The input, and what is computed from it (a normalisation, say) before any weights or activation function."""
+    images: set[fx.Node] = set()
+    for node in traced.graph.nodes:
+        module = module_of(node, traced)
+        weighs = module is not None and any(p.dim() > 1 for p in module.parameters())
+        if node.op == "placeholder" or (images.intersection(node.all_input_nodes) and not weighs and not is_activation(node, traced)):
+            images.add(node)
+    return images
+
+
+def _before_layers_and_at_sums(traced: fx.GraphModule, layers: list[fx.Node]) -> list[fx.Node]:
+    """What enters a layer, found where it was computed, and every residual sum.
+
+    A sum that only an activation function reads is quantized behind that function, as fused integer kernels do.
+    """
+    wanted = {_origin(n.args[0], traced) for n in layers if isinstance(n.args[0], fx.Node)}
+    for node in traced.graph.nodes:
+        if node.target in SUMS and sum(isinstance(a, fx.Node) and "shape" in a.meta for a in node.args) == 2:
+            only = next(iter(node.users)) if len(node.users) == 1 else None
+            wanted.add(only if only is not None and is_activation(only, traced) else node)
+    return [n for n in traced.graph.nodes if n in wanted and any(u.op != "output" for u in n.users)]
+
+
+def _origin(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
+    """Back through poolings and reshapes to where the values were computed."""
+    if _keeps_values(node, traced) and node.args and isinstance(node.args[0], fx.Node):
+        origin = _origin(node.args[0], traced)
+        return origin if "shape" in origin.meta else node  # a module may give several tensors: then the one that was picked
+    return node
+
+
+def _keeps_values(node: fx.Node, traced: fx.GraphModule) -> bool:
+    module = module_of(node, traced)
+    return isinstance(module, _SAME_VALUES_MODULES) if module is not None else node.target in _SAME_VALUES
+
+
+def _feeds_only(node: fx.Node, target: str, traced: fx.GraphModule) -> bool:
+    """Whether the values of `node` enter the layer `target` and no other computation."""
+    users = list(node.users)
+    while len(users) == 1 and _keeps_values(users[0], traced):
+        users = list(users[0].users)
+    return len(users) == 1 and users[0].target == target
+
+
+def _fold_batch_norms(traced: fx.GraphModule) -> None:
+    """Folds each BN into the layer before it where nothing else reads that layer's output; other BN layers stay, in eval mode.
+
+    The layer's node keeps beta and |gamma| (`meta["folded"]`): they say how its output is distributed.
+    """
+    used = [str(n.target) for n in traced.graph.nodes if n.op == "call_module"]
+    for node in list(traced.graph.nodes):
+        norm = module_of(node, traced)
+        if not isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d) or norm.running_mean is None:
+            continue
+        layer_node = node.args[0]
+        layer = module_of(layer_node, traced)
+        if not isinstance(layer, LAYERS) or len(layer_node.users) > 1 or used.count(str(layer_node.target)) > 1:
+            continue
+        if not _weighs_linearly(layer, layer_node.args[0].meta["shape"]):
+            continue
+        fused = fuse_conv_bn_eval(layer, norm) if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var]
+        parent, _, name = str(layer_node.target).rpartition(".")
+        setattr(traced.get_submodule(parent), name, fused)
+        layer_node.meta.pop("bn_input", None)
+        layer_node.meta |= {"folded": bn_distribution(norm), **{k: node.meta[k] for k in ("stage",) if k in node.meta}}
+        node.replace_all_uses_with(layer_node)
+        traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    remaining = [n for n in traced.graph.nodes if "batch_norm" in n.meta]
+    for index, node in enumerate(remaining):
+        node.meta["batch_norm"] = index
+        node.args[0].meta["bn_input"] = [i for i, other in enumerate(remaining) if other.args[0] is node.args[0]]
+
+
+@torch.no_grad()
+def _weighs_linearly(layer: nn.Conv2d | nn.Linear, shape: tuple[int, ...]) -> bool:
+    """Whether twice the weight gives twice the output: not so in a subclass that standardises its weight, which BN cannot be folded into."""
+    if type(layer) in LAYERS:
+        return True
+    x = torch.arange(math.prod(shape), dtype=layer.weight.dtype, device=layer.weight.device).sin().view(shape)
+    none, once, twice = (torch.func.functional_call(layer, {"weight": k * layer.weight}, (x,)) for k in (0, 1, 2))
+    return torch.allclose(twice - none, 2 * (once - none), rtol=1e-3, atol=1e-5)
+
+
+def bn_distribution(norm: nn.BatchNorm2d | nn.BatchNorm1d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean beta and variance gamma^2 of a BN layer's output, per channel, float64."""
+    if norm.weight is None:
+        return torch.zeros(norm.num_features, dtype=torch.float64), torch.ones(norm.num_features, dtype=torch.float64)
+    return norm.bias.detach().double().cpu(), norm.weight.detach().double().cpu().square()
+
+
+def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]:
+    """Names of modules and parameters with weights (two or more axes) that take part without a quantizer."""
+
+    def candidates() -> Iterator[tuple[str, nn.Module | None]]:
+        for node in traced.graph.nodes:
+            if node.op == "call_module" and str(node.target) not in quantized:
+                module = traced.get_submodule(str(node.target))
+                if any(p.dim() > 1 for p in module.parameters()):
+                    yield str(node.target), module
+            elif node.op == "get_attr":
+                value = operator.attrgetter(str(node.target))(traced)
+                feeds_layer = any(getattr(u.target, "__name__", "") in ("conv2d", "linear", "conv1d", "matmul") for u in node.users)
+                if isinstance(value, nn.Parameter) and value.dim() > 1 and (feeds_layer or str(node.target).endswith("weight")):
+                    yield str(node.target), None
+
+    return list(dict.fromkeys(f"{name} ({type(m).__name__})" if m is not None else name for name, m in candidates()))

@@ -1,0 +1,107 @@
+"""The two modules that quantization puts into a network: a layer with quantized weights, and an activation quantizer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmark.protocol import Protocol
+from benchmark.quantization.fake import fake_quantize, grid
+from benchmark.quantization.ranges import RangeEstimator
+
+
+class QuantizedLayer(nn.Module):
+    """A convolution or linear layer that computes with its weight on a grid; the float weight is what trains, the bias stays float.
+
+    The grid is that of the weight as it is now, per output channel (or per tensor), found anew in every forward pass.
+    """
+
+    def __init__(self, layer: nn.Conv2d | nn.Linear, bits: int, protocol: Protocol):
+        super().__init__()
+        self.layer, self.bits, self.protocol = layer, bits, protocol
+        self.enabled = True
+        self._plain = type(layer) in (nn.Conv2d, nn.Linear)
+
+    def quantized_weight(self) -> Tensor:
+        """The weight on its grid: same shape, float32."""
+        weight, p = self.layer.weight, self.protocol
+        with torch.no_grad():
+            dims = tuple(range(1, weight.dim())) if p.weight_granularity == "per-channel" else tuple(range(weight.dim()))
+            scale, zero_point = grid(weight.amin(dims), weight.amax(dims), self.bits, p.weight_symmetric)
+        return fake_quantize(
+            weight,
+            scale,
+            zero_point,
+            self.bits,
+            symmetric=p.weight_symmetric,
+            channel_axis=0 if scale.dim() else None,
+            clipped_gradient=p.gradient == "clipped",
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.enabled:
+            result: Tensor = self.layer(x)
+            return result
+        weight = self.quantized_weight()
+        if self._plain and isinstance(self.layer, nn.Conv2d):
+            result = self.layer._conv_forward(x, weight, self.layer.bias)
+            return result
+        if self._plain:
+            return F.linear(x, weight, self.layer.bias)
+        # a subclass may do more than convolve ("same" padding, standardised weights): run its own forward with the other weight
+        result = torch.func.functional_call(self.layer, {"weight": weight}, (x,))
+        return result
+
+    def extra_repr(self) -> str:
+        return f"weight bits={self.bits}"
+
+
+class ActivationQuantizer(nn.Module):
+    """Puts a tensor on one grid. While `tracking` it also estimates the grid's range from what passes; otherwise nothing moves it."""
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, bits: int, protocol: Protocol):
+        super().__init__()
+        self.bits, self.protocol = bits, protocol
+        self.enabled, self.tracking = True, False
+        self.range = RangeEstimator(protocol.ranges, bits, protocol.activation_symmetric, protocol.zero_in_range)
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("zero_point", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.tracking:
+            self.range(x)
+            self._follow_range()
+        if not self.enabled:
+            return x
+        return fake_quantize(
+            x,
+            self.scale,
+            self.zero_point,
+            self.bits,
+            symmetric=self.protocol.activation_symmetric,
+            clipped_gradient=self.protocol.gradient == "clipped",
+        )
+
+    @torch.no_grad()
+    def set_range(self, low: float, high: float) -> None:
+        """For ranges that come from elsewhere than from tracked batches."""
+        self.range.set(low, high)
+        self._follow_range()
+
+    @torch.no_grad()
+    def _follow_range(self) -> None:
+        p = self.protocol
+        scale, zero_point = grid(self.range.low, self.range.high, self.bits, p.activation_symmetric, p.zero_in_range)
+        self.scale.copy_(scale)
+        self.zero_point.copy_(zero_point)
+
+    @property
+    def has_range(self) -> bool:
+        return bool(self.range.batches > 0)
+
+    def extra_repr(self) -> str:
+        return f"activation bits={self.bits}"

@@ -1,0 +1,80 @@
+"""The student: a quantized copy of the teacher, the thing that a method trains."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+
+from benchmark.errors import UserError
+from benchmark.network import BatchNorm, Network, Teacher
+from benchmark.protocol import Bits, Protocol
+from benchmark.quantization.insert import insert_quantizers
+from benchmark.quantization.layers import ActivationQuantizer, QuantizedLayer
+from benchmark.quantization.moments import activation_ranges
+
+
+class Student(Network):
+    """A quantized copy of `teacher`. Its weights start as the teacher's; its activation quantizers have no range yet.
+
+    left_float: layers that no quantizer is known for; they compute in full precision.
+    """
+
+    def __init__(self, teacher: Teacher, protocol: Protocol, bits: Bits):
+        traced = copy.deepcopy(teacher.traced)
+        left_float = insert_quantizers(traced, protocol, bits)
+        super().__init__(traced, teacher.task)
+        self.protocol, self.bits, self.left_float = protocol, bits, left_float
+        self.requires_grad_(True)
+        self.eval()
+
+    @property
+    def quantizers(self) -> dict[str, ActivationQuantizer]:
+        """Activation quantizers in the order of the forward pass, by the name of the graph node they follow."""
+        nodes = (str(n.target) for n in self.traced.graph.nodes if n.op == "call_module")
+        found = {name: self.traced.get_submodule(name) for name in nodes}
+        return {name.removeprefix("quantizers."): m for name, m in found.items() if isinstance(m, ActivationQuantizer)}
+
+    @property
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """Layers with quantized weights, by their names in the teacher."""
+        return {name.removeprefix("traced."): m for name, m in self.named_modules() if isinstance(m, QuantizedLayer)}
+
+    def training_mode(self, training: bool) -> None:
+        """What a training step wants: BN layers move their statistics only under batch_norm 'trained'; nothing else differs from eval."""
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.train(training and self.protocol.batch_norm == "trained")
+
+    def track_ranges(self, tracking: bool) -> None:
+        """Whether activation ranges follow what passes through. They never move otherwise."""
+        for quantizer in self.quantizers.values():
+            quantizer.tracking = tracking
+
+    def set_ranges_from_bn(self, n: float) -> None:
+        """Activation ranges from the BN parameters alone: see `activation_ranges`. Raises UserError where they do not say enough."""
+        ranges, quantizers = activation_ranges(self.traced, self.task, n), self.quantizers
+        for name, (low, high) in ranges.items():
+            quantizers[name].set_range(low, high)
+
+    def check_ranges(self) -> None:
+        """Raises UserError naming the quantizers that never got a range."""
+        without = [name for name, quantizer in self.quantizers.items() if not quantizer.has_range]
+        if without:
+            shown = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+            raise UserError(
+                f"{len(without)} activation quantizers have no range ({shown}): a phase needs calibration_epochs, or finish() must set them"
+            )
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Inside, every quantizer is off: the network computes what the float network with these weights computes."""
+        parts = [m for m in self.modules() if isinstance(m, ActivationQuantizer | QuantizedLayer)]
+        before = [part.enabled for part in parts]
+        for part in parts:
+            part.enabled = False
+        try:
+            yield
+        finally:
+            for part, enabled in zip(parts, before, strict=True):
+                part.enabled = enabled
