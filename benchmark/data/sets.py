@@ -1,0 +1,251 @@
+"""The evaluation sets that `find_set` knows."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmark.data.images import Images, Labels, Pixels, open_image, prepare
+from benchmark.errors import UserError
+from benchmark.memo import remembered
+from benchmark.task import Task
+
+IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
+
+
+class EvaluationSet(ABC):
+    """Labelled images. `name` says which, never where: two machines that keep the same images in different folders mean the same set."""
+
+    def __init__(self, name: str, classes: int):
+        self.name = name
+        self.classes = classes
+
+    @property
+    @abstractmethod
+    def class_names(self) -> list[str]:
+        """By class index."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of test images."""
+
+    @abstractmethod
+    def digest(self, cache: Path | None = None) -> str:
+        """sha256 over the test images in order: class index and stored bytes of each, whatever decodes them, and no path.
+
+        With `cache` (a folder) the answer is remembered for as long as the listing, the sizes and the times of the files stay the same.
+        """
+
+    @abstractmethod
+    def _open(self, split: str) -> tuple[Callable[[int], Image.Image], Labels]:
+        """(a function that opens image i, the labels); UserError for a split that this set does not have."""
+
+    def decode(self, task: Task, split: str = "test") -> Images:
+        """The images as the teacher's task wants them. UserError where the classes differ or an image cannot be read."""
+        if task.classes != self.classes:
+            raise UserError(f"evaluation set {self.name} has {self.classes} classes, the teacher {task.classes}")
+        opened, labels = self._open(split)
+        return Images(lambda index: prepare(opened(index), task), labels, (task.size, task.size, task.channels), self.classes)
+
+    def _no_split(self, split: str, known: str) -> UserError:
+        return UserError(f"evaluation set {self.name} has no split {split!r}, only {known}")
+
+
+class Digits(EvaluationSet):
+    """scikit-learn's 1797 handwritten digits (the test part of UCI optdigits, by 13 people), 8 x 8 pixels with values 0 to 16.
+
+    Values are scaled to 0..255, images resampled to the task's size. The first 1198 are for training, the last 599 for testing: the images come
+    writer after writer, so that nearly all test images are by people whom no training image is by; dealing images out in turn would put the same
+    hand on both sides. Each class has 55 to 62 test images.
+    """
+
+    TRAIN = 1198
+
+    def __init__(self) -> None:
+        super().__init__("digits", classes=10)
+
+    @property
+    def class_names(self) -> list[str]:
+        return [str(digit) for digit in range(10)]
+
+    def __len__(self) -> int:
+        return 1797 - self.TRAIN
+
+    @cached_property
+    def _all(self) -> tuple[Pixels, Labels]:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise UserError(f"evaluation set 'digits' needs scikit-learn: pip install scikit-learn ({error})") from None
+        loaded = load_digits()
+        return np.rint(loaded.images * (255 / 16)).astype(np.uint8), loaded.target.astype(np.int64)
+
+    def _split(self, split: str) -> tuple[Pixels, Labels]:
+        where = {"train": slice(None, self.TRAIN), "test": slice(self.TRAIN, None)}.get(split)
+        if where is None:
+            raise self._no_split(split, "'train' and 'test'")
+        pixels, labels = self._all
+        return pixels[where], labels[where]
+
+    def _open(self, split: str) -> tuple[Callable[[int], Image.Image], Labels]:
+        pixels, labels = self._split(split)
+        return lambda index: Image.fromarray(pixels[index]), labels
+
+    def digest(self, cache: Path | None = None) -> str:
+        def compute() -> dict[str, Any]:
+            pixels, labels = self._split("test")
+            return {"sha256": _digest(self.classes, zip(labels.tolist(), (image.tobytes() for image in pixels), strict=True))}
+
+        return str(remembered(cache, "set", ["digits", self.TRAIN, importlib.metadata.version("scikit-learn")], compute)["sha256"])
+
+
+class Cifar(EvaluationSet):
+    """CIFAR-10 or CIFAR-100 as torchvision keeps them in a folder; downloaded into it where they are not there."""
+
+    FILES = {"cifar10": "cifar-10-batches-py/test_batch", "cifar100": "cifar-100-python/test"}
+
+    def __init__(self, name: str, root: Path):
+        super().__init__(name, classes=10 if name == "cifar10" else 100)
+        self.root = root
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self._load("test").classes)
+
+    def __len__(self) -> int:
+        return 10_000
+
+    def _load(self, split: str) -> Any:
+        if split not in ("train", "test"):
+            raise self._no_split(split, "'train' and 'test'")
+        try:
+            from torchvision import datasets
+        except ImportError as error:
+            raise UserError(f"evaluation set {self.name!r} needs torchvision: pip install torchvision ({error})") from None
+        kind = datasets.CIFAR10 if self.name == "cifar10" else datasets.CIFAR100
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # it prints its progress, and output may be a table
+                return kind(self.root, train=split == "train", download=True)  # checks the files' md5 and keeps those that are there
+        except Exception as error:  # URLError, OSError, RuntimeError: torchvision does not wrap them
+            raise UserError(
+                f"evaluation set {self.name!r} is not in {self.root} and could not be downloaded ({type(error).__name__}: {error}): "
+                f"write {self.name}:ROOT, or set the environment variable DFQBENCH_DATA"
+            ) from error
+
+    def _open(self, split: str) -> tuple[Callable[[int], Image.Image], Labels]:
+        loaded = self._load(split)
+        return lambda index: Image.fromarray(loaded.data[index]), np.asarray(loaded.targets, np.int64)
+
+    def digest(self, cache: Path | None = None) -> str:
+        def compute() -> dict[str, Any]:
+            loaded = self._load("test")
+            return {"sha256": _digest(self.classes, zip(loaded.targets, (image.tobytes() for image in loaded.data), strict=True))}
+
+        file = self.root / self.FILES[self.name]
+        if not file.is_file():  # the download comes first: only then there is a file whose size and time can be remembered
+            self._load("test")
+        return str(remembered(cache, "set", [self.name, _stamp(file, self.root)], compute)["sha256"])
+
+
+class ImageFolder(EvaluationSet):
+    """A folder with one sub-folder of image files per class. Classes are the sub-folders sorted by name, images sorted by path within their class."""
+
+    def __init__(self, name: str, root: Path):
+        self.root = root
+        self._class_names = _class_folders(root)
+        self._files: list[tuple[int, Path]] = []
+        left_out: list[Path] = []
+        empty: list[str] = []
+        for index, folder in enumerate(self._class_names):
+            images, others = _files_below(root / folder)
+            self._files += [(index, path) for path in images]
+            left_out += others
+            if not images:
+                empty.append(folder)
+        if empty:
+            more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+            raise UserError(
+                f"image folder {root}: no image in class {', '.join(empty[:3])}{more} (image files end with {', '.join(sorted(IMAGE_FILES))})"
+            )
+        if left_out:
+            warnings.warn(f"image folder {root}: {len(left_out)} files are no images and left out, the first is {left_out[0]}", stacklevel=3)
+        super().__init__(name, classes=len(self._class_names))
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._class_names
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def _open(self, split: str) -> tuple[Callable[[int], Image.Image], Labels]:
+        if split != "test":
+            raise self._no_split(split, "the folder itself, which is 'test'")
+        return lambda index: open_image(self._files[index][1]), np.array([label for label, _ in self._files], np.int64)
+
+    def digest(self, cache: Path | None = None) -> str:
+        def hashed(entry: tuple[int, Path]) -> tuple[int, bytes]:
+            try:
+                with entry[1].open("rb") as file:
+                    return entry[0], hashlib.file_digest(file, "sha256").digest()
+            except OSError as error:
+                raise UserError(f"{entry[1]} cannot be read ({error.strerror})") from error
+
+        def compute() -> dict[str, Any]:
+            with ThreadPoolExecutor() as pool:
+                return {"sha256": _digest(self.classes, pool.map(hashed, self._files))}
+
+        key = [str(self.root.resolve()), [[index, *_stamp(path, self.root)] for index, path in self._files]]
+        return str(remembered(cache, "set", key, compute)["sha256"])
+
+
+def _digest(classes: int, images: Iterable[tuple[int, bytes]]) -> str:
+    """One sha256 from the class index and the bytes of each image; lengths enter, so that no byte can move from one image to the next."""
+    total = hashlib.sha256(f"{classes} classes\n".encode())
+    for label, content in images:
+        total.update(f"{label} {len(content)} ".encode())
+        total.update(content)
+    return total.hexdigest()
+
+
+def _stamp(path: Path, root: Path) -> list[Any]:
+    status = path.stat()
+    return [str(path.relative_to(root)), status.st_size, status.st_mtime_ns]
+
+
+def _class_folders(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise UserError(f"image folder {root}: there is no such folder" if not root.exists() else f"image folder {root}: this is a file")
+    inside = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+    folders = sorted(entry.name for entry in inside if entry.is_dir())
+    if not folders:
+        what = "it is empty" if not inside else f"it holds {len(inside)} files but no sub-folder"
+        raise UserError(f"image folder {root}: {what}; it needs one sub-folder of images per class")
+    if len(folders) < 2:
+        raise UserError(f"image folder {root}: only one class folder, {folders[0]!r}; two or more are needed")
+    return folders
+
+
+def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(image files, other files) in a class's folder and below, sorted by path; hidden files count as neither."""
+    found = sorted(path for path in _walk(folder) if not path.name.startswith("."))
+    return [path for path in found if path.suffix.lower() in IMAGE_FILES], [path for path in found if path.suffix.lower() not in IMAGE_FILES]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for place, _, names in os.walk(folder, followlinks=True):
+        for name in names:
+            yield Path(place, name)

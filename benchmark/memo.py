@@ -1,0 +1,41 @@
+"""Small answers that are slow to compute, remembered in a folder: one JSON file each, named by a hash of everything that the answer depends on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def cache_folder() -> Path:
+    """DFQBENCH_CACHE, or dfqbench in the user's cache folder. Whatever is in it can be found out again."""
+    given = os.environ.get("DFQBENCH_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfqbench"
+
+
+def remembered(folder: Path | None, kind: str, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """`compute()`, or what it answered earlier for the same `key` (anything that JSON can hold); without a folder nothing is remembered.
+
+    A file that cannot be read is written anew. Several processes may do the same at once: each replaces the file in one step.
+    """
+    if folder is None:
+        return compute()
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    path = folder / f"{kind}-{name}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError):
+        pass
+    answer = compute()
+    with contextlib.suppress(OSError):  # a home folder that cannot be written only costs the time to find out again
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(answer), encoding="utf-8")
+        temporary.replace(path)
+    return answer

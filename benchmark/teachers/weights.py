@@ -1,0 +1,130 @@
+"""Weight files: read without running anything that they contain, and fitted to a network without leaving anything out."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import re
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmark.errors import UserError
+
+WRAPPERS = ("state_dict", "model")  # what training scripts call the weights in a checkpoint that holds more
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over (name, dtype, shape, bytes), sorted by name; memory layout and device do not enter."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors, .pth or .pt file by name. Nothing in the file is executed; UserError where it cannot be read so."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{path}: no readable safetensors file, truncated or damaged? ({one_line(error)})") from error
+    try:
+        with warnings.catch_warnings():  # torch's advice on how to load the file anyway
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL `?([\w.]+)", str(error))
+        what = f"it asks to run {asked[1]!r} when it is loaded" if asked else f"it is damaged, or more than plain weights ({_unpickler_says(error)})"
+        raise UserError(f"{path}: refused: {what}; a state_dict alone can be loaded safely") from error
+    except Exception as error:  # torch reports a damaged archive by RuntimeError, EOFError, OSError, KeyError, ... depending on where it is cut
+        raise UserError(f"{path}: no readable weights file, truncated or damaged? ({one_line(error)})") from error
+    return _unwrap(content, path)
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    for key in WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path}: holds {type(content).__name__}, not a state_dict (a mapping from names to tensors)")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            wrapped = " or ".join(map(repr, WRAPPERS))
+            raise UserError(f"{path}: entry {name!r} is {type(value).__name__}, not a tensor (a state_dict may lie under {wrapped})")
+    state: OrderedDict[str, Tensor] = OrderedDict(content)
+    if all(name.startswith("module.") for name in state):  # what nn.DataParallel puts before each name
+        state = OrderedDict((name.removeprefix("module."), value) for name, value in state.items())
+    elif hasattr(content, "_metadata"):  # layer versions, by which some networks read their older files
+        state._metadata = content._metadata  # type: ignore[attr-defined]
+    return state
+
+
+def fit_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load `state` into `network`; UserError that names the first few entries where the two do not fit.
+
+    One kind of entry may be missing: `num_batches_tracked`, the counter of batch norm, which no output in eval mode depends on.
+    """
+    own = network.state_dict()
+    wrong_shape = [
+        f"{name} {tuple(state[name].shape)} where the network has {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    wrong_kind = [
+        f"{name} {state[name].dtype} where the network has {own[name].dtype}"
+        for name in own
+        if name in state and state[name].is_floating_point() != own[name].is_floating_point()
+    ]
+    not_finite = [name for name, value in state.items() if value.is_floating_point() and not bool(torch.isfinite(value).all())]
+    missing: list[str] = []
+    unexpected: list[str] = []
+    if not (wrong_shape or wrong_kind):
+        filled = OrderedDict(state)
+        filled._metadata = getattr(state, "_metadata", own._metadata)  # type: ignore[attr-defined]
+        answer = network.load_state_dict(filled, strict=False)
+        missing = [name for name in answer.missing_keys if not name.endswith("num_batches_tracked")]
+        unexpected = list(answer.unexpected_keys)
+    else:  # a network cannot be asked what is missing where shapes differ; names are compared instead
+        missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+        unexpected = [name for name in state if name not in own]
+    problems = [
+        f"{label} {_some(names)}"
+        for label, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("other shape:", wrong_shape),
+            ("other kind:", wrong_kind),
+            ("not finite:", not_finite),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(f"{source} does not fit the network: " + "; ".join(problems))
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _unpickler_says(error: BaseException) -> str:
+    """The reason alone, out of a page of advice."""
+    reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return reason[1].strip() if reason else one_line(error)
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The first line of what went wrong, with the kind of error before it; the messages of torch and of the hubs are whole pages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:most]}" if lines else type(error).__name__
