@@ -1,0 +1,153 @@
+"""A cell: one experiment, with the identity that makes its number citable; a bundle: cells that run in lockstep. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePath
+from typing import Any, Literal
+
+from benchmark.protocol import Bits, Protocol
+from benchmark.teachers import TeacherCard
+
+ENGINE_VERSION = 1  # raise it whenever the engine gives other numbers than before for the same settings
+Precision = Literal["fp32", "bf16"]
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, no white space."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def fingerprint(value: Any) -> str:
+    """The first 12 hexadecimal digits of the sha256 of the canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class EvaluationCard:
+    """An evaluation set as a cell knows it: by its content's digest, never by its path."""
+
+    name: str
+    digest: str
+    classes: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Method and its complete settings, teacher, evaluation set, protocol, bits, seed and precision.
+
+    config holds every setting with its value; `changed` those that differ from the method's defaults (for labels only). `plugin` is provenance
+    of the method's code; only its declared `version` takes part in the identity.
+    """
+
+    method: str
+    method_version: int
+    config: dict[str, Any]
+    teacher: TeacherCard
+    evaluation: EvaluationCard
+    protocol: Protocol
+    bits: Bits
+    seed: int
+    precision: Precision
+    shares_synthesis: bool = False
+    changed: dict[str, Any] = field(default_factory=dict)
+    fidelity: str = ""
+    plugin: str = ""
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change the number."""
+        return {
+            "engine": ENGINE_VERSION,
+            "method": self.method,
+            "method_version": self.method_version,
+            "config": self.config,
+            "teacher": {
+                "model": self.teacher.model,
+                "weights": self.teacher.weights_sha256,
+                "source": self.teacher.source_sha256,
+                "task": self.teacher.task.as_dict(),
+            },
+            "evaluation": self.evaluation.digest,
+            "protocol": self.protocol.fingerprint(),
+            "bits": str(self.bits),
+            "seed": self.seed,
+            "precision": self.precision,
+        }
+
+    @cached_property
+    def id(self) -> str:
+        return fingerprint(self.identity())
+
+    @cached_property
+    def coordinates(self) -> str:
+        """What a table's reader takes for the same experiment. Cells that agree in it and differ in their id are stale to each other."""
+        return canonical_json([self.method, self.changed, self.teacher.weights_sha256, self.evaluation.digest, str(self.bits), self.seed])
+
+    @cached_property
+    def bundle_key(self) -> str:
+        """Equal for cells that can run in lockstep: all but the bits is the same, and the images do not depend on the student."""
+        identity = self.identity()
+        if self.shares_synthesis:
+            identity.pop("bits")
+        return canonical_json(identity)
+
+    @property
+    def label(self) -> str:
+        """`gdfq`, or `gdfq(bn_weight=1.0)` where settings differ from the method's own."""
+        settings = ", ".join(f"{k}={_short(v)}" for k, v in sorted(self.changed.items()))
+        return f"{self.method}({settings})" if settings else self.method
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.teacher.label} {self.evaluation.name} {self.bits} seed {self.seed}"
+
+    def record(self) -> dict[str, Any]:
+        """What cell.json holds."""
+        return {
+            "id": self.id,
+            "label": self.label,
+            "coordinates": self.coordinates,
+            "identity": self.identity(),
+            "method": self.method,
+            "changed": self.changed,
+            "fidelity": self.fidelity,
+            "plugin": self.plugin,
+            "teacher": {**self.teacher.as_dict(), "weights": PurePath(self.teacher.weights).name},
+            "evaluation": {"name": self.evaluation.name, "classes": self.evaluation.classes, "images": self.evaluation.images},
+            "protocol": self.protocol.name,
+            "bits": str(self.bits),
+            "seed": self.seed,
+            "precision": self.precision,
+        }
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Cells that share their images and run in lockstep in one process, widest first."""
+
+    cells: tuple[Cell, ...]
+
+    @cached_property
+    def id(self) -> str:
+        return fingerprint(sorted(cell.id for cell in self.cells))
+
+    def __str__(self) -> str:
+        first = self.cells[0]
+        bits = ", ".join(str(c.bits) for c in self.cells)
+        return f"{first.label} on {first.teacher.label} ({first.evaluation.name}), {bits}, seed {first.seed}"
+
+
+def bundles(cells: Iterable[Cell]) -> list[Bundle]:
+    """Groups cells by what they can share, in the order in which they first appear."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.bundle_key, []).append(cell)
+    return [Bundle(tuple(sorted(group, key=lambda c: c.bits, reverse=True))) for group in groups.values()]

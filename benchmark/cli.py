@@ -1,0 +1,254 @@
+"""dfqbench: the command line. Heavy imports happen inside the commands that need them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from benchmark.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from benchmark.store import Store
+    from benchmark.sweep import LoadedSweep
+
+app = typer.Typer(
+    name="dfqbench",
+    help="Benchmark data-free quantizers: methods x networks x bit widths x seeds, measured and tabulated.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+methods_app = typer.Typer(help="List the methods, or show one with its settings.", invoke_without_command=True)
+app.add_typer(methods_app, name="methods")
+
+Config = Annotated[str, typer.Argument(help="A sweep: a YAML file, or the name of a shipped one (quickstart, cifar10, ...).")]
+Results = Annotated[Path, typer.Option("--results", envvar="DFQBENCH_RESULTS", help="The results folder.")]
+Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A Python file that registers more methods; may be given again.")]
+DEFAULT_RESULTS = Path("results")
+
+
+@app.command()
+def run(
+    config: Config,
+    results: Results = DEFAULT_RESULTS,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    checkpoint_every: Annotated[float, typer.Option(min=1, help="Seconds between checkpoints.")] = 300.0,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Run every cell of a sweep that is not done yet; Ctrl-C saves, the same command goes on."""
+    console = _console()
+    store, loaded = _load(config, results, plugin, writable=True)
+    import torch
+
+    from benchmark.progress import make_progress
+    from benchmark.runner import Options, StopFlag, run_sweep
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    progress = make_progress(console)
+    try:
+        with StopFlag().installed() as stop:
+            summary = run_sweep(loaded, store, Options(device, checkpoint_every, retry_failed), progress, stop)
+    finally:
+        progress.stop()
+    parts = [f"{summary.done} done", f"{summary.failed} failed" if summary.failed else "", f"{summary.left} left" if summary.left else ""]
+    console.print(", ".join(filter(None, parts)), highlight=False)
+    if summary.interrupted:
+        console.print("stopped; the state is saved, the same command goes on from there", highlight=False)
+        raise typer.Exit(130 if stop.signal == 2 else 143)
+    console.print(f"table: dfqbench table {config}" + ("" if results == DEFAULT_RESULTS else f" --results {results}"), highlight=False)
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = None) -> None:
+    """Say for each cell of a sweep whether it is done, stale, failed, running or missing, and what will run together."""
+    store, loaded = _load(config, results, plugin)
+    from benchmark.cell import bundles
+    from benchmark.status import Status, statuses
+
+    console = _console()
+    states = statuses(loaded.cells, store)
+    for number, bundle in enumerate(bundles(loaded.cells), 1):
+        console.print(f"bundle {number}: {bundle}", style="bold", highlight=False, soft_wrap=True)
+        for cell in bundle.cells:
+            state = states[cell.id]
+            why = f" ({state.why})" if state.why else ""
+            console.print(f"  {cell.id}  {cell.bits}  {state.status.value}{why}", highlight=False, markup=False, soft_wrap=True)
+    counts = {status: sum(s.status is status for s in states.values()) for status in Status}
+    console.print(f"{len(loaded.cells)} cells: " + ", ".join(f"{n} {status.value}" for status, n in counts.items() if n), highlight=False)
+
+
+@app.command()
+def table(
+    config: Annotated[str | None, typer.Argument(help="Only this sweep's cells; default: all of the store.")] = None,
+    results: Results = DEFAULT_RESULTS,
+    rule: Annotated[str, typer.Option(help="last, or best-on-test (chosen on the test labels).")] = "last",
+    output: Annotated[str, typer.Option("--format", help="text, markdown or csv.")] = "text",
+    plugin: Plugins = None,
+) -> None:
+    """Print the table of finished cells."""
+    if rule not in ("last", "best-on-test"):
+        raise UserError(f"--rule {rule!r}: last or best-on-test")
+    if output not in ("text", "markdown", "csv"):
+        raise UserError(f"--format {output!r}: text, markdown or csv")
+    from benchmark.store import Store
+    from benchmark.tables import blocks, load_frame, markdown
+
+    store = Store(results)
+    found, damaged = store.results()
+    for line in damaged:
+        print(f"skipped: {line}", file=sys.stderr)
+    wanted = _cells_of(config, store, plugin) if config else None
+    if wanted is not None:
+        found = [r for r in found if r["id"] in wanted]
+        if len(found) < len(wanted):
+            print(f"{len(wanted) - len(found)} of {len(wanted)} cells are not done: dfqbench plan {config}", file=sys.stderr)
+    if not found:
+        raise UserError(f"nothing is finished in {store.root / 'runs'}" + (f" of {config}: dfqbench run {config}" if config else ""))
+    if output == "csv":
+        load_frame(found).to_csv(sys.stdout, index=False)
+    elif output == "markdown":
+        print(markdown(blocks(found, rule)), end="")  # type: ignore[arg-type]
+    else:
+        _print_blocks(blocks(found, rule))  # type: ignore[arg-type]
+
+
+@methods_app.callback()
+def methods(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_methods("*")
+
+
+@methods_app.command("list")
+def list_methods(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'z*'.")] = "*") -> None:
+    """List methods: paper, what the implementation follows, whether bit widths share synthesis, where it comes from."""
+    from rich.table import Table
+
+    from benchmark import registry
+
+    shown = Table(box=None, pad_edge=False)
+    for heading in ("method", "paper", "follows", "lockstep", "from", ""):
+        shown.add_column(heading, no_wrap=heading != "")
+    for method in registry.list_methods(pattern):
+        info = method.info
+        shown.add_row(info.name, info.paper, info.fidelity, "yes" if info.shares_synthesis else "no", info.origin, info.summary)
+    _console().print(shown)
+    for plugin, why in registry.broken.items():
+        print(f"broken plug-in {plugin}: {why}", file=sys.stderr)
+
+
+@methods_app.command("show")
+def show_method(name: str) -> None:
+    """Show one method: what it is, and every setting with its default."""
+    from rich.table import Table
+
+    from benchmark.registry import find_method
+
+    method = find_method(name)
+    console = _console()
+    console.print(
+        f"{method.info.name}: {method.info.summary}\n{method.info.paper}, follows the {method.info.fidelity}, {method.info.origin}", highlight=False
+    )
+    shown = Table(box=None, pad_edge=False)
+    for heading in ("setting", "default", "meaning"):
+        shown.add_column(heading)
+    for setting, field in method.Config.model_fields.items():
+        shown.add_row(setting, str(field.default), field.description or "")
+    console.print(shown)
+    for preset, values in method.Config.presets.items():
+        console.print(f"preset {preset}: " + ", ".join(f"{k}={v}" for k, v in values.items()), highlight=False)
+
+
+@app.command()
+def models(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'pytorchcv:resnet*_cifar10'.")] = "*") -> None:
+    """List the networks that can be teachers."""
+    from benchmark.errors import nearest
+    from benchmark.teachers import list_models
+
+    found = list_models(pattern)
+    if not found:
+        raise UserError(f"no network matches {pattern!r}: {nearest(pattern, list_models())}")
+    print("\n".join(found))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _load(config: str, results: Path, plugins: list[str] | None, writable: bool = False) -> tuple[Store, LoadedSweep]:
+    from benchmark.config_text import find_config
+    from benchmark.memo import cache_folder
+    from benchmark.store import Store
+    from benchmark.sweep import load_sweep
+
+    path = find_config(config)
+    store = Store(results)
+    loaded = load_sweep(path, cache_folder(), plugins)
+    return Store(results, writable=True) if writable else store, loaded
+
+
+def _cells_of(config: str, store: Store, plugins: list[str] | None) -> set[str]:
+    """The ids of a sweep's cells: as its last run noted them, or, if the config has changed since, worked out anew (which needs torch)."""
+    import yaml
+
+    from benchmark.config_text import find_config, text_digest
+    from benchmark.store import read_json
+
+    path = find_config(config)
+    try:
+        name = yaml.safe_load(path.read_text())["name"]
+        noted = read_json(store.root / "sweeps" / f"{name}.json")
+        if noted and noted["config"] == text_digest(path):
+            return set(noted["cells"])
+    except (yaml.YAMLError, ValueError, KeyError, TypeError):
+        pass  # whatever is wrong with it, loading it says so
+    _, loaded = _load(config, store.root, plugins)
+    return {cell.id for cell in loaded.cells}
+
+
+def _print_blocks(found: list) -> None:  # type: ignore[type-arg]
+    from rich.table import Table
+    from rich.text import Text
+
+    console = _console()
+    for block in found:
+        frame = block.frame.reset_index()
+        shown = Table(title=Text(block.title, style="bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for column in frame.columns:
+            shown.add_column(column, justify="left" if column in ("method", "follows") else "right", no_wrap=True)
+        for row in frame.itertuples(index=False):
+            shown.add_row(*(str(v) for v in row))
+        console.print()
+        console.print(shown)
+        for note in block.notes:
+            console.print(Text(f"  {note}", style="dim"), soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one line and exit code 2; a traceback is for bugs."""
+    try:
+        app()
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"dfqbench: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,286 @@
+"""The lockstep engine: one stream of synthetic batches, students of several bit widths trained on it side by side.
+
+Whatever a student ends with is bit-identical to what it would end with alone: students share the images and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from benchmark.cell import Bundle, Cell
+from benchmark.errors import UserError
+from benchmark.evaluate import Evaluation
+from benchmark.method import Batch, Method, Phase, learning_rate, modules_of, restore_state, state_of, stream_seed
+from benchmark.network import Teacher
+from benchmark.registry import find_method
+from benchmark.student import Student
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+class Diverged(Exception):
+    """A student's loss is not a number any more."""
+
+
+class Watcher(Protocol):
+    """What the engine tells while it runs, and what it asks."""
+
+    def step(self, lockstep: Lockstep, phase: Phase) -> None:
+        """After every step; may save a checkpoint, may raise Interrupted."""
+
+    def epoch(self, lockstep: Lockstep, phase: Phase) -> None:
+        """After every epoch, when history has its new row."""
+
+
+@dataclass
+class Trainee:
+    """One cell's student with what belongs to it alone."""
+
+    cell: Cell
+    student: Student
+    optimizer: torch.optim.Optimizer | None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    failed: str | None = None
+    evaluation: Evaluation | None = None  # the latest
+
+    @property
+    def name(self) -> str:
+        return str(self.cell.bits)
+
+
+class Stopwatch:
+    """Seconds by name. On a GPU they are taken from events, so that measuring waits for nothing until it is read."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.totals: dict[str, float] = {}
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        if self.device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self.totals[name] = self.totals.get(name, 0.0) + time.perf_counter() - started
+
+    def read(self) -> dict[str, float]:
+        """All totals so far; on a GPU this waits for the work that was measured."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            for name, start, end in self._events:
+                self.totals[name] = self.totals.get(name, 0.0) + start.elapsed_time(end) / 1000
+            self._events.clear()
+        return self.totals
+
+
+class Lockstep:
+    """A bundle in training. `run` goes from where it is to the end; `state` and `restore` carry it over an interruption.
+
+    epoch, iteration: position in the plan: `iteration` steps of `epoch` (counted over all phases) are done.
+    """
+
+    SHARED = "shared"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        teacher: Teacher,
+        device: torch.device,
+        evaluate: Callable[[Student], Evaluation],
+        evaluate_every: int | None = None,
+    ):
+        first = bundle.cells[0]
+        self.bundle, self.device, self.evaluate, self.evaluate_every = bundle, device, evaluate, evaluate_every
+        self.autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=first.precision == "bf16")
+        self.teacher = teacher.to(device=device, memory_format=torch.channels_last)
+        self.method = _set_up(first, self.teacher, device)
+        self.phases = self.method.phases()
+        self.epochs = [(phase, index) for phase in self.phases for index in range(phase.epochs)]
+        self.iterations: int = getattr(self.method.config, "iterations", 0)
+        self.trainees = [self._trainee(cell) for cell in bundle.cells]
+        self.epoch = self.iteration = 0
+        self.watch = Stopwatch(device)
+        self.last_batch: Batch | None = None
+
+    def _trainee(self, cell: Cell) -> Trainee:
+        student = Student(self.teacher, cell.protocol, cell.bits).to(device=self.device, memory_format=torch.channels_last)
+        trains = any(phase.distill for phase in self.phases)
+        optimizer = self.method.student_optimizer(student) if trains else None
+        if optimizer is not None:
+            c = self.method.config
+            self.method.schedule(optimizer, getattr(c, "milestones", []), getattr(c, "lr_decay", 1.0))
+        return Trainee(cell, student, optimizer)
+
+    @property
+    def active(self) -> list[Trainee]:
+        """The students still in training: one that diverged has left."""
+        return [t for t in self.trainees if t.failed is None]
+
+    @property
+    def steps_done(self) -> int:
+        return self.epoch * self.iterations + self.iteration
+
+    @property
+    def steps(self) -> int:
+        return len(self.epochs) * self.iterations
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self, watcher: Watcher) -> None:
+        """Trains to the end of the plan, then lets the method finish every student and evaluates it.
+
+        Raises what the method raises, and Interrupted where the watcher does.
+        """
+        while self.epoch < len(self.epochs) and self.active:
+            phase, index = self.epochs[self.epoch]
+            calibrating = index < phase.calibration_epochs
+            self._begin_epoch(phase, calibrating)
+            while self.iteration < self.iterations:
+                self._step(phase, calibrating)
+                self.iteration += 1
+                watcher.step(self, phase)
+            self._end_epoch(phase)
+            self.epoch, self.iteration = self.epoch + 1, 0
+            watcher.epoch(self, phase)
+        for trainee in self.active:
+            with self.watch.of(trainee.name):
+                self.method.finish(trainee.student)
+            trainee.student.check_ranges()
+            trainee.evaluation = self.evaluate(trainee.student)
+
+    def _begin_epoch(self, phase: Phase, calibrating: bool) -> None:
+        for optimizer, milestones, decay in self.method._schedules:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(group["initial_lr"], milestones, decay, self.epoch)
+        for trainee in self.active:
+            trainee.student.training_mode(phase.distill)
+            trainee.student.track_ranges(calibrating)
+
+    def _step(self, phase: Phase, calibrating: bool) -> None:
+        with self.watch.of(self.SHARED), self.autocast:
+            batch = self.last_batch = self.method.synthesize()
+        for trainee in self.active:
+            with self.watch.of(trainee.name), self.method._log.of(trainee.name):
+                if phase.distill:
+                    assert trainee.optimizer is not None
+                    with self.autocast:
+                        loss = self.method.distill(trainee.student, batch)
+                    self.method.log("loss", loss)
+                    self.method.student_step(trainee.student, loss, trainee.optimizer)
+                elif calibrating:
+                    with torch.no_grad(), self.autocast:
+                        trainee.student(batch.images)
+
+    def _end_epoch(self, phase: Phase) -> None:
+        log, epoch = self.method._log, self.epoch + 1
+        shared, seconds = log.averages(log.SHARED), self.watch.read()
+        for trainee in self.active:
+            trainee.student.training_mode(False)
+            trainee.student.track_ranges(False)
+            row: dict[str, Any] = {"epoch": epoch, "phase": phase.name, **shared, **log.averages(trainee.name)}
+            if trainee.optimizer is not None and phase.distill:
+                row["student_lr"] = trainee.optimizer.param_groups[0]["lr"]
+            if self._evaluates_after(epoch, trainee):
+                trainee.evaluation = self.evaluate(trainee.student)
+                row["top1"] = trainee.evaluation.top1
+            row["seconds"] = round(seconds.get(self.SHARED, 0.0) + seconds.get(trainee.name, 0.0), 3)
+            trainee.history.append(row)
+            if not math.isfinite(row.get("loss", 0.0)):
+                trainee.failed = f"diverged: the loss is {row['loss']} in epoch {epoch}"
+        log.reset()
+
+    def _evaluates_after(self, epoch: int, trainee: Trainee) -> bool:
+        """The last epoch is evaluated after `finish`; a student without ranges has nothing to say yet."""
+        due = self.evaluate_every is not None and epoch % self.evaluate_every == 0 and epoch < len(self.epochs)
+        return due and all(q.has_range for q in trainee.student.quantizers.values())
+
+    # --- interruption -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers and strings only: everything that the rest of the run depends on."""
+        return {
+            "members": [t.cell.id for t in self.trainees],
+            "epoch": self.epoch,
+            "iteration": self.iteration,
+            "method": state_of(self.method),
+            "students": {
+                t.name: {
+                    "network": t.student.state_dict(),
+                    "optimizer": t.optimizer.state_dict() if t.optimizer else None,
+                    "history": t.history,
+                    "failed": t.failed,
+                }
+                for t in self.trainees
+            },
+            "global_random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "seconds": dict(self.watch.read()),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a state saved by a bundle of the same members."""
+        self.epoch, self.iteration = state["epoch"], state["iteration"]
+        restore_state(self.method, state["method"])
+        for trainee in self.trainees:
+            saved = state["students"][trainee.name]
+            trainee.student.load_state_dict(saved["network"])
+            if trainee.optimizer is not None:
+                trainee.optimizer.load_state_dict(saved["optimizer"])
+            trainee.history, trainee.failed = saved["history"], saved["failed"]
+        torch.set_rng_state(state["global_random"].cpu())
+        if state["cuda_random"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+        self.watch.totals = dict(state["seconds"])
+
+
+def _set_up(cell: Cell, teacher: Teacher, device: torch.device) -> Method:
+    """The method of a cell, set up: what it makes lands on the device, and its initial values depend on the seed alone."""
+    method_class = find_method(cell.method)
+    method = method_class(teacher, method_class.Config(**cell.config), cell.seed, device)
+    torch.manual_seed(stream_seed(cell.seed, "setup"))
+    with torch.device(device):
+        method.setup()
+    for module in modules_of(method):
+        module.to(memory_format=torch.channels_last)
+    state_of(method)  # what cannot be checkpointed is told now, not after an hour
+    return method
+
+
+def unreached_milestones(config: Any) -> list[int]:
+    """Milestones of a method's config that lie beyond its epochs: they are not rescaled, and the user is told."""
+    return [m for m in getattr(config, "milestones", []) if m >= getattr(config, "epochs", 0)]
+
+
+def check_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:1`. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: auto, cpu, cuda or cuda:N is expected") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: no GPU is visible here; take --device cpu")
+    return device
+
+
+def sample_images(batch: Batch, count: int) -> tuple[Tensor, Tensor | None]:
+    """The first images of a batch with their labels, on the CPU."""
+    labels = batch.labels[:count].cpu() if batch.labels is not None else None
+    return batch.images[:count].float().cpu(), labels

@@ -1,0 +1,1 @@
+"""The methods: one file each. What several share is in `methods.parts`."""

@@ -1,0 +1,71 @@
+"""GDFQ: Generative Low-bitwidth Data Free Quantization. Xu, Li, Zhuang, Liu, Cao, Liang, Tan. ECCV 2020, arXiv:2003.03603.
+
+A generator learns to make images that the teacher classifies as the label they were made from, and whose statistics are those that the teacher's BN
+layers remember; the student learns from the teacher on these images.
+
+    repeat: z ~ N(0, I), y ~ uniform;  x = G(z, y)
+            G: minimise CE(P(x), y) + 0.1 L_BNS(x)
+            Q: minimise CE(Q(x), y) + T^2 mean KL(P(x) || Q(x))      (after the warm-up)
+
+Fidelity: the authors' code (xushoukai/GDFQ). Deviations: activation ranges are tracked by a moving average with the right bias correction
+(theirs overshoots for about 170 steps and is right after its 800), and the reported number is the last epoch's.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import Adam
+
+from benchmark import Batch, Field, Method, Phase, Student, TrainingConfig, register
+from methods.parts.generators import LabelledGenerator
+from methods.parts.losses import batch_norm_loss, distillation_loss
+
+
+@register("gdfq", paper="arXiv:2003.03603", fidelity="code", shares_synthesis=True)
+class GDFQ(Method):
+    """Generative low-bitwidth data-free quantization (Xu et al., ECCV 2020)."""
+
+    class Config(TrainingConfig):
+        warmup_epochs: int = Field(4, ge=0, description="epochs in which only the generator trains")
+        calibration_epochs: int = Field(4, ge=1, description="epochs in which activation ranges are tracked; then they are frozen")
+        latent_dim: int = Field(100, ge=1)
+        conditioning: Literal["embedding", "batch-norm"] = Field("embedding", description="how the class enters the generator")
+        bn_weight: float = Field(0.1, ge=0, description="weight of the BN-statistics loss")
+        kd_weight: float = Field(1.0, ge=0, description="weight of the distillation term")
+        temperature: float = Field(20.0, gt=0)
+        generator_lr: float = Field(1e-3, gt=0, description="learning rate of the generator's Adam")
+
+        presets = {"imagenet": dict(batch_size=16, warmup_epochs=50, student_lr=1e-6, conditioning="batch-norm")}
+
+    def setup(self) -> None:
+        c = self.config
+        self.generator = LabelledGenerator(self.task, c.latent_dim, c.conditioning)
+        self.optimizer = Adam(self.generator.parameters(), lr=c.generator_lr, betas=(0.5, 0.999), fused=True)
+        self.schedule(self.optimizer, c.milestones, c.lr_decay)
+
+    def phases(self) -> list[Phase]:
+        c = self.config
+        warmup = min(c.warmup_epochs, c.epochs)
+        tracked_later = max(c.calibration_epochs - warmup, 0)
+        return [
+            Phase("warm-up", warmup, calibration_epochs=c.calibration_epochs),
+            Phase("train", c.epochs - warmup, distill=True, calibration_epochs=tracked_later),
+        ]
+
+    def synthesize(self) -> Batch:
+        c = self.config
+        labels = self.draw_labels(c.batch_size)
+        images = self.generator(self.draw_noise(c.batch_size, c.latent_dim), labels)
+        answer = self.teacher.observe(images)
+        label_loss, statistics_loss = cross_entropy(answer.logits, labels), batch_norm_loss(answer)
+        self.minimise(label_loss + c.bn_weight * statistics_loss, self.optimizer)
+        self.log("generator_ce", label_loss)
+        self.log("generator_bns", statistics_loss)
+        return Batch(images.detach(), labels, answer.logits.detach())
+
+    def distill(self, student: Student, batch: Batch) -> Tensor:
+        assert batch.labels is not None
+        return distillation_loss(student(batch.images), batch.labels, batch.teacher_logits, self.config.temperature, self.config.kd_weight)

@@ -1,0 +1,35 @@
+"""Losses that several methods share (spec section 1.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmark import Observation
+
+
+def batch_norm_loss(answer: Observation) -> Tensor:
+    """L_BNS: how far the batch is from the statistics that the teacher's BN layers remember (scalar).
+
+    (1/L) sum_l [ (1/c_l) ||m_l - mu_l||^2 + (1/c_l) ||s_l - v_l||^2 ], with batch mean m_l and biased batch variance s_l of the input of BN layer l, and the
+    layer's running mean mu_l and variance v_l.
+    """
+    means, variances = zip(*answer.statistics(), strict=True)
+    targets = [(bn.running_mean, bn.running_var) for bn in answer.batch_norms]
+    # one tensor over all layers; each channel weighs 1 / (L c_l)
+    weights = torch.cat([m.new_full(m.shape, 1.0 / (len(means) * m.numel())) for m in means])
+    mean_error = torch.cat(means) - torch.cat([t[0] for t in targets])  # type: ignore[misc]
+    variance_error = torch.cat(variances) - torch.cat([t[1] for t in targets])  # type: ignore[misc]
+    return ((mean_error.square() + variance_error.square()) * weights).sum()
+
+
+def distillation_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor, temperature: float, kd_weight: float = 1.0) -> Tensor:
+    """L_Q = CE(Q(x), y) + alpha T^2 mean_{n,k} KL(softmax(P/T) || softmax(Q/T)), scalar.
+
+    The KL terms are averaged over all N * C elements, as the authors' code does, not over the batch.
+    """
+    cross_entropy = F.cross_entropy(logits, labels)
+    log_p, log_q = F.log_softmax(teacher_logits / temperature, 1), F.log_softmax(logits / temperature, 1)
+    divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).mean()
+    return cross_entropy + kd_weight * temperature**2 * divergence

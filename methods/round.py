@@ -1,0 +1,21 @@
+"""Rounding: no training, no images. The floor that every method has to beat.
+
+Weights go to the nearest level of their grid; activation ranges come from the teacher's BN parameters as in data-free quantization (Nagel et al., ICCV 2019,
+arXiv:1906.04721, section 4.3): a BN output has mean beta and standard deviation gamma, so the range is beta +- n gamma.
+Only that part of DFQ is here: no weight equalisation, no bias correction.
+"""
+
+from __future__ import annotations
+
+from benchmark import Field, Method, MethodConfig, Student, register
+
+
+@register("round", paper="arXiv:1906.04721", fidelity="paper", shares_synthesis=True)
+class Round(Method):
+    """Nearest rounding, activation ranges from batch-norm parameters (Nagel et al., ICCV 2019); no training."""
+
+    class Config(MethodConfig):
+        n: float = Field(3.0, gt=0, description="half-width of activation ranges, in standard deviations (chosen here; DFQ takes 6 at 8 bits)")
+
+    def finish(self, student: Student) -> None:
+        student.set_ranges_from_bn(self.config.n)

@@ -1,0 +1,1 @@
+"""Submitting sweeps to Slurm clusters."""
