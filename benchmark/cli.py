@@ -39,7 +39,7 @@ def run(
     results: Results = DEFAULT_RESULTS,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
-    checkpoint_every: Annotated[float, typer.Option(min=1, help="Seconds between checkpoints.")] = 300.0,
+    checkpoint_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 300.0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     plugin: Plugins = None,
 ) -> None:
@@ -167,6 +167,37 @@ def show_method(name: str) -> None:
     console.print(shown)
     for preset, values in method.Config.presets.items():
         console.print(f"preset {preset}: " + ", ".join(f"{k}={v}" for k, v in values.items()), highlight=False)
+
+
+@app.command()
+def pretrain(
+    source: Annotated[str, typer.Argument(help="Training images: digits, or imagefolder:PATH (one sub-folder per class).")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    model: Annotated[str, typer.Option(help="A CIFAR ResNet: cifar:resnet20, 32, 44 or 56.")] = "cifar:resnet20",
+    test: Annotated[str | None, typer.Option(help="Evaluation set to test on at the end; digits has its own test split.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Default: what suits the source.")] = None,
+    seed: int = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+) -> None:
+    """Train a teacher: a CIFAR ResNet on a folder of images or on the digits."""
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"--precision {precision!r}: fp32 or bf16")
+    from benchmark import pretrain as training
+    from benchmark.engine import check_device
+
+    training.pretrain(
+        model,
+        source,
+        out,
+        epochs=epochs,
+        seed=seed,
+        device=check_device(device),
+        test=test,
+        precision=precision,  # type: ignore[arg-type]
+        overwrite=overwrite,
+    )
 
 
 @app.command()

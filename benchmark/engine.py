@@ -108,7 +108,7 @@ class Lockstep:
         first = bundle.cells[0]
         self.bundle, self.device, self.evaluate, self.evaluate_every = bundle, device, evaluate, evaluate_every
         self.autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=first.precision == "bf16")
-        self.teacher = teacher.to(device=device, memory_format=torch.channels_last)
+        self.teacher = teacher.to(device).to(memory_format=torch.channels_last)
         self.method = _set_up(first, self.teacher, device)
         self.phases = self.method.phases()
         self.epochs = [(phase, index) for phase in self.phases for index in range(phase.epochs)]
@@ -119,7 +119,7 @@ class Lockstep:
         self.last_batch: Batch | None = None
 
     def _trainee(self, cell: Cell) -> Trainee:
-        student = Student(self.teacher, cell.protocol, cell.bits).to(device=self.device, memory_format=torch.channels_last)
+        student = Student(self.teacher, cell.protocol, cell.bits).to(self.device).to(memory_format=torch.channels_last)
         trains = any(phase.distill for phase in self.phases)
         optimizer = self.method.student_optimizer(student) if trains else None
         if optimizer is not None:

@@ -91,8 +91,9 @@ class Method:
 
     A method without training overrides only `finish(student)`.
 
-    Everything assigned to `self` in `setup` or later is checkpointed: modules, optimizers and whatever else has a `state_dict`, tensors, random streams,
-    numbers, strings, and lists, tuples and dicts of these.
+    Everything assigned to `self` in `setup` or later is checkpointed: modules, optimizers and whatever else has a
+    `state_dict`, tensors, random streams, numbers, strings, and lists, tuples and dicts of these. A module or optimizer must
+    exist after `setup`, so that its state can be loaded into it.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig

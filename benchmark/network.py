@@ -43,8 +43,8 @@ class _Tracer(fx.Tracer):
 def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     """A traced copy of `network` in eval mode; the network itself stays as it is.
 
-    Every node knows its output's shape (`meta["shape"]`, batch of 1); `meta["stage"]` marks the end of stage i and
-    `meta["bn_input"]` what enters the i-th BN layer.
+    Every node knows its output's shape (`meta["shape"]`, batch of 1; `meta["several"]` where it gives several tensors);
+    `meta["stage"]` marks the end of stage i and `meta["bn_input"]` what enters the i-th BN layer.
 
     Raises UserError, naming the module, where torch.fx cannot follow the network (data-dependent control flow).
     """
@@ -88,8 +88,9 @@ def _propagate_shapes(traced: fx.GraphModule, task: Task) -> None:
         cause = error.__cause__ or error
         raise UserError(f"{traced._get_name()} does not run on images of shape {task.image_shape}: {_first_line(cause)}") from error
     for node in traced.graph.nodes:
-        shape = getattr(node.meta.pop("tensor_meta", None), "shape", None)
-        node.meta = {"shape": tuple(shape)} if shape is not None else {}
+        tensors = node.meta.pop("tensor_meta", None)
+        shape = getattr(tensors, "shape", None)
+        node.meta = {"shape": tuple(shape)} if shape is not None else {"several": True} if tensors is not None else {}
     answer = next(n for n in traced.graph.nodes if n.op == "output").args[0]
     given = answer.meta.get("shape") if isinstance(answer, fx.Node) else None
     if given != (1, task.classes):
@@ -134,8 +135,7 @@ def _necks(traced: fx.GraphModule) -> set[fx.Node]:
     for node, i in index.items():
         if i >= reached:
             necks.add(node)
-        holds_tensors = "shape" in node.meta or any("shape" in user.meta for user in node.users)
-        if node.op != "get_attr" and holds_tensors:
+        if node.op != "get_attr" and ("shape" in node.meta or "several" in node.meta):
             reached = max([reached, *(index[user] for user in node.users)])
     return necks
 

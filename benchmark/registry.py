@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -119,7 +120,7 @@ def _discover() -> None:
 
     for module in pkgutil.iter_modules(methods.__path__, "methods."):
         if not module.ispkg:
-            _import(module.name, lambda name=module.name: importlib.import_module(name))
+            _import(module.name, functools.partial(importlib.import_module, module.name))
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         _import(f"{entry.name} ({entry.value})", entry.load)
 

@@ -206,7 +206,7 @@ class _Worker:
         path = teacher_record(self.store, cell)
         known = read_json(path)
         if known is None:
-            teacher.to(device=self.device, memory_format=torch.channels_last)
+            teacher.to(self.device).to(memory_format=torch.channels_last)
             result = evaluate(teacher, images, cell.teacher.task, device=self.device, precision="fp32", batch_size=self.options.evaluation_batch)
             known = {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], **_scores(result)}
             write_json(path, known)

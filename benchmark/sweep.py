@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -26,9 +27,9 @@ class Budget(BaseModel):
     """What every method that trains gets, whatever its own defaults."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    epochs: int | None = Field(None, ge=0)
-    iterations: int | None = Field(None, ge=1)
-    batch_size: int | None = Field(None, ge=2)
+    epochs: int | None = Field(default=None, ge=0)
+    iterations: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=2)
 
     def given(self) -> dict[str, int]:
         return {k: v for k, v in self.model_dump().items() if v is not None}
@@ -73,7 +74,7 @@ def load_sweep(path: Path, cache: Path, plugins: list[str] | None = None) -> Loa
     content = _read(path)
     sweep = _validate(content, problems)
     for file in [*(sweep.plugins if sweep else []), *(plugins or [])]:
-        problems.catch("plugins", lambda file=file: load_plugin(file))
+        problems.catch("plugins", partial(load_plugin, file))
     found = _parts(sweep, cache, problems) if sweep else None
     problems.raise_all()
     assert sweep is not None
@@ -181,13 +182,13 @@ class _Parts:
 def _parts(sweep: Sweep, cache: Path, problems: Problems) -> _Parts | None:
     """Looks everything up; None where something is wrong, which `problems` then holds."""
     protocol = problems.catch("protocol", lambda: find_protocol(sweep.protocol))
-    bits = [problems.catch(f"bits[{i}]", lambda b=b: Bits.parse(b)) for i, b in enumerate(sweep.bits)]
+    bits = [problems.catch(f"bits[{i}]", partial(Bits.parse, b)) for i, b in enumerate(sweep.bits)]
     evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate))
     card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, cache)) if evaluation else None
     teachers: dict[TeacherCard, TeacherSpec] = {}
     for i, given in enumerate(sweep.teachers):
-        spec = problems.catch(f"teachers[{i}]", lambda g=given: parse_teacher(g))
-        teacher = problems.catch(f"teachers[{i}]", lambda s=spec: describe(s, cache)) if spec else None
+        spec = problems.catch(f"teachers[{i}]", partial(parse_teacher, given))
+        teacher = problems.catch(f"teachers[{i}]", partial(describe, spec, cache)) if spec else None
         if teacher is None:
             continue
         teachers[teacher] = spec

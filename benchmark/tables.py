@@ -64,7 +64,8 @@ def blocks(results: list[dict[str, Any]], rule: Rule = "last") -> list[Block]:
 
 def _block(group: pd.DataFrame, value: str, rule: Rule) -> Block:
     first = group.iloc[0]
-    title = f"{first.teacher} on {first.evaluation} ({first.images} images): teacher {first.teacher_top1:.2f} %, protocol {first.protocol}, {first.precision}"
+    on = f"{first.teacher} on {first.evaluation} ({first.images} images)"
+    title = f"{on}: teacher {first.teacher_top1:.2f} %, protocol {first.protocol}, {first.precision}"
     # what a method declares about ranges or BN changes the protocol's rules for its own rows: they are marked, not mixed silently
     usual = group.rules.mode()[0]
     marks = {rules: "" if rules == usual else "*" * (i + 1) for i, rules in enumerate(r for r in group.rules.unique() if r != usual)} | {usual: ""}

@@ -1,8 +1,8 @@
 """Rounding: no training, no images. The floor that every method has to beat.
 
-Weights go to the nearest level of their grid; activation ranges come from the teacher's BN parameters as in data-free quantization (Nagel et al., ICCV 2019,
-arXiv:1906.04721, section 4.3): a BN output has mean beta and standard deviation gamma, so the range is beta +- n gamma.
-Only that part of DFQ is here: no weight equalisation, no bias correction.
+Weights go to the nearest level of their grid; activation ranges come from the teacher's BN parameters as in data-free
+quantization (Nagel et al., ICCV 2019, arXiv:1906.04721, section 4.3): a BN output has mean beta and standard deviation
+gamma, so the range is beta +- n gamma. Only that part of DFQ is here: no weight equalisation, no bias correction.
 """
 
 from __future__ import annotations

@@ -109,7 +109,8 @@ def _before_layers_and_at_sums(traced: fx.GraphModule, layers: list[fx.Node]) ->
     wanted = {_origin(n.args[0], traced) for n in layers if isinstance(n.args[0], fx.Node)}
     for node in traced.graph.nodes:
         if node.target in SUMS and sum(isinstance(a, fx.Node) and "shape" in a.meta for a in node.args) == 2:
-            only = next(iter(node.users)) if len(node.users) == 1 else None
+            readers = _readers(node)
+            only = readers[0] if len(readers) == 1 else None
             wanted.add(only if only is not None and is_activation(only, traced) else node)
     return [n for n in traced.graph.nodes if n in wanted and any(u.op != "output" for u in n.users)]
 
@@ -129,10 +130,15 @@ def _keeps_values(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 def _feeds_only(node: fx.Node, target: str, traced: fx.GraphModule) -> bool:
     """Whether the values of `node` enter the layer `target` and no other computation."""
-    users = list(node.users)
+    users = _readers(node)
     while len(users) == 1 and _keeps_values(users[0], traced):
-        users = list(users[0].users)
+        users = _readers(users[0])
     return len(users) == 1 and users[0].target == target
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads the values of `node`; who asks only for its size (`x.view(x.size(0), -1)`) does not."""
+    return [user for user in node.users if user.op == "output" or "shape" in user.meta or "several" in user.meta]
 
 
 def _fold_batch_norms(traced: fx.GraphModule) -> None:
@@ -147,7 +153,7 @@ def _fold_batch_norms(traced: fx.GraphModule) -> None:
             continue
         layer_node = node.args[0]
         layer = module_of(layer_node, traced)
-        if not isinstance(layer, LAYERS) or len(layer_node.users) > 1 or used.count(str(layer_node.target)) > 1:
+        if not isinstance(layer, LAYERS) or len(_readers(layer_node)) > 1 or used.count(str(layer_node.target)) > 1:
             continue
         if not _weighs_linearly(layer, layer_node.args[0].meta["shape"]):
             continue

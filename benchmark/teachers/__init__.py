@@ -160,6 +160,8 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def _examine(spec: TeacherSpec) -> TeacherCard:
+    import torch
+
     from benchmark.teachers.weights import hash_tensors
     from benchmark.teachers.zoo import build, check_answer
 
@@ -168,7 +170,10 @@ def _examine(spec: TeacherSpec) -> TeacherCard:
     place, name = spec.source
     if spec.source_file is not None:
         place = spec.source_file.name
-        if spec.weights is None and hash_tensors(build(spec).network.state_dict().items()) != hash_tensors(built.network.state_dict().items()):
+        with torch.random.fork_rng(devices=[]):
+            torch.seed()
+            again = build(spec).network
+        if hash_tensors(again.state_dict().items()) != hash_tensors(built.network.state_dict().items()):
             raise UserError(f"teacher {spec.model!r}: the factory returns other weights each time; let it load trained ones, or give `weights: FILE`")
     return TeacherCard(
         label=spec.label,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -38,21 +36,22 @@ class ClassConditionalBatchNorm(nn.Module):
         self.beta = nn.Embedding.from_pretrained(torch.zeros(classes, channels), freeze=False)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        normed: Tensor = self.norm(x)
-        return normed * self.gamma(labels)[:, :, None, None] + self.beta(labels)[:, :, None, None]
+        scaled: Tensor = self.norm(x) * self.gamma(labels)[:, :, None, None] + self.beta(labels)[:, :, None, None]
+        return scaled
 
 
 class Generator(nn.Module):
-    """Latent vector (N x latent_dim) -> normalised images (N x C x S x S) for a task of image size S, divisible by 4.
+    """Latent vector (N x latent_dim) -> normalised images (N x C x S x S) for a task of image size S.
 
-    Linear to 128 maps of S/4 -> BN -> [x2, 3x3 conv 128 -> BN -> LeakyReLU] -> [x2, 3x3 conv 64 -> BN -> LeakyReLU] -> 3x3 conv -> tanh -> BN without affine,
-    which makes every batch zero-mean and unit-variance per channel. The inner BNs' eps of 0.8 is the authors' (an argument
-    in another's place, kept by the whole lineage). With `by_class`, the three inner BNs are class-conditional.
+    Linear to 128 maps of S/4 -> BN -> [x2, 3x3 conv 128 -> BN -> LeakyReLU] -> [x2, 3x3 conv 64 -> BN -> LeakyReLU] ->
+    3x3 conv -> tanh -> BN without affine, which makes every batch zero-mean and unit-variance per channel. The inner BNs'
+    eps of 0.8 is the authors' (an argument in another's place, kept by the whole lineage). With `by_class`, the three inner
+    BNs are class-conditional. A size that 4 does not divide is cropped from the next one that it does.
     """
 
     def __init__(self, task: Task, latent_dim: int, by_class: bool = False):
         super().__init__()
-        self.first_size = task.size // 4
+        self.size, self.first_size = task.size, -(-task.size // 4)
         self.first = nn.Linear(latent_dim, 128 * self.first_size**2)
         self.block1, self.block2 = UpsampleConv(128, 128), UpsampleConv(128, 64)
         self.last = nn.Conv2d(64, task.channels, 3, padding=1)
@@ -70,7 +69,8 @@ class Generator(nn.Module):
         x = self.norm0(x, *condition)
         x = F.leaky_relu(self.norm1(self.block1(x), *condition), 0.2)
         x = F.leaky_relu(self.norm2(self.block2(x), *condition), 0.2)
-        return cast(Tensor, self.to_images(torch.tanh(self.last(x))))
+        images: Tensor = self.to_images(torch.tanh(self.last(x)[:, :, : self.size, : self.size]))
+        return images
 
 
 class LabelledGenerator(nn.Module):

@@ -12,8 +12,8 @@ from benchmark import Observation
 def batch_norm_loss(answer: Observation) -> Tensor:
     """L_BNS: how far the batch is from the statistics that the teacher's BN layers remember (scalar).
 
-    (1/L) sum_l [ (1/c_l) ||m_l - mu_l||^2 + (1/c_l) ||s_l - v_l||^2 ], with batch mean m_l and biased batch variance s_l of the input of BN layer l, and the
-    layer's running mean mu_l and variance v_l.
+    (1/L) sum_l [ (1/c_l) ||m_l - mu_l||^2 + (1/c_l) ||s_l - v_l||^2 ], with batch mean m_l and biased batch variance s_l
+    of the input of BN layer l, and that layer's running mean mu_l and running variance v_l.
     """
     means, variances = zip(*answer.statistics(), strict=True)
     targets = [(bn.running_mean, bn.running_var) for bn in answer.batch_norms]

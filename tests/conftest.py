@@ -1,0 +1,86 @@
+"""What several tests share: a tiny teacher in a user's file, and sweeps over it."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+torch.set_num_threads(1)  # the tests run side by side; results do not depend on it within one run
+
+TINY = '''
+import torch
+from torch import nn
+
+
+class Tiny(nn.Module):
+    """Two residual stages for 16 x 16 images, quick enough for a test."""
+
+    classes, size, mean, std = 10, 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn0 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.down, self.bn2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv3, self.bn3 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.relu(self.bn0(self.stem(x)))
+        x = self.relu(self.bn1(self.conv1(x)) + x)
+        x = self.relu(self.bn2(self.down(x)))
+        x = self.relu(self.bn3(self.conv3(x)) + x)
+        return self.head(x.mean((2, 3)))
+
+
+def tiny():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        network = Tiny()
+        for bn in (network.bn0, network.bn1, network.bn2, network.bn3):
+            nn.init.uniform_(bn.weight, 0.5, 1.5)
+            nn.init.normal_(bn.bias, std=0.2)
+            nn.init.uniform_(bn.running_var, 0.5, 1.5)
+    return network
+'''
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes the user's cache; within a session it is shared."""
+    monkeypatch.setenv("DFQBENCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model name: `<file>:tiny`."""
+    path = tmp_path_factory.mktemp("teacher") / "tiny.py"
+    path.write_text(textwrap.dedent(TINY))
+    return f"{path}:tiny"
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path, tiny_teacher: str) -> Callable[..., Path]:
+    """Writes a small, valid sweep with some keys changed (None removes one), and returns its path."""
+
+    def write(**changes: Any) -> Path:
+        content: dict[str, Any] = {
+            "name": "small",
+            "teachers": [tiny_teacher],
+            "evaluate": "digits",
+            "methods": [{"gdfq": {"warmup_epochs": 1, "calibration_epochs": 1}}],
+            "bits": ["w4a4", "w3a3"],
+            "budget": {"epochs": 3, "iterations": 4, "batch_size": 8},
+        }
+        content = {k: v for k, v in (content | changes).items() if v is not None}
+        path = tmp_path / "sweep.yaml"
+        path.write_text(yaml.safe_dump(content))
+        return path
+
+    return write
