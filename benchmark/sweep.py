@@ -73,8 +73,8 @@ def load_sweep(path: Path, cache: Path, plugins: list[str] | None = None) -> Loa
     problems = Problems(path)
     content = _read(path)
     sweep = _validate(content, problems)
-    for file in [*(sweep.plugins if sweep else []), *(plugins or [])]:
-        problems.catch("plugins", partial(load_plugin, file))
+    for i, file in enumerate([*(sweep.plugins if sweep else []), *(plugins or [])]):
+        problems.catch(f"plugins[{i}]", partial(load_plugin, file))
     found = _parts(sweep, cache, problems) if sweep else None
     problems.raise_all()
     assert sweep is not None
@@ -93,7 +93,9 @@ class Problems:
         self.lines.append(f"{self.path}: {key}: {message}")
 
     def catch(self, key: str, call: Callable[[], Any]) -> Any:
-        """What `call` returns; None, and the problem noted, if it raises UserError."""
+        """What `call` returns; None, and the problem noted, if it raises UserError. A key with a known problem is not tried."""
+        if any(line.startswith((f"{self.path}: {key}: ", f"{self.path}: {key}.", f"{self.path}: {key}[")) for line in self.lines):
+            return None
         try:
             return call()
         except UserErrors as errors:

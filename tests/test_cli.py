@@ -1,0 +1,296 @@
+"""The command line, as its users meet it: what it prints, how it exits, and what it does not import."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmark import cli
+from benchmark.store import Lease
+
+SweepFile = Callable[..., Path]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def dfqbench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs the command in this process, wide enough that no line wraps: exit code, standard output, standard error."""
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dfqbench", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def results_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("runs/*/result.json"))]
+
+
+def test_run_leaves_a_complete_record_and_does_nothing_the_second_time(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path) -> None:
+    config, results = sweep_file(evaluate_every=1), tmp_path / "r"
+    code, out, err = dfqbench("run", config, "--results", results)
+    assert (code, err) == (0, "")
+    assert "2 cells to run" in out
+    assert "2 done" in out
+    found = {r["cell"]["bits"]: r for r in results_of(results)}
+    assert set(found) == {"w4a4", "w3a3"}
+    result = found["w4a4"]
+    folder = results / "runs" / result["id"]
+    assert {p.name for p in folder.iterdir()} == {"cell.json", "result.json", "history.csv", "correct.npy", "samples.png", "log.txt"}
+    correct = np.unpackbits(np.load(folder / "correct.npy"))[: result["images"]]
+    assert correct.sum() == result["correct"]
+    assert result["top1"] == pytest.approx(100 * result["correct"] / result["images"])
+    assert result["teacher"]["images"] == result["images"] == 599
+    assert (result["last_epoch"], result["steps"], result["evaluations"]) == (3, 8, 3)
+    assert result["best"]["top1"] >= result["top1"]
+    assert result["provenance"]["threads"] >= 1
+    assert sorted(result["seconds"]["bundle"]) == sorted(r["id"] for r in found.values())
+    history = list(csv.DictReader(io.StringIO((folder / "history.csv").read_text())))
+    assert [row["phase"] for row in history] == ["warm-up", "train", "train"]
+    assert float(history[-1]["top1"]) == result["top1"]
+    assert not list((results / "bundles").glob("*")) if (results / "bundles").exists() else True
+
+    before = {p: p.stat().st_mtime_ns for p in results.glob("runs/**/*")}
+    code, out, _ = dfqbench("run", config, "--results", results)
+    assert code == 0
+    assert "0 cells to run, 2 of 2 need nothing" in out
+    assert {p: p.stat().st_mtime_ns for p in results.glob("runs/**/*")} == before
+
+
+def test_plan_says_what_is_done_missing_stale_running_and_failed(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path) -> None:
+    results = tmp_path / "r"
+    methods = [{"round": {"n": 3.0}}]
+    assert "2 missing" in dfqbench("plan", sweep_file(methods=methods), "--results", results)[1]
+    assert not results.exists(), "plan writes nothing"
+    assert dfqbench("run", sweep_file(methods=methods), "--results", results)[0] == 0
+    assert "2 done" in dfqbench("plan", sweep_file(methods=methods), "--results", results)[1]
+
+    _, out, _ = dfqbench("plan", sweep_file(methods=methods, protocol={"first_bits": 8}), "--results", results)
+    assert "2 stale" in out
+    assert "stale (finished with protocol.first_bits None, now 8)" in out
+
+    (cell,) = {r["id"] for r in results_of(results) if r["cell"]["bits"] == "w4a4"}
+    (results / "runs" / cell / "result.json").unlink()
+    assert Lease(results / "runs" / cell / "lease.json").acquire()
+    assert f"running (process {os.getpid()}" in dfqbench("plan", sweep_file(methods=methods), "--results", results)[1]
+
+
+PLUGIN = """
+from benchmark import Method, register
+
+
+@register("raiser", paper="none", fidelity="paper")
+class Raiser(Method):
+    \"\"\"Fails at the end, until a file says otherwise.\"\"\"
+
+    def finish(self, student):
+        import pathlib
+        if not pathlib.Path({flag!r}).exists():
+            raise ValueError("out of luck")
+        student.set_ranges_from_bn(3.0)
+
+
+@register("forgetful", paper="none", fidelity="paper")
+class Forgetful(Method):
+    \"\"\"Never sets a range.\"\"\"
+"""
+
+
+def test_a_failed_cell_keeps_its_traceback_sinks_no_other_and_is_retried_only_when_asked(
+    dfqbench: Run, sweep_file: SweepFile, tmp_path: Path
+) -> None:
+    plugin = tmp_path / "raiser.py"
+    plugin.write_text(PLUGIN.format(flag=str(tmp_path / "lucky")))
+    config, results = sweep_file(methods=["raiser", "round", "forgetful"], plugins=[str(plugin)], bits=["w4a4"]), tmp_path / "r"
+    code, out, _ = dfqbench("run", config, "--results", results)
+    assert code == 1
+    assert "1 done, 2 failed" in out
+    assert "ValueError: out of luck" in out
+    assert "activation quantizers have no range (relu" in out
+    _, out, _ = dfqbench("plan", config, "--results", results)
+    assert "failed (ValueError: out of luck)" in out
+    failures = [json.loads(p.read_text()) for p in results.glob("runs/*/failed.json")]
+    assert any("Traceback" in f["traceback"] and "raiser.py" in f["traceback"] for f in failures)
+
+    (tmp_path / "lucky").touch()
+    code, out, _ = dfqbench("run", config, "--results", results)
+    assert (code, "2 left" in out) == (0, True)
+    code, out, _ = dfqbench("run", config, "--results", results, "--retry-failed")
+    assert "1 done, 1 failed" in out
+    assert len(list(results.glob("runs/*/failed.json"))) == 1
+
+
+def test_two_runs_at_once_share_the_cells(sweep_file: SweepFile, tmp_path: Path) -> None:
+    config, results = sweep_file(methods=["gdfq"], seeds=[0, 1], bits=["w4a4"], budget={"epochs": 4, "iterations": 30, "batch_size": 16}), tmp_path / "r"
+    command = [sys.executable, "-m", "benchmark.cli", "run", str(config), "--results", str(results), "--threads", "1"]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert len(results_of(results)) == 2
+    starts = sum(path.read_text().count("started") for path in results.glob("runs/*/log.txt"))
+    assert starts == 2
+
+
+def test_evaluation_that_changed_a_student_is_a_failure(
+    dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import benchmark.runner as runner
+    from benchmark.student import Student
+
+    honest = runner.evaluate
+
+    def meddling(network: Any, *words: Any, **options: Any) -> Any:
+        if isinstance(network, Student):
+            next(iter(network.quantizers.values())).scale.mul_(1.01)
+        return honest(network, *words, **options)
+
+    monkeypatch.setattr(runner, "evaluate", meddling)
+    code, out, _ = dfqbench("run", sweep_file(methods=["round"], bits=["w4a4"]), "--results", tmp_path / "r")
+    assert code == 1
+    assert "evaluation changed the student" in out
+
+
+def test_mistakes_are_told_on_standard_error_with_exit_code_2_and_nothing_is_written(
+    dfqbench: Run, sweep_file: SweepFile, tmp_path: Path
+) -> None:
+    config = sweep_file(methods=["gdqf"], bits=["w9a9"])
+    for command in ("run", "plan"):
+        code, out, err = dfqbench(command, config, "--results", tmp_path / "r")
+        assert (code, out) == (2, "")
+        assert [line.split(": ")[0] for line in err.splitlines()] == ["dfqbench", "dfqbench"]
+        assert "did you mean 'gdfq'?" in err
+        assert "Traceback" not in err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "nowhere.yaml"], "no config 'nowhere.yaml'"),
+        (["table", "--results", "empty"], "nothing is finished in empty/runs"),
+        (["table", "--rule", "first"], "--rule 'first': last or best-on-test"),
+        (["table", "--format", "pdf"], "--format 'pdf': text, markdown or csv"),
+        (["models", "resnot999"], "no network matches 'resnot999'"),
+        (["methods", "show", "gdqf"], "did you mean 'gdfq'?"),
+        (["pretrain", "digits", "--out", "x.bin"], "x.bin"),
+        (["pretrain", "digit", "--out", "x.safetensors"], "did you mean 'digits'?"),
+    ],
+)
+def test_wrong_words_get_one_line(dfqbench: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = dfqbench(*words)
+    assert code == 2
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["file", "/proc/results"])
+def test_a_results_folder_that_cannot_be_one_is_told(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    code, _, err = dfqbench("run", sweep_file(), "--results", tmp_path / place)
+    assert code == 2
+    assert "is a file" in err or "cannot be written" in err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_device_that_is_not_there_is_told(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path) -> None:
+    assert "auto, cpu, cuda or cuda:N is expected" in dfqbench("run", sweep_file(), "--results", tmp_path / "r", "--device", "tpuu")[2]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: str) -> tuple[Path, Path]:
+    """A config and its finished results."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("finished")
+    config = folder / "sweep.yaml"
+    content = {"name": "done", "teachers": [tiny_teacher], "evaluate": "digits", "methods": ["round", {"round": {"n": 2.0}}], "bits": ["w8a8", "w4a4"]}
+    config.write_text(yaml.safe_dump(content))
+    words = [sys.executable, "-m", "benchmark.cli", "run", str(config), "--results", str(folder / "r")]
+    subprocess.run(words, check=True, capture_output=True, env=os.environ | {"DFQBENCH_CACHE": str(folder / "cache")})
+    return config, folder / "r"
+
+
+def test_table_shows_rows_by_method_and_columns_by_bits(dfqbench: Run, finished: tuple[Path, Path]) -> None:
+    config, results = finished
+    code, out, err = dfqbench("table", config, "--results", results)
+    assert (code, err) == (0, "")
+    assert "tiny on digits (599 images): teacher " in out
+    header, *rows = (line.split() for line in out.splitlines()[2:5])
+    assert header[-3:] == ["w8a8", "w4a4", "seconds/cell"]
+    assert {row[0] for row in rows} == {"round", "round(n=2)"}
+    by_bits = {(r["cell"]["label"], r["cell"]["bits"]): f"{r['top1']:.2f}" for r in results_of(results)}
+    for row in rows:
+        assert row[-3:-1] == [by_bits[row[0], "w8a8"], by_bits[row[0], "w4a4"]]
+    assert "rule 'last'" in out
+
+
+def test_table_as_csv_has_a_line_per_cell(dfqbench: Run, finished: tuple[Path, Path]) -> None:
+    _, out, _ = dfqbench("table", "--results", finished[1], "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert len(rows) == 4
+    assert {float(row["top1"]) for row in rows} == {r["top1"] for r in results_of(finished[1])}
+
+
+def test_table_names_damaged_files_and_goes_on(dfqbench: Run, finished: tuple[Path, Path], tmp_path: Path) -> None:
+    shutil.copytree(finished[1], tmp_path / "r")
+    victim = next((tmp_path / "r").glob("runs/*/result.json"))
+    victim.write_text(victim.read_text()[:100])
+    code, out, err = dfqbench("table", "--results", tmp_path / "r")
+    assert code == 0
+    assert f"skipped: {victim}" in err
+    assert "tiny on digits" in out
+
+
+def without_torch(*words: str) -> list[str]:
+    """Runs a command in a new process; the heavy modules that it imported."""
+    code = (
+        "import sys\nfrom benchmark import cli\n"
+        f"sys.argv = ['dfqbench', *{list(words)!r}]\n"
+        "try:\n    cli.main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "print('HEAVY', *(name for name in ('torch', 'torchvision', 'timm', 'wandb', 'sklearn', 'matplotlib') if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1].split()[1:]
+
+
+def test_help_and_table_do_not_import_torch(finished: tuple[Path, Path]) -> None:
+    config, results = finished
+    assert without_torch("--help") == []
+    assert without_torch("run", "--help") == []
+    assert without_torch("table", "--results", str(results)) == []
+    assert without_torch("table", str(config), "--results", str(results)) == []
+
+
+def test_methods_are_listed_and_shown(dfqbench: Run) -> None:
+    _, out, _ = dfqbench("methods")
+    assert "gdfq" in out
+    assert "arXiv:2003.03603" in out
+    _, out, _ = dfqbench("methods", "show", "gdfq")
+    assert "weight of the BN-statistics loss" in out
+    assert "preset imagenet: batch_size=16" in out
+
+
+def test_models_are_listed_by_wildcard(dfqbench: Run) -> None:
+    _, out, _ = dfqbench("models", "cifar:*")
+    assert out.split() == ["cifar:resnet20", "cifar:resnet32", "cifar:resnet44", "cifar:resnet56"]
