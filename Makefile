@@ -21,7 +21,7 @@ demo: install $(TEACHER)
 	$(BIN)/dfqbench table quickstart
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 lint: install
 	$(BIN)/ruff check .

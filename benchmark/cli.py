@@ -256,12 +256,13 @@ def _print_blocks(found: list) -> None:  # type: ignore[type-arg]
     console = _console()
     for block in found:
         frame = block.frame.reset_index()
-        shown = Table(title=Text(block.title, style="bold"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in frame.columns:
             shown.add_column(column, justify="left" if column in ("method", "follows") else "right", no_wrap=True)
         for row in frame.itertuples(index=False):
             shown.add_row(*(str(v) for v in row))
         console.print()
+        console.print(Text(block.title, style="bold"), soft_wrap=True)
         console.print(shown)
         for note in block.notes:
             console.print(Text(f"  {note}", style="dim"), soft_wrap=True)

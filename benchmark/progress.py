@@ -40,6 +40,9 @@ class Progress:
             left = (self.steps - self.step_number) / rate
             self.say(f"  {phase}: step {self.step_number}/{self.steps}, {rate:.2f} steps/s, {_duration(left)} left")
 
+    def evaluating(self) -> None:
+        """Test images are running through a student."""
+
     def epoch(self, epoch: int, epochs: int, rows: dict[str, dict[str, Any]]) -> None:
         """After an epoch: the newest row of each student's history."""
         evaluated = ", ".join(f"{name} {row['top1']:.2f} %" for name, row in rows.items() if "top1" in row)
@@ -80,8 +83,8 @@ class LiveProgress(Progress):
         self.task: TaskID | None = None
 
     def bundle(self, bundle: Bundle, steps: int, steps_done: int) -> None:
+        self.stop()
         super().bundle(bundle, steps, steps_done)
-        self._remove()
         if steps:
             self.bar.start()
             self.task = self.bar.add_task("", total=steps, completed=steps_done, rate="")
@@ -92,11 +95,12 @@ class LiveProgress(Progress):
             rate = (self.step_number - self.first_step) / max(time.monotonic() - self.began, 1e-9)
             self.bar.update(self.task, completed=self.step_number, description=phase, rate=f"{rate:.2f} steps/s")
 
-    def stop(self) -> None:
-        self._remove()
-        self.bar.stop()
+    def evaluating(self) -> None:
+        if self.task is not None:
+            self.bar.update(self.task, description="evaluating")
 
-    def _remove(self) -> None:
+    def stop(self) -> None:
+        self.bar.stop()
         if self.task is not None:
             self.bar.remove_task(self.task)
             self.task = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -69,6 +70,4 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 def fingerprint_of_host() -> str:
     """Tells machines apart without naming them."""
-    import hashlib
-
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]

@@ -146,6 +146,7 @@ class _Worker:
         self._measure_teacher(first, teacher, images)
 
         def evaluate_student(student: Student) -> Evaluation:
+            self.progress.evaluating()
             before = state_hash(student)
             result = self._evaluate(student, first, images)
             if state_hash(student) != before:

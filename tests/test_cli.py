@@ -140,7 +140,10 @@ def test_a_failed_cell_keeps_its_traceback_sinks_no_other_and_is_retried_only_wh
 
 
 def test_two_runs_at_once_share_the_cells(sweep_file: SweepFile, tmp_path: Path) -> None:
-    config, results = sweep_file(methods=["gdfq"], seeds=[0, 1], bits=["w4a4"], budget={"epochs": 4, "iterations": 30, "batch_size": 16}), tmp_path / "r"
+    config, results = (
+        sweep_file(methods=["gdfq"], seeds=[0, 1], bits=["w4a4"], budget={"epochs": 4, "iterations": 30, "batch_size": 16}),
+        tmp_path / "r",
+    )
     command = [sys.executable, "-m", "benchmark.cli", "run", str(config), "--results", str(results), "--threads", "1"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = [process.communicate(timeout=300)[0] for process in both]
@@ -169,9 +172,7 @@ def test_evaluation_that_changed_a_student_is_a_failure(
     assert "evaluation changed the student" in out
 
 
-def test_mistakes_are_told_on_standard_error_with_exit_code_2_and_nothing_is_written(
-    dfqbench: Run, sweep_file: SweepFile, tmp_path: Path
-) -> None:
+def test_mistakes_are_told_on_standard_error_with_exit_code_2_and_nothing_is_written(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path) -> None:
     config = sweep_file(methods=["gdqf"], bits=["w9a9"])
     for command in ("run", "plan"):
         code, out, err = dfqbench(command, config, "--results", tmp_path / "r")
@@ -224,7 +225,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: str) -> tup
 
     folder = tmp_path_factory.mktemp("finished")
     config = folder / "sweep.yaml"
-    content = {"name": "done", "teachers": [tiny_teacher], "evaluate": "digits", "methods": ["round", {"round": {"n": 2.0}}], "bits": ["w8a8", "w4a4"]}
+    content = {
+        "name": "done",
+        "teachers": [tiny_teacher],
+        "evaluate": "digits",
+        "methods": ["round", {"round": {"n": 2.0}}],
+        "bits": ["w8a8", "w4a4"],
+    }
     config.write_text(yaml.safe_dump(content))
     words = [sys.executable, "-m", "benchmark.cli", "run", str(config), "--results", str(folder / "r")]
     subprocess.run(words, check=True, capture_output=True, env=os.environ | {"DFQBENCH_CACHE": str(folder / "cache")})

@@ -66,7 +66,9 @@ def test_a_mistake_is_one_line_with_key_value_and_what_would_be_right(sweep_file
 
 
 def test_all_mistakes_of_a_config_are_told_at_once(sweep_file: SweepFile) -> None:
-    path = sweep_file(methods=["gdqf", {"gdfq": {"latent": 3}}], bits=["w4a4", "w1a1"], protocol="linage", evaluate="digit", teachers=["cifar:resnet2"])
+    path = sweep_file(
+        methods=["gdqf", {"gdfq": {"latent": 3}}], bits=["w4a4", "w1a1"], protocol="linage", evaluate="digit", teachers=["cifar:resnet2"]
+    )
     keys = [message.split(":")[0] for message in errors_of(path)]
     assert sorted(keys) == ["bits[1]", "evaluate", "methods[0].gdqf", "methods[1].gdfq.latent", "protocol", "teachers[0]"]
 
