@@ -111,11 +111,9 @@ def _last_line(error: BaseException) -> str:
     return traceback.format_exception_only(error)[-1].strip()
 
 
+@functools.cache
 def _discover() -> None:
     """Imports the built-in methods and the installed plug-ins, once."""
-    if _discover.__dict__.get("done"):
-        return
-    _discover.__dict__["done"] = True
     import methods
 
     for module in pkgutil.iter_modules(methods.__path__, "methods."):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import signal
 import threading
@@ -21,6 +22,7 @@ from benchmark.cell import Bundle, Cell, bundles, fingerprint
 from benchmark.checkpoint import load_checkpoint, save_checkpoint
 from benchmark.data import Images
 from benchmark.engine import Interrupted, Lockstep, Trainee, check_device, sample_images, unreached_milestones
+from benchmark.errors import UserError
 from benchmark.evaluate import Evaluation, evaluate, state_hash
 from benchmark.method import Phase
 from benchmark.network import Teacher
@@ -34,6 +36,7 @@ from benchmark.sweep import LoadedSweep
 from benchmark.teachers import TeacherCard, load
 
 SAMPLES = 64
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass
@@ -85,6 +88,7 @@ def run_sweep(loaded: LoadedSweep, store: Store, options: Options, progress: Pro
     device = check_device(options.device)
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     write_json(store.root / "sweeps" / f"{loaded.sweep.name}.json", {"config": loaded.text_sha256, "cells": [cell.id for cell in loaded.cells]})
     states = statuses(loaded.cells, store)
     skipped = {Status.DONE, Status.RUNNING} | (set() if options.retry_failed else {Status.FAILED})
@@ -116,6 +120,16 @@ class _Worker:
         self._teacher: tuple[TeacherCard, Teacher] | None = None
 
     def run(self, bundle: Bundle, summary: Summary) -> None:
+        try:
+            self._run(bundle, summary)
+        except OSError as error:
+            if error.errno not in DISK_TROUBLE:
+                raise
+            raise UserError(
+                f"results folder {self.store.root}: {error.strerror}; what is saved so far stays, the same command goes on from there"
+            ) from error
+
+    def _run(self, bundle: Bundle, summary: Summary) -> None:
         for cell in bundle.cells:
             self.store.write_cell(cell.record())
         try:
@@ -125,6 +139,8 @@ class _Worker:
             summary.left += len(bundle.cells)
             return
         except Exception as error:  # one bad cell never sinks the others: recorded as what it is, with its traceback
+            if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+                raise  # not the cell's fault
             for cell in bundle.cells:
                 self._failed(cell, type(error).__name__, str(error).strip() or type(error).__name__, traceback.format_exc())
             summary.failed += len(bundle.cells)

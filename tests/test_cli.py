@@ -301,3 +301,33 @@ def test_methods_are_listed_and_shown(dfqbench: Run) -> None:
 def test_models_are_listed_by_wildcard(dfqbench: Run) -> None:
     _, out, _ = dfqbench("models", "cifar:*")
     assert out.split() == ["cifar:resnet20", "cifar:resnet32", "cifar:resnet44", "cifar:resnet56"]
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(
+    dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up after two epochs; once there is room again the same command goes on and ends with the same bits."""
+    import benchmark.store as store
+
+    config = sweep_file(bits=["w4a4"])
+    assert dfqbench("run", config, "--results", tmp_path / "whole")[0] == 0
+    real, calls = store.write_atomically, []
+
+    def filling(path: Path, content: str | bytes) -> None:
+        calls.append(path)
+        if sum(p.name == "history.csv" for p in calls) > 2:
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "write_atomically", filling)
+        code, _, err = dfqbench("run", config, "--results", tmp_path / "r", "--checkpoint-every", "0")
+        assert code == 2
+        assert "No space left on device" in err
+        assert len(err.splitlines()) == 1
+    assert not list(tmp_path.glob("r/runs/*/failed.json"))
+    code, out, _ = dfqbench("run", config, "--results", tmp_path / "r")
+    assert code == 0
+    assert "resumed at step" in out
+    ((one,), (other,)) = results_of(tmp_path / "r"), results_of(tmp_path / "whole")
+    assert one["student_state"] == other["student_state"]
