@@ -5,7 +5,9 @@ Teacher and student are both `Network`s, so a method asks both the same question
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,6 +178,19 @@ class Network(nn.Module):
         """Runs the same graph, and also hands out the inner tensors (attached to autograd like the logits)."""
         logits, features, bn_inputs = self._observing(images)
         return Observation(logits, list(features), list(bn_inputs), self.batch_norms)
+
+    @contextlib.contextmanager
+    def batch_statistics(self) -> Iterator[None]:
+        """Inside, BN layers normalise by the batch's own statistics, as in training mode, but no buffer moves and dropout stays off."""
+        layers = [m for m in self.modules() if isinstance(m, BatchNorm)]
+        running = [(m.running_mean, m.running_var) for m in layers]
+        for layer in layers:
+            layer.running_mean = layer.running_var = None
+        try:
+            yield
+        finally:
+            for layer, (mean, variance) in zip(layers, running, strict=True):
+                layer.running_mean, layer.running_var = mean, variance
 
     @property
     def batch_norms(self) -> list[nn.BatchNorm2d]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
@@ -42,7 +42,7 @@ class GDFQ(Method):
 
     def setup(self) -> None:
         c = self.config
-        self.generator = LabelledGenerator(self.task, c.latent_dim, c.conditioning)
+        self.generator: nn.Module = LabelledGenerator(self.task, c.latent_dim, c.conditioning)
         self.optimizer = Adam(self.generator.parameters(), lr=c.generator_lr, betas=(0.5, 0.999), fused=True)
         self.schedule(self.optimizer, c.milestones, c.lr_decay)
 

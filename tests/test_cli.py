@@ -303,9 +303,7 @@ def test_models_are_listed_by_wildcard(dfqbench: Run) -> None:
     assert out.split() == ["cifar:resnet20", "cifar:resnet32", "cifar:resnet44", "cifar:resnet56"]
 
 
-def test_a_full_disk_is_one_line_and_nothing_is_lost(
-    dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_is_one_line_and_nothing_is_lost(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills up after two epochs; once there is room again the same command goes on and ends with the same bits."""
     import benchmark.store as store
 

@@ -9,6 +9,17 @@ from torch.nn import functional as F
 from benchmark import Task
 
 
+def relative_coordinates(centers: Tensor, size: int) -> Tensor:
+    """Maps (N x 2 x size x size) of each pixel's position relative to a centre (N x 2: x, y), in units of the image's side.
+
+    Pixel centres lie at (i + 0.5) / size.
+    """
+    ticks = (torch.arange(size, device=centers.device, dtype=centers.dtype) + 0.5) / size
+    x = (ticks[None, :] - centers[:, 0:1])[:, None, :].expand(-1, size, -1)
+    y = (ticks[None, :] - centers[:, 1:2])[:, :, None].expand(-1, -1, size)
+    return torch.stack([x, y], 1)
+
+
 class UpsampleConv(nn.Conv2d):
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution with padding 1: N x I x H x W -> N x O x 2H x 2W.
 
@@ -47,13 +58,16 @@ class Generator(nn.Module):
     3x3 conv -> tanh -> BN without affine, which makes every batch zero-mean and unit-variance per channel. The inner BNs'
     eps of 0.8 is the authors' (an argument in another's place, kept by the whole lineage). With `by_class`, the three inner
     BNs are class-conditional. A size that 4 does not divide is cropped from the next one that it does.
+
+    With `by_place`, both blocks also see where every pixel lies relative to a given centre (N x 2, in [0, 1]).
     """
 
-    def __init__(self, task: Task, latent_dim: int, by_class: bool = False):
+    def __init__(self, task: Task, latent_dim: int, by_class: bool = False, by_place: bool = False):
         super().__init__()
         self.size, self.first_size = task.size, -(-task.size // 4)
         self.first = nn.Linear(latent_dim, 128 * self.first_size**2)
-        self.block1, self.block2 = UpsampleConv(128, 128), UpsampleConv(128, 64)
+        maps = 2 if by_place else 0
+        self.block1, self.block2 = UpsampleConv(128 + maps, 128), UpsampleConv(128 + maps, 64)
         self.last = nn.Conv2d(64, task.channels, 3, padding=1)
 
         def norm(channels: int, eps: float = 1e-5) -> nn.Module:
@@ -61,14 +75,21 @@ class Generator(nn.Module):
 
         self.norm0, self.norm1, self.norm2 = norm(128), norm(128, eps=0.8), norm(64, eps=0.8)
         self.to_images = nn.BatchNorm2d(task.channels, affine=False)
-        self.by_class = by_class
+        self.by_class, self.by_place = by_class, by_place
 
-    def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
+    def _placed(self, x: Tensor, centers: Tensor | None) -> Tensor:
+        if not self.by_place:
+            return x
+        assert centers is not None
+        maps = relative_coordinates(centers, x.shape[-1]).to(x.dtype)
+        return torch.cat([x, maps], 1).contiguous(memory_format=torch.channels_last)
+
+    def forward(self, latent: Tensor, labels: Tensor, centers: Tensor | None = None) -> Tensor:
         condition = (labels,) if self.by_class else ()
         x = self.first(latent).view(-1, 128, self.first_size, self.first_size).contiguous(memory_format=torch.channels_last)
         x = self.norm0(x, *condition)
-        x = F.leaky_relu(self.norm1(self.block1(x), *condition), 0.2)
-        x = F.leaky_relu(self.norm2(self.block2(x), *condition), 0.2)
+        x = F.leaky_relu(self.norm1(self.block1(self._placed(x, centers)), *condition), 0.2)
+        x = F.leaky_relu(self.norm2(self.block2(self._placed(x, centers)), *condition), 0.2)
         images: Tensor = self.to_images(torch.tanh(self.last(x)[:, :, : self.size, : self.size]))
         return images
 

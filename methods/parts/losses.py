@@ -33,3 +33,9 @@ def distillation_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor, te
     log_p, log_q = F.log_softmax(teacher_logits / temperature, 1), F.log_softmax(logits / temperature, 1)
     divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).mean()
     return cross_entropy + kd_weight * temperature**2 * divergence
+
+
+def divergence_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(P/T) || softmax(Q/T)), averaged over the batch (scalar)."""
+    log_p, log_q = F.log_softmax(teacher_logits / temperature, 1), F.log_softmax(logits / temperature, 1)
+    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
