@@ -183,6 +183,9 @@ class Lockstep:
                         loss = self.method.distill(trainee.student, batch)
                     self.method.log("loss", loss)
                     self.method.student_step(trainee.student, loss, trainee.optimizer)
+                    if not self.method.info.shares_synthesis:
+                        with self.autocast:
+                            self.method.adversary(trainee.student)
                 elif calibrating:
                     with torch.no_grad(), self.autocast:
                         trainee.student(batch.images)

@@ -124,7 +124,7 @@ class Method:
         return []
 
     def synthesize(self) -> Batch:
-        """One batch, and whatever is learned in making it. It must not look at any student: it serves all bit widths."""
+        """One batch, and whatever is learned in making it. It sees no student: with `shares_synthesis` it serves all bit widths."""
         raise NotImplementedError(f"{type(self).__name__} has phases but no synthesize()")
 
     def distill(self, student: Student, batch: Batch) -> Tensor:
@@ -141,6 +141,12 @@ class Method:
     def student_step(self, student: Student, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One update of a student; override it where the update itself is the idea."""
         self.minimise(loss, optimizer)
+
+    def adversary(self, student: Student) -> None:
+        """After every update of a student, where images are to depend on it: the generator's move against this student.
+
+        Only for methods that do not share synthesis, whose bundles have one student each.
+        """
 
     def finish(self, student: Student) -> None:
         """After the last phase, before evaluation: post-training edits."""

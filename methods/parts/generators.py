@@ -62,7 +62,7 @@ class Generator(nn.Module):
     With `by_place`, both blocks also see where every pixel lies relative to a given centre (N x 2, in [0, 1]).
     """
 
-    def __init__(self, task: Task, latent_dim: int, by_class: bool = False, by_place: bool = False):
+    def __init__(self, task: Task, latent_dim: int, by_class: bool = False, by_place: bool = False, eps: float = 0.8):
         super().__init__()
         self.size, self.first_size = task.size, -(-task.size // 4)
         self.first = nn.Linear(latent_dim, 128 * self.first_size**2)
@@ -73,7 +73,7 @@ class Generator(nn.Module):
         def norm(channels: int, eps: float = 1e-5) -> nn.Module:
             return ClassConditionalBatchNorm(channels, task.classes, eps) if by_class else nn.BatchNorm2d(channels, eps=eps)
 
-        self.norm0, self.norm1, self.norm2 = norm(128), norm(128, eps=0.8), norm(64, eps=0.8)
+        self.norm0, self.norm1, self.norm2 = norm(128), norm(128, eps), norm(64, eps)
         self.to_images = nn.BatchNorm2d(task.channels, affine=False)
         self.by_class, self.by_place = by_class, by_place
 
@@ -84,7 +84,7 @@ class Generator(nn.Module):
         maps = relative_coordinates(centers, x.shape[-1]).to(x.dtype)
         return torch.cat([x, maps], 1).contiguous(memory_format=torch.channels_last)
 
-    def forward(self, latent: Tensor, labels: Tensor, centers: Tensor | None = None) -> Tensor:
+    def forward(self, latent: Tensor, labels: Tensor | None = None, centers: Tensor | None = None) -> Tensor:
         condition = (labels,) if self.by_class else ()
         x = self.first(latent).view(-1, 128, self.first_size, self.first_size).contiguous(memory_format=torch.channels_last)
         x = self.norm0(x, *condition)

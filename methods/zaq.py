@@ -1,0 +1,99 @@
+"""ZAQ: Zero-shot Adversarial Quantization. Liu, Zhang, Wang. CVPR 2021, arXiv:2103.15263.
+
+A generator seeks images on which student and teacher disagree, the student learns to agree on them:
+
+    D(x) = mean |Q(x) - P(x)| + alpha SCRM(features of Q and P)
+    repeat: 5 times: x = G(z), z ~ N(0, I_256);  Q: minimise D(x)
+            once:    G: maximise D(x) + beta mean |last-stage features of P|
+
+Fidelity: the authors' code (FLHonker/ZAQ-code), but for two things. Their activation ranges are never frozen and see the real test images
+before and during evaluation: here they are tracked on generated images only and stand still in evaluation. The last epoch is reported. One
+iteration here is one student step, so five make one of theirs. Reached here: not measured yet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, Optimizer
+
+from benchmark import Batch, Field, Method, Observation, Phase, Student, TrainingConfig, register
+from methods.parts.generators import Generator
+from methods.parts.relations import relation_loss
+
+
+@dataclass
+class ObservedBatch(Batch):
+    """A batch with the teacher's stage features."""
+
+    features: list[Tensor]
+
+
+@register("zaq", paper="arXiv:2103.15263", fidelity="code", shares_synthesis=False)
+class ZAQ(Method):
+    """Zero-shot adversarial quantization (Liu et al., CVPR 2021)."""
+
+    ranges = "minmax"
+    batch_norm = "trained"
+
+    class Config(TrainingConfig):
+        epochs: int = Field(300, ge=0)
+        iterations: int = Field(300, ge=1, description="student steps per epoch")
+        batch_size: int = Field(256, ge=2)
+        student_lr: float = Field(0.1, gt=0)
+        student_weight_decay: float = Field(5e-4, ge=0)
+        milestones: list[int] = Field([100, 200], description="epochs from which on both learning rates are multiplied by lr_decay")
+        student_steps: int = Field(5, ge=1, description="student steps to each generator step")
+        latent_dim: int = Field(256, ge=1)
+        generator_lr: float = Field(1e-3, gt=0)
+        relation_weight: float = Field(1.0, ge=0, description="alpha: weight of the relations between positions and between channels")
+        gamma: float = Field(0.1, ge=0, description="share of the relations in the compared features")
+        activation_weight: float = Field(0.1, ge=0, description="beta: the generator's reward for strong features")
+
+    def setup(self) -> None:
+        c = self.config
+        self.generator = Generator(self.task, c.latent_dim, eps=1e-5)
+        self.optimizer = Adam(self.generator.parameters(), lr=c.generator_lr, fused=True)
+        self.schedule(self.optimizer, c.milestones, c.lr_decay)
+        self.steps = 0
+
+    def phases(self) -> list[Phase]:
+        """Ranges are tracked to the end: a running minimum and maximum."""
+        return [Phase("train", self.config.epochs, distill=True, calibration_epochs=self.config.epochs)]
+
+    def student_optimizer(self, student: Student) -> Optimizer:
+        c = self.config
+        return SGD(student.parameters(), lr=c.student_lr, momentum=c.student_momentum, weight_decay=c.student_weight_decay, fused=True)
+
+    def synthesize(self) -> ObservedBatch:
+        with torch.no_grad():
+            images = self.generate()
+            answer = self.teacher.observe(images)
+        return ObservedBatch(images, None, answer.logits, answer.features)
+
+    def generate(self) -> Tensor:
+        images: Tensor = self.generator(self.draw_noise(self.config.batch_size, self.config.latent_dim))
+        return images
+
+    def disagreement(self, student: Observation, logits: Tensor, features: list[Tensor]) -> Tensor:
+        c = self.config
+        difference: Tensor = (student.logits - logits).abs().mean()
+        return difference + c.relation_weight * relation_loss(student.features, features, c.gamma)
+
+    def distill(self, student: Student, batch: Batch) -> Tensor:
+        assert isinstance(batch, ObservedBatch)
+        return self.disagreement(student.observe(batch.images), batch.teacher_logits, batch.features)
+
+    def adversary(self, student: Student) -> None:
+        self.steps += 1
+        if self.steps % self.config.student_steps:
+            return
+        student.requires_grad_(False)
+        images = self.generate()
+        answer = self.teacher.observe(images)
+        disagreement = self.disagreement(student.observe(images), answer.logits, answer.features)
+        self.minimise(-disagreement - self.config.activation_weight * answer.features[-1].abs().mean(), self.optimizer)
+        student.requires_grad_(True)
+        self.log("adversary", disagreement)
