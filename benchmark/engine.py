@@ -112,7 +112,6 @@ class Lockstep:
         self.method = _set_up(first, self.teacher, device)
         self.phases = self.method.phases()
         self.epochs = [(phase, index) for phase in self.phases for index in range(phase.epochs)]
-        self.iterations: int = getattr(self.method.config, "iterations", 0)
         self.trainees = [self._trainee(cell) for cell in bundle.cells]
         self.epoch = self.iteration = 0
         self.watch = Stopwatch(device)
@@ -132,13 +131,22 @@ class Lockstep:
         """The students still in training: one that diverged has left."""
         return [t for t in self.trainees if t.failed is None]
 
+    def iterations_of(self, phase: Phase) -> int:
+        """Steps per epoch."""
+        return phase.iterations if phase.iterations is not None else int(self.method.config.iterations)
+
     @property
     def steps_done(self) -> int:
-        return self.epoch * self.iterations + self.iteration
+        return sum(self.iterations_of(phase) for phase, _ in self.epochs[: self.epoch]) + self.iteration
 
     @property
     def steps(self) -> int:
-        return len(self.epochs) * self.iterations
+        return sum(self.iterations_of(phase) for phase, _ in self.epochs)
+
+    @property
+    def student_steps(self) -> int:
+        """Updates that each student gets."""
+        return sum(self.iterations_of(phase) for phase, _ in self.epochs if phase.distill)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -151,7 +159,7 @@ class Lockstep:
             phase, index = self.epochs[self.epoch]
             calibrating = index < phase.calibration_epochs
             self._begin_epoch(phase, calibrating)
-            while self.iteration < self.iterations:
+            while self.iteration < self.iterations_of(phase):
                 self._step(phase, calibrating)
                 self.iteration += 1
                 watcher.step(self, phase)
@@ -174,6 +182,9 @@ class Lockstep:
 
     def _step(self, phase: Phase, calibrating: bool) -> None:
         with self.watch.of(self.SHARED), self.autocast:
+            if phase.step is not None:
+                phase.step()
+                return
             batch = self.last_batch = self.method.synthesize()
         for trainee in self.active:
             with self.watch.of(trainee.name), self.method._log.of(trainee.name):

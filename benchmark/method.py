@@ -8,7 +8,7 @@ teacher, a description of the task, and random streams.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -55,12 +55,17 @@ class Phase:
 
     Each step synthesizes one batch. In the first `calibration_epochs` every student runs on it with its activation ranges
     tracked; afterwards they are frozen. With `distill`, every student is also trained on the batch.
+
+    iterations: steps per epoch, the config's `iterations` where None. step: what a step does instead, where no student takes part
+    yet (optimising images, say).
     """
 
     name: str
     epochs: int
     distill: bool = False
     calibration_epochs: int = 0
+    iterations: int | None = None
+    step: Callable[[], None] | None = None
 
 
 @dataclass
@@ -243,7 +248,9 @@ def _save(value: Any, name: str) -> Any:
         return {"state_dict": value.state_dict()}
     if isinstance(value, torch.Generator):
         return {"generator": value.get_state()}
-    if value is None or isinstance(value, Tensor | bool | int | float | str):
+    if isinstance(value, Tensor):
+        return {"tensor": value.detach()}
+    if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
     if isinstance(value, list | tuple):
         return {type(value).__name__: [_save(v, f"{name}[{i}]") for i, v in enumerate(value)]}
@@ -265,6 +272,12 @@ def _load(saved: dict[str, Any], current: Any, name: str) -> Any:
         else:
             current.set_state(content.cpu())
         return current
+    if kind == "tensor":
+        if isinstance(current, Tensor) and current.shape == content.shape and current.dtype == content.dtype:
+            with torch.no_grad():
+                current.copy_(content)  # in place: an optimizer may hold this very tensor
+            return current
+        return content
     if kind == "value":
         return content
     if kind == "dict":

@@ -252,7 +252,7 @@ class _Worker:
             "best": best,
             "evaluations": len(evaluated) + (not evaluated or evaluated[-1]["epoch"] != last["epoch"]),
             "last_epoch": len(lockstep.epochs),
-            "steps": sum(phase.epochs for phase in lockstep.phases if phase.distill) * lockstep.iterations,
+            "steps": lockstep.student_steps,
             "teacher": read_json(teacher_record(self.store, cell)),
             "student_state": state_hash(trainee.student),
             "left_float": trainee.student.left_float,

@@ -79,8 +79,9 @@ class ZAQ(Method):
 
     def disagreement(self, student: Observation, logits: Tensor, features: list[Tensor]) -> Tensor:
         c = self.config
-        difference: Tensor = (student.logits - logits).abs().mean()
-        return difference + c.relation_weight * relation_loss(student.features, features, c.gamma)
+        relations = relation_loss(student.features, features, c.gamma)
+        disagreement: Tensor = (student.logits - logits).abs().mean() + c.relation_weight * relations
+        return disagreement
 
     def distill(self, student: Student, batch: Batch) -> Tensor:
         assert isinstance(batch, ObservedBatch)
