@@ -105,6 +105,7 @@ class Method:
     version: ClassVar[int] = 1  # raise it whenever the same settings give other numbers than before
     ranges: ClassVar[RangeEstimatorName | None] = None  # None: the protocol's choice
     batch_norm: ClassVar[BatchNormMode | None] = None  # None: the protocol's choice
+    quick: ClassVar[dict[str, Any]] = {}  # settings with which the conformance checks take seconds, beside a small budget
     info: ClassVar[MethodInfo]  # set by `register`
 
     config: Any

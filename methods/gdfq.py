@@ -28,6 +28,8 @@ from methods.parts.losses import batch_norm_loss, distillation_loss
 class GDFQ(Method):
     """Generative low-bitwidth data-free quantization (Xu et al., ECCV 2020)."""
 
+    quick = {"warmup_epochs": 1, "calibration_epochs": 1}
+
     class Config(TrainingConfig):
         warmup_epochs: int = Field(4, ge=0, description="epochs in which only the generator trains")
         calibration_epochs: int = Field(4, ge=1, description="epochs in which activation ranges are tracked; then they are frozen")

@@ -37,6 +37,7 @@ class ZAQ(Method):
 
     ranges = "minmax"
     batch_norm = "trained"
+    quick = {"student_steps": 2}
 
     class Config(TrainingConfig):
         epochs: int = Field(300, ge=0)

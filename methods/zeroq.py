@@ -28,6 +28,7 @@ class ZeroQ(Method):
     """Noise optimised towards BN statistics, for calibration only (Cai et al., CVPR 2020)."""
 
     ranges = "minmax"
+    quick = {"images": 4, "synthesis_iterations": 6}
 
     class Config(MethodConfig):
         images: int = Field(64, ge=1, description="images in the one batch")

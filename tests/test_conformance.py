@@ -1,0 +1,127 @@
+"""All built-in methods pass the conformance checks, and the checks find what they are for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmark import Batch, Method, Phase, Student, TrainingConfig
+from benchmark.registry import list_methods, register
+from benchmark.testing import CHECKS, check_method, method_checks
+
+BUILT_IN = [method.info.name for method in list_methods() if method.info.origin == "built in"]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_method_passes_every_check(name: str) -> None:
+    (method,) = list_methods(name)
+    method_checks(method)
+
+
+class Sound(Method):
+    """Distils on noise; the methods below each break one thing."""
+
+    class Config(TrainingConfig):
+        pass
+
+    def phases(self) -> list[Phase]:
+        return [Phase("train", self.config.epochs, distill=True, calibration_epochs=1)]
+
+    def images(self) -> Tensor:
+        return self.draw_noise(self.config.batch_size, *self.task.image_shape)
+
+    def synthesize(self) -> Batch:
+        images = self.images()
+        return Batch(images, None, self.teacher(images).detach())
+
+    def distill(self, student: Student, batch: Batch) -> Tensor:
+        loss: Tensor = (student(batch.images) - batch.teacher_logits).square().mean()
+        return loss
+
+
+class GlobalRandomness(Sound):
+    def images(self) -> Tensor:
+        torch.seed()
+        return torch.randn(self.config.batch_size, *self.task.image_shape)
+
+
+class WrongShape(Sound):
+    def synthesize(self) -> Batch:
+        batch = super().synthesize()
+        return Batch(batch.images, torch.zeros(1, dtype=torch.long), batch.teacher_logits)
+
+
+class TeacherInTraining(Sound):
+    def synthesize(self) -> Batch:
+        self.teacher.batch_norms[0].running_mean.add_(0.1)  # type: ignore[union-attr]
+        return super().synthesize()
+
+
+class LivesOffTheModule(Sound):
+    """Keeps its state where no checkpoint finds it."""
+
+    count = [0]
+
+    def setup(self) -> None:
+        self.count[0] = 0
+
+    def images(self) -> Tensor:
+        self.count[0] += 1
+        return super().images() * self.count[0]
+
+
+class LooksAtEvaluation(Sound):
+    def finish(self, student: Student) -> None:
+        import gc
+
+        from benchmark.data import Images
+
+        seen = sum(int(o.pixels.sum()) for o in gc.get_objects() if type(o) is Images and o.pixels is not None)
+        with torch.no_grad():
+            next(student.parameters()).add_(seen * 1e-9)
+
+
+class NoRanges(Sound):
+    def phases(self) -> list[Phase]:
+        return [Phase("train", self.config.epochs, distill=True)]
+
+
+class OnlyThreeChannels(Sound):
+    def images(self) -> Tensor:
+        return self.draw_noise(self.config.batch_size, 3, self.task.size, self.task.size)
+
+
+class SharedButNot(Sound):
+    """Says that it shares, but each student's loss draws from the common stream."""
+
+    def distill(self, student: Student, batch: Batch) -> Tensor:
+        return super().distill(student, batch) * (1 + self.draw_noise(1).abs().mean())
+
+
+def test_a_sound_method_passes() -> None:
+    method_checks(register("sound", paper="x", fidelity="paper", shares_synthesis=True)(Sound))
+
+
+@pytest.mark.parametrize(
+    ("broken", "check"),
+    [
+        (GlobalRandomness, "one_seed_repeats_and_two_differ"),
+        (WrongShape, "images_are_normalised_images"),
+        (TeacherInTraining, "the_teacher_is_untouched"),
+        (LivesOffTheModule, "interrupted_equals_uninterrupted"),
+        (LooksAtEvaluation, "a_poisoned_evaluation_set_changes_nothing"),
+        (NoRanges, "students_end_evaluated_with_finite_weights"),
+        (OnlyThreeChannels, "any_task_works"),
+        (SharedButNot, "shared_synthesis_is_true_to_its_word"),
+    ],
+)
+def test_a_broken_method_fails_the_check_that_is_for_it(broken: type[Any], check: str) -> None:
+    method = register(broken.__name__.lower(), paper="x", fidelity="paper", shares_synthesis=True)(broken)
+    outcomes = {o.check: o.failure for o in check_method(method)}
+    assert len(outcomes) == len(CHECKS)
+    assert outcomes[check] is not None
+    with pytest.raises(AssertionError, match=check):
+        method_checks(method)
