@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -104,12 +105,13 @@ class Lockstep:
         device: torch.device,
         evaluate: Callable[[Student], Evaluation],
         evaluate_every: int | None = None,
+        work: Path | None = None,
     ):
         first = bundle.cells[0]
         self.bundle, self.device, self.evaluate, self.evaluate_every = bundle, device, evaluate, evaluate_every
         self.autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=first.precision == "bf16")
         self.teacher = teacher.to(device).to(memory_format=torch.channels_last)
-        self.method = _set_up(first, self.teacher, device)
+        self.method = _set_up(first, self.teacher, device, work)
         self.phases = self.method.phases()
         self.epochs = [(phase, index) for phase in self.phases for index in range(phase.epochs)]
         self.trainees = [self._trainee(cell) for cell in bundle.cells]
@@ -173,9 +175,10 @@ class Lockstep:
             trainee.evaluation = self.evaluate(trainee.student)
 
     def _begin_epoch(self, phase: Phase, calibrating: bool) -> None:
+        epoch = sum(phase.step is None for phase, _ in self.epochs[: self.epoch])  # a milestone never counts the making of images
         for optimizer, milestones, decay in self.method._schedules:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(group["initial_lr"], milestones, decay, self.epoch)
+                group["lr"] = learning_rate(group["initial_lr"], milestones, decay, epoch)
         for trainee in self.active:
             trainee.student.training_mode(phase.distill)
             trainee.student.track_ranges(calibrating)
@@ -185,7 +188,7 @@ class Lockstep:
             if phase.step is not None:
                 phase.step()
                 return
-            batch = self.last_batch = self.method.synthesize()
+            batch = self.last_batch = (phase.batch or self.method.synthesize)()
         for trainee in self.active:
             with self.watch.of(trainee.name), self.method._log.of(trainee.name):
                 if phase.distill:
@@ -263,10 +266,10 @@ class Lockstep:
         self.watch.totals = dict(state["seconds"])
 
 
-def _set_up(cell: Cell, teacher: Teacher, device: torch.device) -> Method:
+def _set_up(cell: Cell, teacher: Teacher, device: torch.device, work: Path | None) -> Method:
     """The method of a cell, set up: what it makes lands on the device, and its initial values depend on the seed alone."""
     method_class = find_method(cell.method)
-    method = method_class(teacher, method_class.Config(**cell.config), cell.seed, device)
+    method = method_class(teacher, method_class.Config(**cell.config), cell.seed, device, work)
     torch.manual_seed(stream_seed(cell.seed, "setup"))
     with torch.device(device):
         method.setup()

@@ -11,12 +11,14 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from benchmark.image_set import ImageSet
 from benchmark.protocol import BatchNormMode, RangeEstimatorName
 from benchmark.task import Task
 
@@ -56,8 +58,8 @@ class Phase:
     Each step synthesizes one batch. In the first `calibration_epochs` every student runs on it with its activation ranges
     tracked; afterwards they are frozen. With `distill`, every student is also trained on the batch.
 
-    iterations: steps per epoch, the config's `iterations` where None. step: what a step does instead, where no student takes part
-    yet (optimising images, say).
+    iterations: steps per epoch, the config's `iterations` where None. batch: what makes this phase's batches, `synthesize` where
+    None. step: what a step does instead of all that, where no student takes part yet (optimising images, say).
     """
 
     name: str
@@ -65,6 +67,7 @@ class Phase:
     distill: bool = False
     calibration_epochs: int = 0
     iterations: int | None = None
+    batch: Callable[[], Batch] | None = None
     step: Callable[[], None] | None = None
 
 
@@ -110,7 +113,7 @@ class Method:
 
     config: Any
 
-    def __init__(self, teacher: Teacher, config: MethodConfig, seed: int, device: torch.device | str = "cpu"):
+    def __init__(self, teacher: Teacher, config: MethodConfig, seed: int, device: torch.device | str = "cpu", work: Path | None = None):
         self.teacher = teacher
         self.task: Task = teacher.task
         self.config = config
@@ -119,6 +122,7 @@ class Method:
         self._streams: dict[str, torch.Generator] = {}
         self._schedules: list[tuple[torch.optim.Optimizer, list[int], float]] = []
         self._log = Log()
+        self._work = work
 
     # --- what a method writes -----------------------------------------------------------------------------------------
 
@@ -173,6 +177,10 @@ class Method:
         """Standard normal noise."""
         return torch.randn(*shape, generator=self.random("noise"), device=self.device)
 
+    def image_set(self, name: str) -> ImageSet:
+        """A new, empty set for finished images; assign it to an attribute in `setup`."""
+        return ImageSet(name, self._work, self.device)
+
     def minimise(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One step of `optimizer` down the gradient of `loss`."""
         optimizer.zero_grad(set_to_none=True)
@@ -180,7 +188,10 @@ class Method:
         optimizer.step()
 
     def schedule(self, optimizer: torch.optim.Optimizer, milestones: Sequence[int], decay: float) -> None:
-        """Multiplies the optimizer's learning rates by `decay` from each milestone on (epochs, counted over all phases)."""
+        """Multiplies the optimizer's learning rates by `decay` from each milestone on.
+
+        Milestones are epochs, counted over all phases but those whose steps only make images.
+        """
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._schedules.append((optimizer, list(milestones), decay))
@@ -241,7 +252,7 @@ def restore_state(method: Method, state: dict[str, Any]) -> None:
     method._log.sums = state["log"]
 
 
-_GIVEN = {"teacher", "task", "config", "seed", "device", "_streams", "_schedules", "_log"}  # what __init__ makes anew
+_GIVEN = {"teacher", "task", "config", "seed", "device", "_streams", "_schedules", "_log", "_work"}  # what __init__ makes anew
 
 
 def _save(value: Any, name: str) -> Any:

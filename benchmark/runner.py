@@ -169,8 +169,9 @@ class _Worker:
                 raise RuntimeError("evaluation changed the student: its weights or ranges are not those from before")
             return result
 
-        lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, self.loaded.sweep.evaluate_every)
-        path = self.store.bundle_folder(bundle.id) / "checkpoint.pt"
+        work = self.store.bundle_folder(bundle.id)
+        lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, self.loaded.sweep.evaluate_every, work)
+        path = work / "checkpoint.pt"
         state, why_not = load_checkpoint(path, [cell.id for cell in bundle.cells])
         if state is not None:
             lockstep.restore(state)

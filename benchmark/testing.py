@@ -79,7 +79,9 @@ def small_images(task: Task, poisoned: bool = False) -> Images:
     return Images(lambda index: pixels[index], labels.astype(np.int64), shape, task.classes, in_memory=True)
 
 
-class _Watcher:
+class StopAfter:
+    """A watcher that interrupts after so many steps, or never."""
+
     def __init__(self, stop_after: int | None = None):
         self.stop_after = stop_after
 
@@ -125,7 +127,7 @@ class Trial:
 
     def end(self, **options: Any) -> Lockstep:
         lockstep = self.start(**options)
-        lockstep.run(_Watcher())
+        lockstep.run(StopAfter())
         return lockstep
 
 
@@ -159,7 +161,7 @@ def students_end_evaluated_with_finite_weights(trial: Trial) -> None:
     lockstep = trial.start()
     student = lockstep.trainees[0].student
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    lockstep.run(_Watcher())
+    lockstep.run(StopAfter())
     assert lockstep.trainees[0].failed is None, lockstep.trainees[0].failed
     assert lockstep.trainees[0].evaluation is not None, "the student was never evaluated"
     for name, parameter in student.named_parameters():
@@ -173,7 +175,7 @@ def the_teacher_is_untouched(trial: Trial) -> None:
     """No parameter or buffer of the teacher moves, and none gets a gradient."""
     lockstep = trial.start()
     before = state_hash(lockstep.teacher)
-    lockstep.run(_Watcher())
+    lockstep.run(StopAfter())
     assert state_hash(lockstep.teacher) == before, "the teacher's parameters or buffers changed"
     assert all(p.grad is None and not p.requires_grad for p in lockstep.teacher.parameters()), "the teacher's parameters got gradients"
     assert not any(m.training for m in lockstep.teacher.modules()), "the teacher was left in training mode"
@@ -214,7 +216,7 @@ def interrupted_equals_uninterrupted(trial: Trial) -> None:
             continue
         first = trial.start()
         try:
-            first.run(_Watcher(stop_after))
+            first.run(StopAfter(stop_after))
         except Interrupted:
             pass
         else:
@@ -227,7 +229,7 @@ def interrupted_equals_uninterrupted(trial: Trial) -> None:
         torch.manual_seed(12345)
         second = trial.start()
         second.restore(state)
-        second.run(_Watcher())
+        second.run(StopAfter())
         assert ends_of(second) == ends_of(whole), f"interrupted after step {stop_after}, the students end with other bits"
 
 

@@ -39,3 +39,24 @@ def divergence_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) 
     """T^2 KL(softmax(P/T) || softmax(Q/T)), averaged over the batch (scalar)."""
     log_p, log_q = F.log_softmax(teacher_logits / temperature, 1), F.log_softmax(logits / temperature, 1)
     return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def decoupled_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor, target_weight: float, other_weight: float) -> Tensor:
+    """Decoupled distillation at temperature 1 (Zhao et al., CVPR 2022): alpha TCKD + beta NCKD, averaged over the batch (scalar).
+
+    TCKD = KL between the two-way distributions (p_y, 1 - p_y); NCKD = KL between the distributions over the C - 1 other classes.
+    """
+    log_p, log_q = F.log_softmax(teacher_logits, 1), F.log_softmax(logits, 1)
+    member = F.one_hot(labels, logits.shape[1]).bool()
+
+    def two_way(log_probabilities: Tensor, scores: Tensor) -> Tensor:
+        target = log_probabilities[member]
+        others = torch.logsumexp(scores.masked_fill(member, -torch.inf), 1) - torch.logsumexp(scores, 1)
+        return torch.stack([target, others], 1)
+
+    targets = F.kl_div(two_way(log_q, logits), two_way(log_p, teacher_logits), reduction="batchmean", log_target=True)
+    count = logits.shape[1] - 1
+    others_p = F.log_softmax(teacher_logits[~member].view(-1, count), 1)
+    others_q = F.log_softmax(logits[~member].view(-1, count), 1)
+    others = F.kl_div(others_q, others_p, reduction="batchmean", log_target=True)
+    return target_weight * targets + other_weight * others

@@ -1,0 +1,187 @@
+"""LRQ: Long-Range Zero-Shot Generative Deep Network Quantization. Luo, Gao, Zhang, Fan, Zhang, Xu. Neural Networks 166, 2023, arXiv:2211.06816.
+
+Images are optimised from noise towards BN statistics and a soft target, and kept within bounds of their class's centre in feature space, with an
+angular margin added to make that harder; a generator with large-kernel attention sets the activation ranges; the student learns from
+the stored images by decoupled distillation.
+
+    for each batch: y ~ uniform, X ~ N(0, 1);  1000 steps of Adam on
+        L_BNS + mean (p_y - t)^2 + [lam_l - d]_+ + [d - lam_u]_+,   d = 1 - cos(angle(f, centre_y) + m)
+    4 epochs:   generator on CE + 0.1 L_BNS; its images set the students' ranges
+    147 epochs: Q on CE + TCKD + 8 NCKD over crops and flips of the stored images
+
+Fidelity: the authors' code (hfutly66/LRQ, a fork of IntraQ), as far as it is public: there, the stored images train the
+student and the generator only calibrates; `train_on_generator` adds its images. Their CIFAR bounds are unknown: IntraQ's are
+taken. Reached here: not measured yet.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.optim import Adam
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from benchmark import Batch, Field, Method, Phase, Student, TrainingConfig, register
+from methods.parts.augment import crop_and_flip
+from methods.parts.large_kernel import LongRangeGenerator
+from methods.parts.losses import batch_norm_loss, decoupled_loss
+
+
+@register("lrq", paper="arXiv:2211.06816", fidelity="code", shares_synthesis=True)
+class LRQ(Method):
+    """Long-range zero-shot generative quantization (Luo et al., Neural Networks 2023)."""
+
+    quick = {"images": 8, "synthesis_batch": 4, "synthesis_iterations": 3, "calibration_epochs": 1}
+
+    class Config(TrainingConfig):
+        epochs: int = Field(151, ge=0, description="epochs in all, calibration included; the making of images comes before")
+        batch_size: int = Field(256, ge=2)
+        milestones: list[int] = Field([20, 40, 60], description="epochs from which on the student's learning rate is multiplied by lr_decay")
+        images: int = Field(5120, ge=1, description="stored images")
+        synthesis_batch: int = Field(256, ge=1, description="images optimised together")
+        synthesis_iterations: int = Field(1000, ge=1)
+        image_lr: float = Field(0.5, gt=0, description="Adam's learning rate on the pixels")
+        target_low: float = Field(0.95, ge=0, le=1, description="eps_t: half of the images have a target probability between it and 1")
+        margin: float = Field(0.5, ge=0, description="m: radians added to the angle between a feature and its class's centre")
+        closest: float = Field(0.05, ge=0, description="lam_l: smallest distance to the centre that costs nothing")
+        farthest: float = Field(0.8, ge=0, description="lam_u: largest distance to the centre that costs nothing")
+        smallest_crop: float = Field(0.5, gt=0, le=1, description="smallest area of a random crop")
+        calibration_epochs: int = Field(4, ge=1, description="epochs in which the generator trains and ranges are tracked")
+        latent_dim: int = Field(100, ge=1)
+        conditioning: Literal["embedding", "batch-norm"] = "embedding"
+        attention: Literal["before", "after"] = Field("before", description="place of the attention block around the first convolution")
+        bn_weight: float = Field(0.1, ge=0, description="the generator's weight of the BN-statistics loss")
+        generator_lr: float = Field(1e-3, gt=0)
+        target_weight: float = Field(1.0, ge=0, description="alpha: weight of the target class's distillation")
+        other_weight: float = Field(8.0, ge=0, description="beta: weight of the other classes' distillation")
+        train_on_generator: bool = Field(False, description="each step also trains on a batch from the generator")
+
+        presets = {
+            "cifar100": dict(target_low=0.6, closest=0.02, farthest=1.0),
+            "imagenet": dict(
+                batch_size=16, student_lr=1e-6, milestones=[100, 200, 350], target_low=0.9, closest=0.3, conditioning="batch-norm", attention="after"
+            ),
+        }
+
+    def setup(self) -> None:
+        c = self.config
+        self.stored = self.image_set("images")
+        self.pixels = torch.zeros(c.synthesis_batch, *self.task.image_shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+        self.labels, self.targets = torch.zeros(c.synthesis_batch, dtype=torch.long), torch.zeros(c.synthesis_batch)
+        self.pixel_optimizer = Adam([self.pixels], lr=c.image_lr)
+        self.plateau = ReduceLROnPlateau(self.pixel_optimizer, factor=0.1, patience=50, min_lr=1e-4)
+        with torch.no_grad():
+            width = self.features(self.pixels[:1]).shape[1]
+        self.center_sums, self.center_counts = torch.zeros(self.task.classes, width), torch.zeros(self.task.classes)
+        self.iteration, self.order, self.position = 0, torch.zeros(0, dtype=torch.long), 0
+        by_class = c.conditioning == "batch-norm"
+        self.embedding = None if by_class else nn.Embedding(self.task.classes, c.latent_dim)
+        self.generator = LongRangeGenerator(self.task, c.latent_dim, by_class, c.attention)
+        learned = [*self.generator.parameters(), *(self.embedding.parameters() if self.embedding else [])]
+        self.optimizer = Adam(learned, lr=c.generator_lr, betas=(0.5, 0.999), fused=True)
+
+    def phases(self) -> list[Phase]:
+        c = self.config
+        calibration = min(c.calibration_epochs, c.epochs)
+        return [
+            Phase("images", math.ceil(c.images / c.synthesis_batch), iterations=c.synthesis_iterations, step=self.optimise),
+            Phase("calibration", calibration, calibration_epochs=calibration, batch=self.calibrate),
+            Phase("train", c.epochs - calibration, distill=True),
+        ]
+
+    def features(self, images: Tensor) -> Tensor:
+        """The teacher's pooled last-stage features, N x K."""
+        return self.teacher.observe(images).features[-1].mean((2, 3))
+
+    def optimise(self) -> None:
+        """One step on the pixels of the current batch; its last one stores the batch and moves the centres."""
+        c = self.config
+        if self.iteration == 0:
+            self.begin_batch()
+        augmented = torch.rand((), generator=self.random("augment"), device=self.device).item() < 0.5
+        seen = crop_and_flip(self.pixels, self.random("crops"), c.smallest_crop) if augmented else self.pixels
+        answer = self.teacher.observe(seen)
+        probability = answer.logits.softmax(1).gather(1, self.labels[:, None])[:, 0]
+        bounds = self.bound_loss(answer.features[-1].mean((2, 3)))
+        loss = batch_norm_loss(answer) + (probability - self.targets).square().mean() + bounds
+        self.minimise(loss, self.pixel_optimizer)
+        self.plateau.step(loss.item())
+        self.log("image_loss", loss)
+        self.log("bound_loss", bounds)
+        self.iteration += 1
+        if self.iteration == c.synthesis_iterations:
+            self.finish_batch()
+            self.iteration = 0
+
+    def begin_batch(self) -> None:
+        c = self.config
+        with torch.no_grad():
+            self.pixels.copy_(self.draw_noise(*self.pixels.shape))
+            uniform = torch.rand(2, c.synthesis_batch, generator=self.random("targets"), device=self.device)
+            self.targets = torch.where(uniform[0] < 0.5, 1.0, c.target_low + (1 - c.target_low) * uniform[1])
+        self.labels = self.draw_labels(c.synthesis_batch)
+        self.pixel_optimizer.state.clear()
+        self.pixel_optimizer.param_groups[0]["lr"] = c.image_lr
+        self.plateau = ReduceLROnPlateau(self.pixel_optimizer, factor=0.1, patience=50, min_lr=1e-4)
+
+    @torch.no_grad()
+    def finish_batch(self) -> None:
+        self.stored.add(self.pixels, self.labels)
+        self.center_sums.index_add_(0, self.labels, self.features(self.pixels))
+        self.center_counts.index_add_(0, self.labels, torch.ones_like(self.targets))
+
+    def bound_loss(self, features: Tensor) -> Tensor:
+        """[lam_l - d]_+ + [d - lam_u]_+ over the images whose class has a centre, with the margin m added to the angle."""
+        c = self.config
+        known = self.center_counts[self.labels] > 0
+        centers = self.center_sums[self.labels] / self.center_counts[self.labels].clamp_min(1)[:, None]
+        cosine = cosine_similarity(features, centers).clamp(-1 + 1e-6, 1 - 1e-6)
+        distance = 1 - (cosine * math.cos(c.margin) - (1 - cosine.square()).sqrt() * math.sin(c.margin))
+        outside = (c.closest - distance).clamp_min(0) + (distance - c.farthest).clamp_min(0)
+        loss: Tensor = (known * outside).sum() / (known.sum() + 1e-6)
+        return loss
+
+    def generate(self) -> tuple[Tensor, Tensor]:
+        c = self.config
+        labels, noise = self.draw_labels(c.batch_size), self.draw_noise(c.batch_size, c.latent_dim)
+        latent = noise if self.embedding is None else self.embedding(labels) * noise
+        return self.generator(latent, labels), labels
+
+    def calibrate(self) -> Batch:
+        """A batch of the generator, which learns from it."""
+        images, labels = self.generate()
+        answer = self.teacher.observe(images)
+        label_loss, statistics_loss = cross_entropy(answer.logits, labels), batch_norm_loss(answer)
+        self.minimise(label_loss + self.config.bn_weight * statistics_loss, self.optimizer)
+        self.log("generator_ce", label_loss)
+        self.log("generator_bns", statistics_loss)
+        return Batch(images.detach(), labels, answer.logits.detach())
+
+    def next_stored(self) -> tuple[Tensor, Tensor]:
+        """The next stored images in a random order that is drawn anew when it is through, cropped and flipped."""
+        size = min(self.config.batch_size, len(self.stored))
+        if self.position + size > len(self.order):
+            self.order = torch.randperm(len(self.stored), generator=self.random("order"), device=self.device)
+            self.position = 0
+        chosen = self.order[self.position : self.position + size]
+        self.position += size
+        images = crop_and_flip(self.stored.images[chosen], self.random("crops"), self.config.smallest_crop)
+        return images, self.stored.labels[chosen]
+
+    def synthesize(self) -> Batch:
+        images, labels = self.next_stored()
+        if self.config.train_on_generator:
+            with torch.no_grad():
+                more = self.generate()
+            images, labels = torch.cat([images, more[0]]), torch.cat([labels, more[1]])
+        return Batch(images, labels, self.teacher(images).detach())
+
+    def distill(self, student: Student, batch: Batch) -> Tensor:
+        assert batch.labels is not None
+        c, logits = self.config, student(batch.images)
+        distilled = decoupled_loss(logits, batch.labels, batch.teacher_logits, c.target_weight, c.other_weight)
+        return cross_entropy(logits, batch.labels) + distilled
