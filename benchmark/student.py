@@ -6,6 +6,9 @@ import contextlib
 import copy
 from collections.abc import Iterator
 
+import torch
+from torch import Tensor, nn
+
 from benchmark.errors import UserError
 from benchmark.network import BatchNorm, Network, Teacher
 from benchmark.protocol import Bits, Protocol
@@ -56,6 +59,24 @@ class Student(Network):
         ranges, quantizers = activation_ranges(self.traced, self.task, n), self.quantizers
         for name, (low, high) in ranges.items():
             quantizers[name].set_range(low, high)
+
+    @torch.no_grad()
+    def correct_biases(self, images: Tensor) -> None:
+        """Takes out of every layer's bias what rounding its weights adds to its mean output on `images`, per output channel.
+
+        (DFQ, Nagel et al., ICCV 2019, section 4.2, with the inputs' means measured.) Layers without a bias get one.
+        """
+        inputs: list[Tensor] = []
+        for quantized in self.layers.values():  # in turn: each sees the inputs that the corrected layers before it give
+            hook = quantized.register_forward_pre_hook(lambda module, given: inputs.append(given[0].clone()))
+            self(images)
+            hook.remove()
+            layer, x = quantized.layer, inputs.pop()
+            inputs.clear()
+            added = quantized(x) - layer(x)
+            channels = 1 if isinstance(layer, nn.Conv2d) else added.dim() - 1
+            shift = added.mean([d for d in range(added.dim()) if d != channels])
+            layer.bias = nn.Parameter(-shift if layer.bias is None else layer.bias - shift)
 
     def check_ranges(self) -> None:
         """Raises UserError naming the quantizers that never got a range."""

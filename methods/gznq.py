@@ -1,0 +1,153 @@
+"""GZNQ: Generative Zero-shot Network Quantization. He, Lu, Xu, Hu, Chen, Cheng. CVPR workshops 2021, arXiv:2101.08430.
+
+Images of every category are reconstructed from what the teacher's BN layers remember, and calibrate (or fine-tune) the student.
+
+    for each batch: y balanced, x ~ N(0, 1);  T steps of Adam (cosine) on
+        CE(P(x), y) + 10 L_BN(x) + roughness + size + within-class similarity
+    keep (x, y) where P is more than 50 % sure of y
+    post-training: ranges of least squared error, bias correction;   fine-tuning: CE + T^2 KL over the images
+
+Fidelity: abstract. Only its first page could be read: BN mean and variance by squares, cross-entropy, the reading as
+generative modelling. The rest is reconstructed from the practice of its time (DeepInversion's priors). BN statistics describe
+a data set, not a batch: the loss compares a mix of the earlier batches' statistics and this one's. `mode: generator` makes
+each batch by a small generator of its own with a latent vector per image (GENIE's way) instead of by pixels. Reached here:
+not measured yet.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.optim import Adam
+
+from benchmark import Batch, Field, Method, Observation, Phase, Student, TrainingConfig, register
+from methods.parts.generators import Generator
+from methods.parts.losses import divergence_loss
+from methods.parts.pixels import clip_to_pixels, jitter, roughness, same_class_similarity
+
+
+@register("gznq", paper="arXiv:2101.08430", fidelity="abstract", shares_synthesis=True)
+class GZNQ(Method):
+    """Images reconstructed from BN statistics, for calibration or fine-tuning (He et al., CVPRW 2021)."""
+
+    ranges = "mse"
+    quick = {"images": 8, "synthesis_batch": 8, "synthesis_iterations": 3, "confidence": 0.0}
+
+    class Config(TrainingConfig):
+        finetune: bool = Field(False, description="train the student on the images; otherwise post-training with bias correction")
+        epochs: int = Field(150, ge=0, description="epochs of fine-tuning")
+        batch_size: int = Field(256, ge=2)
+        mode: Literal["image", "generator"] = Field("image", description="optimise pixels, or a small generator per batch")
+        images: int = Field(5120, ge=1, description="images to make; those that the teacher doubts are dropped")
+        synthesis_batch: int = Field(256, ge=2)
+        synthesis_iterations: int = Field(2000, ge=1)
+        image_lr: float = Field(0.1, gt=0, description="Adam's learning rate on pixels or latents, cosine to 0")
+        image_generator_lr: float = Field(0.01, gt=0, description="Adam's learning rate on a batch's generator, x 0.95 every 100 steps")
+        bn_weight: float = Field(10.0, ge=0)
+        statistics_momentum: float = Field(0.5, ge=0, lt=1, description="share of the earlier batches in the compared statistics (chosen here)")
+        roughness_weight: float = Field(1e-4, ge=0)
+        size_weight: float = Field(1e-5, ge=0, description="weight of the squared pixels, summed over an image")
+        similarity_weight: float = Field(0.1, ge=0, description="weight of the similarity of images of one class")
+        jitter: int = Field(4, ge=0, description="pixels by which a batch is shifted at most")
+        confidence: float = Field(0.5, ge=0, le=1, description="images whose label the teacher gives less probability are dropped")
+        temperature: float = Field(20.0, gt=0)
+
+        presets = {"imagenet": dict(batch_size=16, student_lr=1e-5, synthesis_batch=64, jitter=30)}
+
+    def setup(self) -> None:
+        c = self.config
+        self.stored = self.image_set("images")
+        self.generator: Generator | None = Generator(self.task, 256, eps=1e-5) if c.mode == "generator" else None
+        shape = (c.synthesis_batch, 256) if self.generator else (c.synthesis_batch, *self.task.image_shape)
+        self.source = torch.zeros(shape).requires_grad_()  # what is optimised: pixels, or one latent vector per image
+        self.labels = torch.arange(c.synthesis_batch) % self.task.classes
+        groups = [{"params": [self.source], "lr": c.image_lr}]
+        if self.generator:
+            groups.append({"params": list(self.generator.parameters()), "lr": c.image_generator_lr})
+        self.optimizer = Adam(groups, betas=(0.5, 0.9))
+        self.past: list[Tensor] = []  # statistics of the batches so far: mean and variance of every BN layer in turn
+        self.iteration = self.position = 0
+
+    def phases(self) -> list[Phase]:
+        c = self.config
+        batches = math.ceil(c.images / c.synthesis_batch)
+        calibration = Phase("calibration", 1, iterations=math.ceil(c.images / c.batch_size), calibration_epochs=1)
+        making = Phase("images", batches, iterations=c.synthesis_iterations, step=self.optimise)
+        return [making, calibration, *([Phase("train", c.epochs, distill=True)] if c.finetune else [])]
+
+    def make(self) -> Tensor:
+        return self.generator(self.source) if self.generator else self.source
+
+    def optimise(self) -> None:
+        """One step on the current batch; its last one stores what the teacher is sure of."""
+        c = self.config
+        if self.iteration == 0:
+            self.begin_batch()
+        self.optimizer.param_groups[0]["lr"] = c.image_lr * 0.5 * (1 + math.cos(math.pi * self.iteration / c.synthesis_iterations))
+        for group in self.optimizer.param_groups[1:]:
+            group["lr"] = c.image_generator_lr * 0.95 ** (self.iteration // 100)
+        images = self.make()
+        answer = self.teacher.observe(jitter(images, c.jitter, self.random("jitter")))
+        label_loss, statistics_loss = cross_entropy(answer.logits, self.labels), self.statistics_loss(answer)
+        prior = c.roughness_weight * roughness(images) + c.size_weight * images.square().sum() / len(images)
+        similarity = same_class_similarity(answer.features[-1].mean((2, 3)), self.labels)
+        self.minimise(label_loss + c.bn_weight * statistics_loss + prior + c.similarity_weight * similarity, self.optimizer)
+        if not self.generator:
+            clip_to_pixels(self.source, self.task)
+        for name, value in {"image_ce": label_loss, "image_bns": statistics_loss, "image_similarity": similarity}.items():
+            self.log(name, value)
+        self.iteration += 1
+        if self.iteration == c.synthesis_iterations:
+            self.finish_batch()
+            self.iteration = 0
+
+    @torch.no_grad()
+    def begin_batch(self) -> None:
+        self.source.copy_(self.draw_noise(*self.source.shape))
+        self.labels = self.labels[torch.randperm(len(self.labels), generator=self.random("labels"), device=self.device)]
+        self.optimizer.state.clear()
+        for module in self.generator.modules() if self.generator else ():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def finish_batch(self) -> None:
+        images = self.make()
+        answer = self.teacher.observe(images)
+        sure = answer.logits.softmax(1).gather(1, self.labels[:, None])[:, 0] >= self.config.confidence
+        self.log("kept", sure.float().mean())
+        self.stored.add(images[sure], self.labels[sure])
+        self.past = self.mixed([part for pair in answer.statistics() for part in pair])
+
+    def mixed(self, now: list[Tensor]) -> list[Tensor]:
+        share = self.config.statistics_momentum
+        return [share * before + (1 - share) * new for before, new in zip(self.past, now, strict=True)] if self.past else now
+
+    def statistics_loss(self, answer: Observation) -> Tensor:
+        """Squared distance of the mixed statistics to those that BN layers remember, averaged over channels, variances, means and layers."""
+        found = self.mixed([part for pair in answer.statistics() for part in pair])
+        wanted = [part for bn in answer.batch_norms for part in (bn.running_mean, bn.running_var)]
+        distances = [(f - w).square().mean() for f, w in zip(found, wanted, strict=True) if w is not None]
+        return torch.stack(distances).sum() / len(answer.batch_norms)
+
+    def synthesize(self) -> Batch:
+        """The stored images in their order, around and around."""
+        if not len(self.stored):
+            raise RuntimeError(f"the teacher is sure of none of the {self.config.images} images: more iterations, or a lower confidence")
+        chosen = (self.position + torch.arange(self.config.batch_size, device=self.device)) % len(self.stored)
+        self.position = (self.position + self.config.batch_size) % len(self.stored)
+        images = self.stored.images[chosen]
+        return Batch(images, self.stored.labels[chosen], self.teacher(images).detach())
+
+    def distill(self, student: Student, batch: Batch) -> Tensor:
+        assert batch.labels is not None
+        logits = student(batch.images)
+        return cross_entropy(logits, batch.labels) + divergence_loss(logits, batch.teacher_logits, self.config.temperature)
+
+    def finish(self, student: Student) -> None:
+        if not self.config.finetune:
+            student.correct_biases(self.stored.images[: self.config.synthesis_batch])

@@ -1,0 +1,37 @@
+"""Optimising the pixels of images, as DeepInversion does (Yin et al., CVPR 2020)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmark import Task
+
+
+def jitter(images: Tensor, pixels: int, stream: torch.Generator) -> Tensor:
+    """The whole batch shifted by up to `pixels` each way, wrapped around, and flipped half of the time."""
+    draw = torch.rand(3, generator=stream, device=stream.device).tolist()
+    down, right = (int((2 * pixels + 1) * d) - pixels for d in draw[:2])
+    shifted = torch.roll(images, (down, right), (2, 3))
+    return shifted.flip(3) if draw[2] < 0.5 else shifted
+
+
+def roughness(images: Tensor) -> Tensor:
+    """Squared differences of neighbouring pixels, summed over an image and averaged over the batch (scalar)."""
+    down, right = images[:, :, 1:] - images[:, :, :-1], images[:, :, :, 1:] - images[:, :, :, :-1]
+    return (down.square().sum() + right.square().sum()) / len(images)
+
+
+@torch.no_grad()
+def clip_to_pixels(images: Tensor, task: Task) -> None:
+    """In place: no value that a real pixel cannot have after normalisation."""
+    low, high = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in zip(*task.pixel_range(), strict=True))
+    images.copy_(torch.minimum(torch.maximum(images, low), high))
+
+
+def same_class_similarity(features: Tensor, labels: Tensor) -> Tensor:
+    """Mean cosine of the features (N x K) of two different images of one class (scalar; 0 where no class has two)."""
+    unit = torch.nn.functional.normalize(features, dim=1)
+    same = labels[:, None] == labels[None, :]
+    same = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    return (unit @ unit.T * same).sum() / same.sum().clamp_min(1)
