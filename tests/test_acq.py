@@ -20,17 +20,13 @@ from benchmark.network import Teacher
 from benchmark.registry import find_method
 from benchmark.sweep import load_sweep
 from benchmark.teachers import load
+from benchmark.testing import StopAfter
 from methods.parts.attention import attention_center, attention_distance, attention_map
 from methods.parts.generators import relative_coordinates
 from methods.parts.losses import divergence_loss
 
 SweepFile = Callable[..., Path]
 SHORT = {"warmup_epochs": 1, "calibration_epochs": 1}
-
-
-class Silent:
-    def step(self, *_: object) -> None: ...
-    def epoch(self, *_: object) -> None: ...
 
 
 def lockstep_of(sweep_file: SweepFile, method: dict[str, Any], **changes: Any) -> Lockstep:
@@ -126,7 +122,7 @@ def test_with_its_four_components_off_it_is_gdfq_to_the_bit(sweep_file: SweepFil
     ends = []
     for method in ({"gdfq": SHORT | {"conditioning": conditioning}}, {"acq": SHORT | off | {"conditioning": conditioning}}):
         lockstep = lockstep_of(sweep_file, method)
-        lockstep.run(Silent())
+        lockstep.run(StopAfter())
         ends.append((state_hash(lockstep.trainees[0].student), state_hash(lockstep.method.generator)))  # type: ignore[attr-defined]
     assert ends[0] == ends[1]
 
@@ -137,7 +133,7 @@ def test_every_component_changes_the_images(sweep_file: SweepFile, part: str) ->
     hashes = []
     for value in (off, off | {part: True if part == "condition" else 1.0}):
         lockstep = lockstep_of(sweep_file, {"acq": SHORT | value})
-        lockstep.run(Silent())
+        lockstep.run(StopAfter())
         hashes.append(state_hash(lockstep.trainees[0].student))
     assert hashes[0] != hashes[1]
 
@@ -158,7 +154,7 @@ def test_matching_makes_the_attention_follow_the_condition(sweep_file: SweepFile
     budget = {"epochs": 4, "iterations": 40, "batch_size": 32}
     settings = {"matching_weight": 100.0, "adversarial_weight": 0.0, "consistency_weight": 0.0}
     lockstep = lockstep_of(sweep_file, {"acq": SHORT | settings}, budget=budget)
-    lockstep.run(Silent())
+    lockstep.run(StopAfter())
     history = lockstep.trainees[0].history
     assert history[-1]["center_correlation"] > history[0]["center_correlation"] + 0.1
     assert history[-1]["center_error"] < history[0]["center_error"]
@@ -167,7 +163,7 @@ def test_matching_makes_the_attention_follow_the_condition(sweep_file: SweepFile
 def test_the_teacher_gets_no_gradient_and_keeps_its_buffers(sweep_file: SweepFile) -> None:
     lockstep = lockstep_of(sweep_file, {"acq": SHORT})
     before = state_hash(lockstep.teacher)
-    lockstep.run(Silent())
+    lockstep.run(StopAfter())
     assert state_hash(lockstep.teacher) == before
     assert all(p.grad is None for p in lockstep.teacher.parameters())
 
@@ -185,7 +181,7 @@ def test_both_student_settings_train(sweep_file: SweepFile) -> None:
     ends = set()
     for loss in ("ce+kl", "kl"):
         lockstep = lockstep_of(sweep_file, {"acq": SHORT | {"student_loss": loss}})
-        lockstep.run(Silent())
+        lockstep.run(StopAfter())
         ends.add(state_hash(lockstep.trainees[0].student))
     assert len(ends) == 2
     assert find_method("acq").info.fidelity == "abstract"

@@ -20,26 +20,13 @@ from benchmark.cell import Bundle, Cell, bundles
 from benchmark.engine import Interrupted, Lockstep
 from benchmark.evaluate import Evaluation, state_hash
 from benchmark.memo import cache_folder
-from benchmark.method import Batch, Method, Phase, TrainingConfig, learning_rate, restore_state, state_of, stream_seed
+from benchmark.method import Batch, Method, TrainingConfig, learning_rate, restore_state, state_of, stream_seed
 from benchmark.network import Teacher
 from benchmark.sweep import LoadedSweep, load_sweep
 from benchmark.teachers import load
+from benchmark.testing import StopAfter
 
 SweepFile = Callable[..., Path]
-
-
-class Silent:
-    """A watcher that does nothing, or interrupts after so many steps."""
-
-    def __init__(self, stop_after: int | None = None):
-        self.stop_after = stop_after
-
-    def step(self, lockstep: Lockstep, phase: Phase) -> None:
-        if lockstep.steps_done == self.stop_after:
-            raise Interrupted
-
-    def epoch(self, lockstep: Lockstep, phase: Phase) -> None:
-        pass
 
 
 def no_evaluation(student: Any) -> Evaluation:
@@ -61,10 +48,10 @@ def test_lockstep_gives_the_same_bits_as_running_alone(sweep_file: SweepFile, pr
     loaded = load_sweep(sweep_file(bits=["w4a4", "w3a3", "w5a5", "w8a8"], protocol=protocol), cache_folder())
     (bundle,) = bundles(loaded.cells)
     together = start(loaded, bundle.cells)
-    together.run(Silent())
+    together.run(StopAfter())
     (w4a4,) = (cell for cell in bundle.cells if str(cell.bits) == "w4a4")
     alone = start(loaded, (w4a4,))
-    alone.run(Silent())
+    alone.run(StopAfter())
     assert hashes(alone)["w4a4"] == hashes(together)["w4a4"]
     assert len(set(hashes(together).values())) == 4
 
@@ -75,10 +62,10 @@ def test_training_moves_weights_and_calibration_sets_ranges(sweep_file: SweepFil
     student = lockstep.trainees[0].student
     before = {k: v.clone() for k, v in student.state_dict().items()}
     with pytest.raises(Interrupted):
-        lockstep.run(Silent(stop_after=3))
+        lockstep.run(StopAfter(stop_after=3))
     assert all(q.has_range for q in student.quantizers.values())
     assert torch.equal(before["traced.stem.layer.weight"], student.state_dict()["traced.stem.layer.weight"]), "warm-up must not train the student"
-    lockstep.run(Silent())
+    lockstep.run(StopAfter())
     for name in ("traced.stem.layer.weight", "traced.bn1.weight", "traced.head.layer.bias"):
         assert not torch.equal(before[name], student.state_dict()[name]), name
     assert torch.equal(before["traced.bn1.running_mean"], student.state_dict()["traced.bn1.running_mean"])
@@ -95,7 +82,7 @@ def test_ranges_are_frozen_after_calibration_and_in_evaluation(sweep_file: Sweep
         seen.append({name: float(q.scale) for name, q in student.quantizers.items()})
         return no_evaluation(student)
 
-    start(loaded, tuple(loaded.cells), evaluate=evaluate, evaluate_every=1).run(Silent())
+    start(loaded, tuple(loaded.cells), evaluate=evaluate, evaluate_every=1).run(StopAfter())
     assert len(seen) == 3
     assert seen[0] == seen[1] == seen[2]
 
@@ -106,14 +93,14 @@ def test_interrupted_equals_uninterrupted(sweep_file: SweepFile, stop_after: int
     loaded = load_sweep(sweep_file(), cache_folder())
     cells = bundles(loaded.cells)[0].cells
     whole = start(loaded, cells)
-    whole.run(Silent())
+    whole.run(StopAfter())
     first = start(loaded, cells)
     with pytest.raises(Interrupted):
-        first.run(Silent(stop_after))
+        first.run(StopAfter(stop_after))
     torch.manual_seed(999)  # whatever else ran in between
     second = start(loaded, cells)
     second.restore(first.state())
-    second.run(Silent())
+    second.run(StopAfter())
     assert hashes(second) == hashes(whole)
     untimed = [[{k: v for k, v in row.items() if k != "seconds"} for row in t.history] for t in second.trainees]
     assert untimed == [[{k: v for k, v in row.items() if k != "seconds"} for row in t.history] for t in whole.trainees]
@@ -124,7 +111,7 @@ def test_seeds_differ_and_one_seed_repeats(sweep_file: SweepFile) -> None:
     ends = []
     for cell in (loaded.cells[0], loaded.cells[1], loaded.cells[0]):
         lockstep = start(loaded, (cell,))
-        lockstep.run(Silent())
+        lockstep.run(StopAfter())
         ends.append(hashes(lockstep)["w4a4"])
     assert ends[0] == ends[2] != ends[1]
 
@@ -133,11 +120,11 @@ def test_a_student_that_diverges_leaves_and_the_others_keep_their_bits(sweep_fil
     loaded = load_sweep(sweep_file(), cache_folder())
     cells = bundles(loaded.cells)[0].cells
     healthy = start(loaded, cells)
-    healthy.run(Silent())
+    healthy.run(StopAfter())
     sick = start(loaded, cells)
     with torch.no_grad():
         next(sick.trainees[1].student.parameters()).fill_(float("nan"))
-    sick.run(Silent())
+    sick.run(StopAfter())
     assert sick.trainees[1].failed is not None
     assert "diverged" in sick.trainees[1].failed
     assert hashes(sick)[sick.trainees[0].name] == hashes(healthy)[sick.trainees[0].name]
@@ -147,7 +134,7 @@ def test_the_teacher_is_untouched(sweep_file: SweepFile) -> None:
     loaded = load_sweep(sweep_file(bits=["w4a4"]), cache_folder())
     lockstep = start(loaded, tuple(loaded.cells))
     before = state_hash(lockstep.teacher)
-    lockstep.run(Silent())
+    lockstep.run(StopAfter())
     assert state_hash(lockstep.teacher) == before
     assert all(p.grad is None for p in lockstep.teacher.parameters())
 
@@ -155,7 +142,7 @@ def test_the_teacher_is_untouched(sweep_file: SweepFile) -> None:
 def test_bf16_trains_with_ranges_and_weights_in_fp32(sweep_file: SweepFile) -> None:
     loaded = load_sweep(sweep_file(bits=["w4a4"], precision="bf16"), cache_folder())
     lockstep = start(loaded, tuple(loaded.cells))
-    lockstep.run(Silent())
+    lockstep.run(StopAfter())
     student = lockstep.trainees[0].student
     assert all(value.dtype == torch.float32 for value in student.state_dict().values() if value.is_floating_point())
     assert np.isfinite(lockstep.trainees[0].history[-1]["loss"])
@@ -170,7 +157,7 @@ def test_learning_rates_follow_the_milestones(sweep_file: SweepFile) -> None:
     settings = {"warmup_epochs": 1, "calibration_epochs": 1, "milestones": [2], "lr_decay": 0.5, "student_lr": 0.01, "generator_lr": 0.02}
     loaded = load_sweep(sweep_file(bits=["w4a4"], methods=[{"gdfq": settings}]), cache_folder())
     lockstep = start(loaded, tuple(loaded.cells))
-    lockstep.run(Silent())
+    lockstep.run(StopAfter())
     rates = [row.get("student_lr") for row in lockstep.trainees[0].history]
     assert rates == [None, 0.01, 0.005]
     assert lockstep.method.optimizer.param_groups[0]["lr"] == 0.01  # type: ignore[attr-defined]

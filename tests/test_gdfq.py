@@ -20,6 +20,7 @@ from benchmark.network import Teacher
 from benchmark.registry import find_method
 from benchmark.sweep import load_sweep
 from benchmark.teachers import load
+from benchmark.testing import StopAfter
 from methods.parts.generators import ClassConditionalBatchNorm, LabelledGenerator, UpsampleConv
 from methods.parts.losses import batch_norm_loss, distillation_loss
 
@@ -130,11 +131,7 @@ def test_the_generator_learns_to_be_classified_and_to_match_the_statistics(sweep
         lambda s: Evaluation(np.array([True]), 0.0, None, 0.0),
     )
 
-    class Silent:
-        def step(self, *_: object) -> None: ...
-        def epoch(self, *_: object) -> None: ...
-
-    lockstep.run(Silent())
+    lockstep.run(StopAfter())
     first, last = lockstep.trainees[0].history[0], lockstep.trainees[0].history[-1]
     assert last["generator_ce"] < first["generator_ce"]
     assert last["generator_bns"] < 0.95 * first["generator_bns"]
@@ -158,11 +155,7 @@ def test_a_poisoned_evaluation_set_changes_no_student(sweep_file: SweepFile) -> 
             Bundle((cell,)), teacher, torch.device("cpu"), lambda s, images=images: evaluate(s, images, cell.teacher.task), evaluate_every=1
         )
 
-        class Silent:
-            def step(self, *_: object) -> None: ...
-            def epoch(self, *_: object) -> None: ...
-
-        lockstep.run(Silent())
+        lockstep.run(StopAfter())
         ends.append((state_hash(lockstep.trainees[0].student), lockstep.trainees[0].evaluation))
     assert ends[0][0] == ends[1][0]
     assert ends[0][1].correct.tolist() != ends[1][1].correct.tolist()  # type: ignore[union-attr]

@@ -5,39 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmark.cell import Bundle, bundles
+from benchmark.cell import bundles
 from benchmark.engine import Interrupted, Lockstep
-from benchmark.evaluate import Evaluation, state_hash
+from benchmark.evaluate import state_hash
 from benchmark.memo import cache_folder
-from benchmark.network import Teacher
+from benchmark.registry import find_method
 from benchmark.sweep import load_sweep
-from benchmark.teachers import load
+from benchmark.testing import StopAfter, Trial
 from methods.parts.relations import channel_relation, relation_loss, spatial_relation
 
 SweepFile = Callable[..., Path]
 
 
-def lockstep_of(sweep_file: SweepFile, **settings: object) -> Lockstep:
-    loaded = load_sweep(sweep_file(methods=[{"zaq": {"student_lr": 0.01, **settings}}], bits=["w4a4"]), cache_folder())
-    (cell,) = loaded.cells
-    teacher = Teacher(load(loaded.teachers[cell.teacher]), cell.teacher.task)
-    return Lockstep(Bundle((cell,)), teacher, torch.device("cpu"), lambda s: Evaluation(np.array([True]), 0.0, None, 0.0))
-
-
-class Silent:
-    def __init__(self, stop_after: int | None = None):
-        self.stop_after = stop_after
-
-    def step(self, lockstep: Lockstep, phase: object) -> None:
-        if lockstep.steps_done == self.stop_after:
-            raise Interrupted
-
-    def epoch(self, *_: object) -> None: ...
+def start(**settings: object) -> Lockstep:
+    return Trial(find_method("zaq"), {"student_steps": 5, "student_lr": 0.01, **settings}).start()
 
 
 def naive_spatial(x: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -71,25 +56,25 @@ def test_the_relation_loss_is_summed_over_stages_of_channel_normalised_features(
     assert relation_loss([q for q, _ in stages], [3 * q for q, _ in stages]).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_one_generator_step_to_five_student_steps(sweep_file: SweepFile) -> None:
-    lockstep = lockstep_of(sweep_file)
+def test_one_generator_step_to_five_student_steps() -> None:
+    lockstep = start()
     generator = lockstep.method.generator  # type: ignore[attr-defined]
     with pytest.raises(Interrupted):
-        lockstep.run(Silent(4))
+        lockstep.run(StopAfter(4))
     weights = [p.clone() for p in generator.parameters()]
     with pytest.raises(Interrupted):
-        lockstep.run(Silent(5))
+        lockstep.run(StopAfter(5))
     assert not all(torch.equal(a, b) for a, b in zip(weights, generator.parameters(), strict=True))
     weights = [p.clone() for p in generator.parameters()]
     with pytest.raises(Interrupted):
-        lockstep.run(Silent(9))
+        lockstep.run(StopAfter(9))
     assert all(torch.equal(a, b) for a, b in zip(weights, generator.parameters(), strict=True))
 
 
-def test_the_generators_step_raises_the_disagreement_and_leaves_the_student_its_weights(sweep_file: SweepFile) -> None:
-    lockstep = lockstep_of(sweep_file, student_steps=1, generator_lr=0.01)
+def test_the_generators_step_raises_the_disagreement_and_leaves_the_student_its_weights() -> None:
+    lockstep = start(student_steps=1, generator_lr=0.01)
     with pytest.raises(Interrupted):
-        lockstep.run(Silent(2))
+        lockstep.run(StopAfter(2))
     method, student = lockstep.method, lockstep.trainees[0].student
     student.track_ranges(True)
 
@@ -106,13 +91,13 @@ def test_the_generators_step_raises_the_disagreement_and_leaves_the_student_its_
     assert all(p.requires_grad for p in student.parameters())
 
 
-def test_it_trains_bn_statistics_and_tracks_extremes_as_it_declares(sweep_file: SweepFile) -> None:
-    lockstep = lockstep_of(sweep_file)
+def test_it_trains_bn_statistics_and_tracks_extremes_as_it_declares() -> None:
+    lockstep = start()
     student = lockstep.trainees[0].student
     assert (student.protocol.batch_norm, student.protocol.ranges) == ("trained", "minmax")
-    before = student.state_dict()["traced.bn1.running_mean"].clone()
-    lockstep.run(Silent())
-    assert not torch.equal(before, student.state_dict()["traced.bn1.running_mean"])
+    before = student.state_dict()["traced.norm1.running_mean"].clone()
+    lockstep.run(StopAfter())
+    assert not torch.equal(before, student.state_dict()["traced.norm1.running_mean"])
     assert not any(m.training for m in student.modules())
     ended = state_hash(student)
     student(torch.randn(4, 3, 16, 16) * 50)
@@ -124,11 +109,11 @@ def test_bit_widths_never_share_a_generator(sweep_file: SweepFile) -> None:
     assert [len(b.cells) for b in bundles(loaded.cells)] == [1, 1]
 
 
-def test_interrupted_between_generator_steps_equals_uninterrupted(sweep_file: SweepFile) -> None:
-    whole, first, second = (lockstep_of(sweep_file) for _ in range(3))
-    whole.run(Silent())
+def test_interrupted_between_generator_steps_equals_uninterrupted() -> None:
+    whole, first, second = (start() for _ in range(3))
+    whole.run(StopAfter())
     with pytest.raises(Interrupted):
-        first.run(Silent(7))
+        first.run(StopAfter(7))
     second.restore(first.state())
-    second.run(Silent())
+    second.run(StopAfter())
     assert state_hash(second.trainees[0].student) == state_hash(whole.trainees[0].student)

@@ -11,36 +11,17 @@ import torch
 from torch import nn
 
 from benchmark import Observation
-from benchmark.cell import bundles
 from benchmark.engine import Interrupted, Lockstep
-from benchmark.evaluate import Evaluation, state_hash
-from benchmark.memo import cache_folder
-from benchmark.network import Teacher
-from benchmark.sweep import load_sweep
-from benchmark.teachers import load
+from benchmark.evaluate import state_hash
+from benchmark.registry import find_method
+from benchmark.testing import StopAfter, Trial
 from methods.zeroq import image_statistics_loss
 
 SweepFile = Callable[..., Path]
 
 
-class Silent:
-    def __init__(self, stop_after: int | None = None):
-        self.stop_after = stop_after
-
-    def step(self, lockstep: Lockstep, phase: object) -> None:
-        if lockstep.steps_done == self.stop_after:
-            raise Interrupted
-
-    def epoch(self, *_: object) -> None: ...
-
-
-def lockstep_of(sweep_file: SweepFile) -> Lockstep:
-    loaded = load_sweep(sweep_file(methods=[{"zeroq": {"images": 4, "synthesis_iterations": 60}}]), cache_folder())
-    (bundle,) = bundles(loaded.cells)
-    card = bundle.cells[0].teacher
-    return Lockstep(
-        bundle, Teacher(load(loaded.teachers[card]), card.task), torch.device("cpu"), lambda s: Evaluation(np.array([True]), 0.0, None, 0.0)
-    )
+def start() -> Lockstep:
+    return Trial(find_method("zeroq"), {"images": 4, "synthesis_iterations": 60}).start(bits=("w4a4", "w3a3"))
 
 
 def test_the_loss_is_the_formula_in_float64() -> None:
@@ -63,12 +44,12 @@ def test_the_loss_is_the_formula_in_float64() -> None:
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_images_come_to_have_the_statistics_and_set_the_ranges(sweep_file: SweepFile) -> None:
-    lockstep = lockstep_of(sweep_file)
+def test_the_images_come_to_have_the_statistics_and_set_the_ranges() -> None:
+    lockstep = start()
     method = lockstep.method
     before = image_statistics_loss(method.teacher.observe(method.images), method.images).item()  # type: ignore[attr-defined]
     weights = [state_hash(t.student.traced.stem) for t in lockstep.trainees]  # type: ignore[arg-type]
-    lockstep.run(Silent())
+    lockstep.run(StopAfter())
     after = image_statistics_loss(method.teacher.observe(method.images), method.images).item()  # type: ignore[attr-defined]
     assert after < 0.3 * before
     assert all(q.has_range for t in lockstep.trainees for q in t.student.quantizers.values())
@@ -76,12 +57,12 @@ def test_the_images_come_to_have_the_statistics_and_set_the_ranges(sweep_file: S
     assert lockstep.student_steps == 0
 
 
-def test_interrupted_in_the_synthesis_equals_uninterrupted(sweep_file: SweepFile) -> None:
-    whole, first, second = (lockstep_of(sweep_file) for _ in range(3))
-    whole.run(Silent())
+def test_interrupted_in_the_synthesis_equals_uninterrupted() -> None:
+    whole, first, second = (start() for _ in range(3))
+    whole.run(StopAfter())
     with pytest.raises(Interrupted):
-        first.run(Silent(25))
+        first.run(StopAfter(25))
     second.restore(first.state())
-    second.run(Silent())
+    second.run(StopAfter())
     assert torch.equal(second.method.images, whole.method.images)  # type: ignore[attr-defined]
     assert [state_hash(t.student) for t in second.trainees] == [state_hash(t.student) for t in whole.trainees]
