@@ -108,6 +108,7 @@ class Method:
     version: ClassVar[int] = 1  # raise it whenever the same settings give other numbers than before
     ranges: ClassVar[RangeEstimatorName | None] = None  # None: the protocol's choice
     batch_norm: ClassVar[BatchNormMode | None] = None  # None: the protocol's choice
+    uses_seed: ClassVar[bool] = True  # False: nothing is random, one cell serves all seeds
     quick: ClassVar[dict[str, Any]] = {}  # settings with which the conformance checks take seconds, beside a small budget
     info: ClassVar[MethodInfo]  # set by `register`
 

@@ -35,7 +35,7 @@ class Protocol(BaseModel):
     """How a network is quantized. Two numbers can be compared only under equal protocols.
 
     Two are built in. `lineage` is what GDFQ's public code does and what its successors copied. `hardware` can be run by
-    integer kernels: every tensor that enters a convolution, a linear layer or a sum lies on a grid.
+    integer kernels: whatever enters a convolution or a linear layer, and every residual sum, lies on a grid.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from benchmark.cell import Cell, EvaluationCard
 from benchmark.config_text import VARIABLE, text_digest
@@ -35,13 +35,21 @@ class Budget(BaseModel):
         return {k: v for k, v in self.model_dump().items() if v is not None}
 
 
+class NamedSet(BaseModel):
+    """An evaluation set with the name that tables are to give it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    set: str
+    name: str | None = Field(default=None, min_length=1)
+
+
 class Sweep(BaseModel):
     """A config file's content. See configs/ for examples."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     teachers: list[str | dict[str, Any]] = Field(min_length=1)
-    evaluate: str
+    evaluate: NamedSet
     methods: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
     bits: list[str] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
@@ -51,6 +59,11 @@ class Sweep(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluate_every: int | None = Field(None, ge=1, description="epochs between evaluations; null: only at the end")
     plugins: list[str] = Field([], description="Python files that register more methods")
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _set_without_a_name(cls, given: Any) -> Any:
+        return {"set": given} if isinstance(given, str) else given
 
 
 @dataclass(frozen=True)
@@ -185,8 +198,8 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems) -> _Parts | None:
     """Looks everything up; None where something is wrong, which `problems` then holds."""
     protocol = problems.catch("protocol", lambda: find_protocol(sweep.protocol))
     bits = [problems.catch(f"bits[{i}]", partial(Bits.parse, b)) for i, b in enumerate(sweep.bits)]
-    evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate))
-    card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, cache)) if evaluation else None
+    evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate.set))
+    card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate.name, cache)) if evaluation else None
     teachers: dict[TeacherCard, TeacherSpec] = {}
     for i, given in enumerate(sweep.teachers):
         spec = problems.catch(f"teachers[{i}]", partial(parse_teacher, given))
@@ -212,7 +225,7 @@ def _span(sweep: Sweep, parts: _Parts) -> list[Cell]:
             evaluation=parts.evaluation_card,
             protocol=parts.protocol.for_method(method.info.name, method.ranges, method.batch_norm),
             bits=width,
-            seed=seed,
+            seed=seed if method.uses_seed else 0,
             precision=sweep.precision,
             shares_synthesis=method.info.shares_synthesis,
             changed=changed,
@@ -224,8 +237,8 @@ def _span(sweep: Sweep, parts: _Parts) -> list[Cell]:
     return list({cell.id: cell for cell in cells}.values())
 
 
-def _evaluation_card(found: EvaluationSet, cache: Path) -> EvaluationCard:
-    return EvaluationCard(found.name, found.digest(cache), found.classes, len(found))
+def _evaluation_card(found: EvaluationSet, name: str | None, cache: Path) -> EvaluationCard:
+    return EvaluationCard(name or found.name, found.digest(cache), found.classes, len(found))
 
 
 def _variants(

@@ -58,7 +58,8 @@ def blocks(results: list[dict[str, Any]], rule: Rule = "last") -> list[Block]:
     if frame.empty:
         return []
     value = "top1" if rule == "last" else "best"
-    keys = ["teacher", "weights", "evaluation", "digest", "protocol", "precision"]
+    # a set is what its content says, and a teacher its weights: names are only what somebody called them
+    keys = ["weights", "digest", "protocol", "precision"]
     return [_block(group.reset_index(drop=True), value, rule) for _, group in frame.groupby(keys, sort=True)]
 
 

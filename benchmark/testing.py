@@ -201,10 +201,12 @@ def images_are_normalised_images(trial: Trial) -> None:
 
 
 def one_seed_repeats_and_two_differ(trial: Trial) -> None:
-    """All randomness comes from the seed; a method without randomness may give equal students."""
+    """All randomness comes from the seed, and only a method with uses_seed=False gives equal students for two."""
     first, again, other = (trial.end(seed=seed) for seed in (0, 0, 1))
     assert ends_of(first) == ends_of(again), "the same seed gave other students: draw random numbers with generator=self.random(...)"
-    if first.epochs:
+    if not trial.method.uses_seed:
+        assert ends_of(first) == ends_of(other), "uses_seed is False, but two seeds gave different students"
+    elif first.epochs:
         assert ends_of(first) != ends_of(other), "two seeds gave the same student: the seed is not used"
 
 

@@ -14,6 +14,8 @@ from benchmark import Field, Method, MethodConfig, Student, register
 class Round(Method):
     """Nearest rounding, activation ranges from batch-norm parameters (Nagel et al., ICCV 2019); no training."""
 
+    uses_seed = False
+
     class Config(MethodConfig):
         n: float = Field(3.0, gt=0, description="half-width of activation ranges, in standard deviations (chosen here; DFQ takes 6 at 8 bits)")
 

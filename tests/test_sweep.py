@@ -37,6 +37,7 @@ def errors_of(path: Path) -> list[str]:
         ({"teachers": ["cifar:resnet2"]}, ["teachers[0]: ", "resnet2", "known: resnet20, resnet32"]),
         ({"teachers": ["torchvison:resnet18"]}, ["teachers[0]: ", "did you mean 'torchvision'?"]),
         ({"teachers": [{"model": "cifar:resnet20", "weights": "gone.safetensors"}]}, ["teachers[0]: ", "there is no weights file gone.safetensors"]),
+        ({"evaluate": {"set": "digits", "nam": "x"}}, ["evaluate.nam: 'x': extra inputs"]),
         ({"bits": ["w1a4"]}, ["bits[0]: 'w1a4' is not a bit width"]),
         ({"bits": ["w9a9"]}, ["bits[0]: 'w9a9' is not a bit width"]),
         ({"bits": ["w4"]}, ["bits[0]: 'w4' is not a bit width", "like 'w4a4'"]),
@@ -146,10 +147,22 @@ def test_two_plugins_of_one_name_are_an_error_that_names_both(sweep_file: SweepF
 
 def test_cells_are_the_product_and_bundles_join_bit_widths(sweep_file: SweepFile) -> None:
     loaded = load_sweep(sweep_file(bits=["w4a4", "w3a3", "w8a8"], seeds=[0, 1], methods=["gdfq", "round"]), cache_folder())
-    assert len({cell.id for cell in loaded.cells}) == 12
+    assert len({cell.id for cell in loaded.cells}) == 9
     found = bundles(loaded.cells)
-    assert len(found) == 4
+    assert len(found) == 3
     assert [str(cell.bits) for cell in found[0].cells] == ["w8a8", "w4a4", "w3a3"]
+
+
+def test_a_method_without_randomness_has_one_cell_for_all_seeds(sweep_file: SweepFile) -> None:
+    cells = load_sweep(sweep_file(bits=["w4a4"], seeds=[3, 4], methods=["gdfq", "round"]), cache_folder()).cells
+    assert [(cell.method, cell.seed) for cell in cells] == [("gdfq", 3), ("gdfq", 4), ("round", 0)]
+
+
+def test_a_set_can_be_named_which_changes_no_identity(sweep_file: SweepFile) -> None:
+    named = load_sweep(sweep_file(evaluate={"set": "digits", "name": "mine"}, bits=["w4a4"]), cache_folder()).cells[0]
+    plain = load_sweep(sweep_file(bits=["w4a4"]), cache_folder()).cells[0]
+    assert (named.evaluation.name, plain.evaluation.name) == ("mine", "digits")
+    assert named.id == plain.id
 
 
 def test_a_list_value_spans_a_grid_and_a_setting_that_is_a_list_needs_lists(sweep_file: SweepFile) -> None:

@@ -66,11 +66,14 @@ def test_columns_are_widths_from_wide_to_narrow_and_gaps_are_shown() -> None:
         {"cell__precision": "bf16"},
         {"cell__teacher__weights_sha256": "cd"},
         {"cell__identity__evaluation": "another"},
-        {"cell__evaluation__name": "cifar10"},
     ],
 )
 def test_what_cannot_be_compared_is_never_in_one_block(change: dict[str, Any]) -> None:
     assert len(blocks([result(), result(seed=1, **change)])) == 2
+
+
+def test_one_set_under_two_names_is_one_block() -> None:
+    assert len(blocks([result(), result(seed=1, cell__evaluation__name="my-digits")])) == 1
 
 
 def test_other_budgets_are_other_rows() -> None:
