@@ -258,7 +258,8 @@ def _print_blocks(found: list) -> None:  # type: ignore[type-arg]
         frame = block.frame.reset_index()
         shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in frame.columns:
-            shown.add_column(column, justify="left" if column in ("method", "follows") else "right", no_wrap=True)
+            # in a narrow terminal long settings wrap; a number is never cut
+            shown.add_column(column, justify="left" if column in ("method", "follows") else "right", no_wrap=column != "method", overflow="fold")
         for row in frame.itertuples(index=False):
             shown.add_row(*(str(v) for v in row))
         console.print()

@@ -16,7 +16,7 @@ from benchmark.memo import cache_folder
 from benchmark.registry import find_method
 from benchmark.sweep import load_sweep
 from benchmark.testing import StopAfter, Trial
-from methods.parts.relations import channel_relation, relation_loss, spatial_relation
+from methods.parts.relations import channel_normalised, channel_relation, relation_loss, spatial_relation
 
 SweepFile = Callable[..., Path]
 
@@ -54,6 +54,21 @@ def test_the_relation_loss_is_summed_over_stages_of_channel_normalised_features(
             expected += (naive(q, 0.1) - naive(p, 0.1)).abs().mean().item()
     assert relation_loss([q for q, _ in stages], [p for _, p in stages]).item() == pytest.approx(expected, rel=1e-5)
     assert relation_loss([q for q, _ in stages], [3 * q for q, _ in stages]).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_vectors_of_zeros_get_no_gradient_and_others_get_the_usual_one() -> None:
+    features = torch.randn(2, 4, 3, 3)
+    features[0, :, 1, 1] = 0.0
+    mine, usual = features.clone().requires_grad_(), features.clone().requires_grad_()
+    weight = torch.randn_like(features)
+    assert torch.allclose(channel_normalised(mine), F.normalize(usual, dim=1), atol=1e-6)
+    (channel_normalised(mine) * weight).sum().backward()
+    (F.normalize(usual, dim=1) * weight).sum().backward()
+    assert mine.grad is not None
+    assert usual.grad is not None
+    assert torch.equal(mine.grad[0, :, 1, 1], torch.zeros(4))
+    usual.grad[0, :, 1, 1] = 0.0
+    assert torch.allclose(mine.grad, usual.grad, atol=1e-5)
 
 
 def test_one_generator_step_to_five_student_steps() -> None:

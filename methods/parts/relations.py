@@ -25,11 +25,20 @@ def channel_relation(x: Tensor, gamma: float = 0.1) -> Tensor:
     return gamma * torch.softmax(-(x @ x.transpose(1, 2)), 2) @ x + x
 
 
+def channel_normalised(features: Tensor) -> Tensor:
+    """Unit length over channels: N x C x H x W; a vector of zeros stays one, and gets no gradient.
+
+    (Division by a length clamped at 1e-12 would hand it a gradient of 1e12, and at few bits many vectors are rounded to zero.)
+    """
+    length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    return features * (length > 0) / length.clamp_min(1e-12)
+
+
 def relation_loss(students: list[Tensor], teachers: list[Tensor], gamma: float = 0.1) -> Tensor:
     """SCRM: sum over stages of mean |S(f_Q) - S(f_P)| + mean |Ch(f_Q) - Ch(f_P)| (scalar); features N x C x H x W, normalised over channels first."""
     total = students[0].new_zeros(())
     for student, teacher in zip(students, teachers, strict=True):
-        q, p = (F.normalize(f, dim=1).flatten(2) for f in (student, teacher))
+        q, p = (channel_normalised(f).flatten(2) for f in (student, teacher))
         for relation in (spatial_relation, channel_relation):
             total = total + (relation(q, gamma) - relation(p, gamma)).abs().mean()
     return total
