@@ -31,7 +31,8 @@ def channel_normalised(features: Tensor) -> Tensor:
     (Division by a length clamped at 1e-12 would hand it a gradient of 1e12, and at few bits many vectors are rounded to zero.)
     """
     length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
-    return features * (length > 0) / length.clamp_min(1e-12)
+    unit: Tensor = features * (length > 0) / length.clamp_min(1e-12)
+    return unit
 
 
 def relation_loss(students: list[Tensor], teachers: list[Tensor], gamma: float = 0.1) -> Tensor:
