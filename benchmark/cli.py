@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -86,6 +86,48 @@ def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = N
             console.print(f"  {cell.id}  {cell.bits}  {state.status.value}{why}", highlight=False, markup=False, soft_wrap=True)
     counts = {status: sum(s.status is status for s in states.values()) for status in Status}
     console.print(f"{len(loaded.cells)} cells: " + ", ".join(f"{n} {status.value}" for status, n in counts.items() if n), highlight=False)
+
+
+@app.command()
+def select(
+    config: Config,
+    results: Results = DEFAULT_RESULTS,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    output: Annotated[str, typer.Option("--format", help="text or csv (with the last value of everything that was logged).")] = "text",
+    plugin: Plugins = None,
+) -> None:
+    """Compare settings without real data: mean KL between teacher and student on synthetic images that no cell trained on.
+
+    The config's `selection` says which images; records are kept in RESULTS/selections/NAME, and what is there is not run again.
+    """
+    if output not in ("text", "csv"):
+        raise UserError(f"--format {output!r}: text or csv")
+    console = _console()
+    store, loaded = _load(config, results, plugin, writable=True)
+    import torch
+
+    from benchmark.engine import Interrupted
+    from benchmark.progress import Progress, make_progress
+    from benchmark.runner import StopFlag
+    from benchmark.selection import SHOWN, selected, selection_frame
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    progress = Progress(_console(stderr=True)) if output == "csv" else make_progress(console)
+    records: list[dict[str, Any]] = []
+    try:
+        with StopFlag().installed() as stop:
+            records.extend(selected(loaded, store, device, progress, stop))
+    except Interrupted:
+        raise typer.Exit(130 if stop.signal == 2 else 143) from None
+    finally:
+        progress.stop()
+    frame = selection_frame(records)
+    if output == "csv":
+        frame.to_csv(sys.stdout, index=False)
+    else:
+        print(frame.iloc[:, :SHOWN].to_string(index=False, float_format="{:.4f}".format))
 
 
 @app.command()
@@ -212,10 +254,10 @@ def models(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'pytorc
     print("\n".join(found))
 
 
-def _console() -> Console:
+def _console(stderr: bool = False) -> Console:
     from rich.console import Console
 
-    return Console()
+    return Console(stderr=stderr)
 
 
 def _load(config: str, results: Path, plugins: list[str] | None, writable: bool = False) -> tuple[Store, LoadedSweep]:

@@ -109,9 +109,9 @@ class Lockstep:
     ):
         first = bundle.cells[0]
         self.bundle, self.device, self.evaluate, self.evaluate_every = bundle, device, evaluate, evaluate_every
-        self.autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=first.precision == "bf16")
+        self.autocast = autocast_of(first, device)
         self.teacher = teacher.to(device).to(memory_format=torch.channels_last)
-        self.method = _set_up(first, self.teacher, device, work)
+        self.method = set_up(first, self.teacher, device, work)
         self.phases = self.method.phases()
         self.epochs = [(phase, index) for phase in self.phases for index in range(phase.epochs)]
         self.trainees = [self._trainee(cell) for cell in bundle.cells]
@@ -266,7 +266,12 @@ class Lockstep:
         self.watch.totals = dict(state["seconds"])
 
 
-def _set_up(cell: Cell, teacher: Teacher, device: torch.device, work: Path | None) -> Method:
+def autocast_of(cell: Cell, device: torch.device) -> torch.autocast:
+    """The context in which a cell computes: bfloat16 where its precision says so."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=cell.precision == "bf16")
+
+
+def set_up(cell: Cell, teacher: Teacher, device: torch.device, work: Path | None) -> Method:
     """The method of a cell, set up: what it makes lands on the device, and its initial values depend on the seed alone."""
     method_class = find_method(cell.method)
     method = method_class(teacher, method_class.Config(**cell.config), cell.seed, device, work)

@@ -162,6 +162,13 @@ class Method:
     def finish(self, student: Student) -> None:
         """After the last phase, before evaluation: post-training edits."""
 
+    def pictures(self) -> dict[str, Tensor]:
+        """What is worth a look after the run, beside a grid of the last images: file name without ending -> 3 x H x W in [0, 1].
+
+        Asked for once, after everything else; it changes no number. Write names as words with hyphens.
+        """
+        return {}
+
     # --- what a method uses -------------------------------------------------------------------------------------------
 
     def random(self, stream: str) -> torch.Generator:

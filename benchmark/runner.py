@@ -28,7 +28,7 @@ from benchmark.method import Phase
 from benchmark.network import Teacher
 from benchmark.progress import Progress
 from benchmark.provenance import git_revision, provenance
-from benchmark.samples import sample_grid
+from benchmark.samples import png, sample_grid
 from benchmark.status import Status, statuses
 from benchmark.store import Store, read_json, write_atomically, write_json
 from benchmark.student import Student
@@ -145,12 +145,13 @@ class _Worker:
                 self._failed(cell, type(error).__name__, str(error).strip() or type(error).__name__, traceback.format_exc())
             summary.failed += len(bundle.cells)
             return
+        pictures = self._pictures(lockstep)
         for trainee in lockstep.trainees:
             if trainee.failed is not None:
                 self._failed(trainee.cell, "Diverged", trainee.failed, "")
                 summary.failed += 1
             else:
-                self._finished(trainee, lockstep)
+                self._finished(trainee, lockstep, pictures)
                 summary.done += 1
         self.store.finished_bundle(bundle.id)
 
@@ -230,7 +231,19 @@ class _Worker:
             write_json(path, known)
         return dict(known)
 
-    def _finished(self, trainee: Trainee, lockstep: Lockstep) -> None:
+    def _pictures(self, lockstep: Lockstep) -> dict[str, bytes]:
+        """File name -> PNG of what the method wants to show. A picture that fails is told, and costs no result."""
+        found = {}
+        if lockstep.last_batch is not None:
+            found["samples.png"] = sample_grid(*sample_images(lockstep.last_batch, SAMPLES), lockstep.method.task)
+        try:
+            with torch.no_grad(), lockstep.autocast:
+                found |= {f"{name}.png": png(picture) for name, picture in lockstep.method.pictures().items()}
+        except Exception as error:
+            self._log(lockstep.bundle, f"no pictures from {lockstep.method.info.name}: {type(error).__name__}: {error}")
+        return found
+
+    def _finished(self, trainee: Trainee, lockstep: Lockstep, pictures: dict[str, bytes]) -> None:
         cell, evaluation = trainee.cell, trainee.evaluation
         assert evaluation is not None
         seconds = lockstep.watch.read()
@@ -244,8 +257,8 @@ class _Worker:
         buffer = io.BytesIO()
         np.save(buffer, np.packbits(evaluation.correct))
         write_atomically(self.store.folder(cell.id) / "correct.npy", buffer.getvalue())
-        if lockstep.last_batch is not None:
-            write_atomically(self.store.folder(cell.id) / "samples.png", sample_grid(*sample_images(lockstep.last_batch, SAMPLES), cell.teacher.task))
+        for name, content in pictures.items():
+            write_atomically(self.store.folder(cell.id) / name, content)
         result = {
             "id": cell.id,
             "cell": cell.record(),

@@ -22,8 +22,7 @@ def sample_grid(images: Tensor, labels: Tensor | None, task: Task) -> bytes:
     Normalisation is undone with the task's mean and std; what then lies outside of [0, 1] is clipped.
     """
     order = np.argsort(labels.numpy(), kind="stable") if labels is not None else np.arange(len(images))
-    mean, std = np.array(task.mean)[:, None, None], np.array(task.std)[:, None, None]
-    pixels = (np.clip(images.numpy() * std + mean, 0, 1) * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    pixels = (task.denormalised(images).numpy() * 255).round().astype(np.uint8).transpose(0, 2, 3, 1)
     side = pixels.shape[1] * max(1, -(-SMALLEST_SIDE // pixels.shape[1]))
     caption = CAPTION if labels is not None else 0
     rows = -(-len(pixels) // COLUMNS)
@@ -36,6 +35,17 @@ def sample_grid(images: Tensor, labels: Tensor | None, task: Task) -> bytes:
             pen.text((x + side / 2, y + caption / 2), f"class {int(labels[index])}", fill="black", font=font, anchor="mm")
         picture = Image.fromarray(pixels[index].squeeze())
         sheet.paste(picture.convert("RGB").resize((side, side), Image.Resampling.NEAREST), (x, y + caption))
+    return _encoded(sheet)
+
+
+def png(picture: Tensor) -> bytes:
+    """PNG of a picture (3 x H x W in [0, 1]; what lies outside is clipped)."""
+    if picture.ndim != 3 or len(picture) != 3:
+        raise ValueError(f"a picture is 3 x H x W, this one has the shape {tuple(picture.shape)}")
+    return _encoded(Image.fromarray((picture.float().clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8).transpose(1, 2, 0)))
+
+
+def _encoded(sheet: Image.Image) -> bytes:
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
     return buffer.getvalue()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_origin
@@ -43,6 +43,15 @@ class NamedSet(BaseModel):
     name: str | None = Field(default=None, min_length=1)
 
 
+class Selection(BaseModel):
+    """Synthetic images on which `dfqbench select` compares settings: a method with its settings, a seed that nothing else has, how many."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    images: str | dict[str, dict[str, Any] | None]
+    seed: int = 1000
+    count: int = Field(1280, ge=1)
+
+
 class Sweep(BaseModel):
     """A config file's content. See configs/ for examples."""
 
@@ -58,6 +67,7 @@ class Sweep(BaseModel):
     budget: Budget = Budget()
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluate_every: int | None = Field(None, ge=1, description="epochs between evaluations; null: only at the end")
+    selection: Selection | None = Field(None, description="for `dfqbench select`; no part of any cell")
     plugins: list[str] = Field([], description="Python files that register more methods")
 
     @field_validator("evaluate", mode="before")
@@ -76,6 +86,15 @@ class LoadedSweep:
     evaluation: EvaluationSet
     teachers: dict[TeacherCard, TeacherSpec]
     cells: list[Cell]
+    selection: LoadedSelection | None = None
+
+
+@dataclass(frozen=True)
+class LoadedSelection:
+    """What makes the images to select on: one cell for each teacher, whose student is never made."""
+
+    cells: list[Cell]
+    count: int
 
 
 def load_sweep(path: Path, cache: Path, plugins: list[str] | None = None) -> LoadedSweep:
@@ -92,7 +111,7 @@ def load_sweep(path: Path, cache: Path, plugins: list[str] | None = None) -> Loa
     problems.raise_all()
     assert sweep is not None
     assert found is not None
-    return LoadedSweep(sweep, path, text_digest(path), found.evaluation, found.teachers, _span(sweep, found))
+    return LoadedSweep(sweep, path, text_digest(path), found.evaluation, found.teachers, _span(sweep, found), _selection(sweep, found))
 
 
 class Problems:
@@ -192,6 +211,7 @@ class _Parts:
     evaluation_card: EvaluationCard
     teachers: dict[TeacherCard, TeacherSpec]
     variants: list[tuple[type[Method], MethodConfig, dict[str, Any]]]
+    image_makers: list[tuple[type[Method], MethodConfig, dict[str, Any]]]
 
 
 def _parts(sweep: Sweep, cache: Path, problems: Problems) -> _Parts | None:
@@ -210,9 +230,19 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems) -> _Parts | None:
         if card and teacher.task.classes != card.classes:
             problems.add(f"teachers[{i}]", f"{teacher.label} has {teacher.task.classes} classes, evaluation set {card.name} has {card.classes}")
     variants = [v for i, given in enumerate(sweep.methods) for v in _variants(f"methods[{i}]", given, sweep, protocol, problems)]
+    makers = _variants("selection.images", sweep.selection.images, sweep, protocol, problems) if sweep.selection else []
+    if len(makers) > 1:
+        problems.add("selection.images", f"{len(makers)} variants, exactly one is expected: no lists of values here")
     if problems.lines or protocol is None or evaluation is None or card is None:
         return None
-    return _Parts(protocol, bits, evaluation, card, teachers, variants)
+    return _Parts(protocol, bits, evaluation, card, teachers, variants, makers)
+
+
+def _selection(sweep: Sweep, parts: _Parts) -> LoadedSelection | None:
+    if sweep.selection is None:
+        return None
+    makers = replace(parts, variants=parts.image_makers, bits=parts.bits[:1])
+    return LoadedSelection(_span(sweep.model_copy(update={"seeds": [sweep.selection.seed]}), makers), sweep.selection.count)
 
 
 def _span(sweep: Sweep, parts: _Parts) -> list[Cell]:

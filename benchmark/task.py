@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class Task:
     def pixel_range(self) -> list[tuple[float, float]]:
         """The (lowest, highest) value that a pixel can have after normalisation, per channel."""
         return [((0.0 - m) / s, (1.0 - m) / s) for m, s in zip(self.mean, self.std, strict=True)]
+
+    def denormalised(self, images: Tensor) -> Tensor:
+        """Normalised images (N x C x H x W) as pixels in [0, 1], float32; what lies outside is clipped."""
+        mean, std = (images.new_tensor(v).float().view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (images.float() * std + mean).clamp(0, 1)
 
     def as_dict(self) -> dict[str, object]:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

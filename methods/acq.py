@@ -29,20 +29,23 @@ from torch.optim import Adam
 
 from benchmark import Batch, Field, Student, Task, register
 from methods.gdfq import GDFQ
-from methods.parts.attention import attention_center, attention_distance
+from methods.parts.attention import attention_center, attention_distance, attention_map
 from methods.parts.generators import Generator
 from methods.parts.losses import batch_norm_loss, divergence_loss
+from methods.parts.pictures import attention_sheet
+
+MEASURED_EVERY = 25  # steps between two looks at the attention distance where it is no part of the loss
 
 
 class PlacedGenerator(nn.Module):
     """Noise z (N x latent_dim), labels y (N) and attention centres c (N x 2) -> images (N x C x S x S)."""
 
-    def __init__(self, task: Task, latent_dim: int, conditioning: str, center_dim: int, coordinates: bool):
+    def __init__(self, task: Task, latent_dim: int, conditioning: str, center_dim: int, place: str | None):
         super().__init__()
         by_class = conditioning == "batch-norm"
         self.embedding = None if by_class else nn.Embedding(task.classes, latent_dim)
         self.center = nn.Linear(2, center_dim)
-        self.generator = Generator(task, latent_dim + center_dim, by_class, by_place=coordinates)
+        self.generator = Generator(task, latent_dim + center_dim, by_class, by_place=place)
 
     def forward(self, noise: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
         latent = noise if self.embedding is None else self.embedding(labels) * noise
@@ -61,7 +64,9 @@ class ACQ(GDFQ):
         consistency_weight: float = Field(1.0, ge=0, description="a4: attention in eval against train mode")
         center_margin: float = Field(0.3, ge=0, lt=0.5, description="conditions are uniform in [margin, 1 - margin]^2")
         center_dim: int = Field(16, ge=1, description="width of the condition's embedding")
-        coordinates: bool = Field(True, description="both generator blocks see positions relative to the condition")
+        place: Literal["bump", "coordinates"] | None = Field(
+            "bump", description="how both generator blocks see where the condition is; null: they do not"
+        )
         sharpness: float = Field(2.0, gt=0, description="exponent of the attention map before its centre is taken")
         student_loss: Literal["ce+kl", "kl"] = Field("ce+kl", description="S1: GDFQ's loss; S2: T^2 KL alone, averaged over the batch")
 
@@ -75,18 +80,17 @@ class ACQ(GDFQ):
 
     def setup(self) -> None:
         c = self.config
+        self.steps = 0
         if not c.condition:
             super().setup()
             return
-        self.generator = PlacedGenerator(self.task, c.latent_dim, c.conditioning, c.center_dim, c.coordinates)
+        self.generator = PlacedGenerator(self.task, c.latent_dim, c.conditioning, c.center_dim, c.place)
         self.optimizer = Adam(self.generator.parameters(), lr=c.generator_lr, betas=(0.5, 0.999), fused=True)
         self.schedule(self.optimizer, c.milestones, c.lr_decay)
 
     def synthesize(self) -> Batch:
         c = self.config
-        labels, centers = self.draw_conditions()
-        noise = self.draw_noise(c.batch_size, c.latent_dim)
-        images = self.generator(noise, labels, centers) if c.condition else self.generator(noise, labels)
+        images, labels, centers = self.generate()
         answer = self.teacher.observe(images)
         found = attention_center(answer.features[-1], c.sharpness)
         label_loss, statistics_loss = cross_entropy(answer.logits, labels), batch_norm_loss(answer)
@@ -96,16 +100,25 @@ class ACQ(GDFQ):
         if c.adversarial_weight:
             first, second = answer.features[-1].flatten(1).chunk(2)
             loss = loss + c.adversarial_weight * self.logged("pair_similarity", cosine_similarity(first, second).mean())
-        if c.consistency_weight:
-            with self.teacher.batch_statistics():
+        if c.consistency_weight or self.steps % MEASURED_EVERY == 0:
+            with self.teacher.batch_statistics(), torch.set_grad_enabled(bool(c.consistency_weight)):
                 trained = self.teacher.observe(images)
-            loss = loss + c.consistency_weight * self.logged("attention_distance", attention_distance(answer.features, trained.features))
+            distance = self.logged("attention_distance", attention_distance(answer.features, trained.features))
+            loss = loss + c.consistency_weight * distance if c.consistency_weight else loss
+        self.steps += 1
         self.minimise(loss, self.optimizer)
         self.log("generator_ce", label_loss)
         self.log("generator_bns", statistics_loss)
         self.log("label_accuracy", (answer.logits.argmax(1) == labels).float().mean())
         self.log_centers(found.detach(), centers, labels)
         return Batch(images.detach(), labels, answer.logits.detach())
+
+    def generate(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Images with their labels and the centres that were asked for."""
+        c = self.config
+        labels, centers = self.draw_conditions()
+        noise = self.draw_noise(c.batch_size, c.latent_dim)
+        return self.generator(noise, labels, centers) if c.condition else self.generator(noise, labels), labels, centers
 
     def draw_conditions(self) -> tuple[Tensor, Tensor]:
         """Labels (N) and attention centres (N x 2); with the adversary, the second half repeats the first: pairs under one condition."""
@@ -134,3 +147,21 @@ class ACQ(GDFQ):
         if self.config.student_loss == "ce+kl":
             return super().distill(student, batch)
         return divergence_loss(student(batch.images), batch.teacher_logits, self.config.temperature)
+
+    def pictures(self) -> dict[str, Tensor]:
+        """Where the teacher looks in both modes: with the adversary, neighbouring columns were made under one condition."""
+        images, labels, centers = self.generate()
+        answer = self.teacher.observe(images)
+        with self.teacher.batch_statistics():
+            trained = self.teacher.observe(images)
+        half = self.config.batch_size // 2
+        chosen = [i for first in range(min(5, half)) for i in (first, first + half)]
+        found = attention_center(answer.features[-1], self.config.sharpness)[chosen]
+        modes = {"attention,\neval mode": answer, "attention,\ntrain mode": trained}
+        sheet = attention_sheet(
+            self.task.denormalised(images)[chosen],
+            {title: attention_map(of.features[-1])[chosen] for title, of in modes.items()},
+            {"centre found": found} | ({"centre asked for": centers[chosen]} if self.config.condition else {}),
+            [f"class {label}" for label in labels[chosen].tolist()],
+        )
+        return {"attention": sheet}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from benchmark import cli
 from benchmark.store import Lease
@@ -329,3 +330,32 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(dfqbench: Run, sweep_file: 
     assert "resumed at step" in out
     ((one,), (other,)) = results_of(tmp_path / "r"), results_of(tmp_path / "whole")
     assert one["student_state"] == other["student_state"]
+
+
+PICTURES = """
+import torch
+from methods.gdfq import GDFQ
+from benchmark import register
+
+@register("{name}", paper="none", fidelity="paper", shares_synthesis=True)
+class Shown(GDFQ):
+    def pictures(self):
+        return {{"red-square": torch.tensor([1.0, 0.0, 0.0])[:{shape}].view(-1, 1, 1).expand({shape}, 5, 5)}}
+"""
+
+
+@pytest.mark.parametrize(("name", "shape", "kept"), [("shows", 3, True), ("shows-badly", 1, False)])
+def test_a_methods_pictures_are_kept_beside_its_samples_and_a_bad_one_costs_no_result(
+    dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, name: str, shape: int, kept: bool
+) -> None:
+    plugin = tmp_path / "shown.py"
+    plugin.write_text(PICTURES.format(name=name, shape=shape))
+    config = sweep_file(methods=[{name: {"warmup_epochs": 1, "calibration_epochs": 1}}], plugins=[str(plugin)], bits=["w4a4"])
+    code, out, _ = dfqbench("run", config, "--results", tmp_path / "r")
+    assert code == 0
+    (folder,) = (tmp_path / "r" / "runs").iterdir()
+    assert (folder / "samples.png").exists()
+    assert (folder / "red-square.png").exists() == kept
+    assert ("no pictures from shows-badly: ValueError: a picture is 3 x H x W, this one has the shape (1, 5, 5)" in out) != kept
+    if kept:
+        assert Image.open(folder / "red-square.png").getpixel((2, 2)) == (255, 0, 0)

@@ -20,6 +20,19 @@ def relative_coordinates(centers: Tensor, size: int) -> Tensor:
     return torch.stack([x, y], 1)
 
 
+def place_maps(centers: Tensor, size: int, kind: str) -> Tensor:
+    """What tells a convolution where a centre is (N x 2: x, y): N x 2 x size x size.
+
+    "coordinates": each pixel's position relative to the centre. "bump": a Gaussian of height 3 around it, a standard deviation of 0.15
+    image sides wide, and what it leaves of 3. The other maps of a layer's input have unit variance: the bump's size is like theirs.
+    """
+    relative = relative_coordinates(centers, size)
+    if kind == "coordinates":
+        return relative
+    near = torch.exp(-relative.square().sum(1, keepdim=True) / (2 * 0.15**2))
+    return torch.cat([3 * near, 3 - 3 * near], 1)
+
+
 class UpsampleConv(nn.Conv2d):
     """Nearest-neighbour upsampling by 2, then a 3x3 convolution with padding 1: N x I x H x W -> N x O x 2H x 2W.
 
@@ -59,10 +72,10 @@ class Generator(nn.Module):
     eps of 0.8 is the authors' (an argument in another's place, kept by the whole lineage). With `by_class`, the three inner
     BNs are class-conditional. A size that 4 does not divide is cropped from the next one that it does.
 
-    With `by_place`, both blocks also see where every pixel lies relative to a given centre (N x 2, in [0, 1]).
+    With `by_place` ("coordinates" or "bump": see `place_maps`), both blocks also see where a given centre lies (N x 2, in [0, 1]).
     """
 
-    def __init__(self, task: Task, latent_dim: int, by_class: bool = False, by_place: bool = False, eps: float = 0.8):
+    def __init__(self, task: Task, latent_dim: int, by_class: bool = False, by_place: str | None = None, eps: float = 0.8):
         super().__init__()
         self.size, self.first_size = task.size, -(-task.size // 4)
         self.first = nn.Linear(latent_dim, 128 * self.first_size**2)
@@ -78,10 +91,10 @@ class Generator(nn.Module):
         self.by_class, self.by_place = by_class, by_place
 
     def _placed(self, x: Tensor, centers: Tensor | None) -> Tensor:
-        if not self.by_place:
+        if self.by_place is None:
             return x
         assert centers is not None
-        maps = relative_coordinates(centers, x.shape[-1]).to(x.dtype)
+        maps = place_maps(centers, x.shape[-1], self.by_place).to(x.dtype)
         return torch.cat([x, maps], 1).contiguous(memory_format=torch.channels_last)
 
     def forward(self, latent: Tensor, labels: Tensor | None = None, centers: Tensor | None = None) -> Tensor:
