@@ -24,6 +24,7 @@ class ImageSet:
         self.name, self.folder, self.device = name, folder, device
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._files: list[list[str]] = []
+        self._order, self._position = torch.zeros(0, dtype=torch.long), 0
 
     def __len__(self) -> int:
         return sum(len(labels) for _, labels in self._parts)
@@ -48,19 +49,41 @@ class ImageSet:
         """All labels, M."""
         return self._joined(1)
 
+    def next(self, count: int, shuffle: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """The next images with their labels, around and around.
+
+        Without `shuffle` always `count` of them, in the order in which they came. With it, in a random order that is drawn from that stream and
+        drawn anew where fewer than `count` are left of it; then never more than there are. Raises RuntimeError where there is none.
+        """
+        size = len(self)
+        if not size:
+            raise RuntimeError(f"the image set {self.name!r} is empty")
+        if shuffle is None:
+            chosen = (self._position + torch.arange(count, device=self.device)) % size
+            self._position = (self._position + count) % size
+        else:
+            count = min(count, size)
+            if self._position + count > len(self._order):
+                self._order, self._position = torch.randperm(size, generator=shuffle, device=self.device), 0
+            chosen = self._order[self._position : self._position + count]
+            self._position += count
+        return self.images[chosen], self.labels[chosen]
+
     def _joined(self, index: int) -> Tensor:
         if len(self._parts) > 1:
             self._parts = [(torch.cat([p[0] for p in self._parts]), torch.cat([p[1] for p in self._parts]))]
         return self._parts[0][index]
 
     def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"order": self._order, "position": self._position}
         if self.folder is not None:
-            return {"files": list(self._files)}
-        return {"images": self.images, "labels": self.labels} if self._parts else {}
+            return state | {"files": list(self._files)}
+        return state | ({"images": self.images, "labels": self.labels} if self._parts else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError if a file is not the one that was written."""
         self._parts, self._files = [], []
+        self._order, self._position = state["order"].to(self.device), state["position"]
         if "images" in state:
             self._parts = [(state["images"].to(self.device), state["labels"].to(self.device))]
         for file, digest in state.get("files", []):

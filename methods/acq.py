@@ -24,12 +24,12 @@ from typing import Literal, Self
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy, leaky_relu, one_hot
+from torch.nn.functional import cosine_similarity, cross_entropy, leaky_relu
 from torch.optim import Adam
 
 from benchmark import Batch, Field, Student, Task, register
 from methods.gdfq import GDFQ
-from methods.parts.attention import attention_center, attention_distance, attention_map
+from methods.parts.attention import attention_center, attention_distance, attention_map, correlation, spread_within
 from methods.parts.generators import Generator
 from methods.parts.losses import batch_norm_loss, divergence_loss
 from methods.parts.pictures import attention_sheet
@@ -110,7 +110,9 @@ class ACQ(GDFQ):
         self.log("generator_ce", label_loss)
         self.log("generator_bns", statistics_loss)
         self.log("label_accuracy", (answer.logits.argmax(1) == labels).float().mean())
-        self.log_centers(found.detach(), centers, labels)
+        self.log("center_spread", spread_within(found.detach(), labels, self.task.classes))
+        if c.condition:
+            self.log("center_correlation", correlation(found.detach(), centers))
         return Batch(images.detach(), labels, answer.logits.detach())
 
     def generate(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,16 +134,6 @@ class ACQ(GDFQ):
     def logged(self, name: str, value: Tensor) -> Tensor:
         self.log(name, value)
         return value
-
-    def log_centers(self, found: Tensor, wanted: Tensor, labels: Tensor) -> None:
-        """Whether the mechanism works: spread of the centres within a class (root mean square), and their correlation with the condition."""
-        member = one_hot(labels, self.task.classes).to(found.dtype)
-        count = member.sum(0).clamp_min(1)
-        within = found - (member @ ((member.T @ found) / count[:, None]))
-        self.log("center_spread", within.square().sum(1).mean().sqrt())
-        if self.config.condition:
-            a, b = found - found.mean(0), wanted - wanted.mean(0)
-            self.log("center_correlation", (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12))
 
     def distill(self, student: Student, batch: Batch) -> Tensor:
         if self.config.student_loss == "ce+kl":

@@ -70,7 +70,7 @@ class GZNQ(Method):
             groups.append({"params": list(self.generator.parameters()), "lr": c.image_generator_lr})
         self.optimizer = Adam(groups, betas=(0.5, 0.9))
         self.past: list[Tensor] = []  # statistics of the batches so far: mean and variance of every BN layer in turn
-        self.iteration = self.position = 0
+        self.iteration = 0
 
     def phases(self) -> list[Phase]:
         c = self.config
@@ -138,10 +138,8 @@ class GZNQ(Method):
         """The stored images in their order, around and around."""
         if not len(self.stored):
             raise RuntimeError(f"the teacher is sure of none of the {self.config.images} images: more iterations, or a lower confidence")
-        chosen = (self.position + torch.arange(self.config.batch_size, device=self.device)) % len(self.stored)
-        self.position = (self.position + self.config.batch_size) % len(self.stored)
-        images = self.stored.images[chosen]
-        return Batch(images, self.stored.labels[chosen], self.teacher(images).detach())
+        images, labels = self.stored.next(self.config.batch_size)
+        return Batch(images, labels, self.teacher(images).detach())
 
     def distill(self, student: Student, batch: Batch) -> Tensor:
         assert batch.labels is not None

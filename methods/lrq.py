@@ -21,12 +21,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from benchmark import Batch, Field, Method, Phase, Student, TrainingConfig, register
 from methods.parts.augment import crop_and_flip
+from methods.parts.centers import ClassCenters
 from methods.parts.large_kernel import LongRangeGenerator
 from methods.parts.losses import batch_norm_loss, decoupled_loss
 
@@ -74,10 +75,8 @@ class LRQ(Method):
         self.labels, self.targets = torch.zeros(c.synthesis_batch, dtype=torch.long), torch.zeros(c.synthesis_batch)
         self.pixel_optimizer = Adam([self.pixels], lr=c.image_lr)
         self.plateau = ReduceLROnPlateau(self.pixel_optimizer, factor=0.1, patience=50, min_lr=1e-4)
-        with torch.no_grad():
-            width = self.features(self.pixels[:1]).shape[1]
-        self.center_sums, self.center_counts = torch.zeros(self.task.classes, width), torch.zeros(self.task.classes)
-        self.iteration, self.order, self.position = 0, torch.zeros(0, dtype=torch.long), 0
+        self.centers = ClassCenters(self.task.classes, self.features(self.pixels[:1]).shape[1])
+        self.iteration = 0
         by_class = c.conditioning == "batch-norm"
         self.embedding = None if by_class else nn.Embedding(self.task.classes, c.latent_dim)
         self.generator = LongRangeGenerator(self.task, c.latent_dim, by_class, c.attention)
@@ -93,6 +92,7 @@ class LRQ(Method):
             Phase("train", c.epochs - calibration, distill=True),
         ]
 
+    @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """The teacher's pooled last-stage features, N x K."""
         return self.teacher.observe(images).features[-1].mean((2, 3))
@@ -106,7 +106,7 @@ class LRQ(Method):
         seen = crop_and_flip(self.pixels, self.random("crops"), c.smallest_crop) if augmented else self.pixels
         answer = self.teacher.observe(seen)
         probability = answer.logits.softmax(1).gather(1, self.labels[:, None])[:, 0]
-        bounds = self.bound_loss(answer.features[-1].mean((2, 3)))
+        bounds = self.centers.bound_loss(answer.features[-1].mean((2, 3)), self.labels, c.closest, c.farthest, c.margin)
         loss = batch_norm_loss(answer) + (probability - self.targets).square().mean() + bounds
         self.minimise(loss, self.pixel_optimizer)
         self.plateau.step(loss.item())
@@ -131,19 +131,7 @@ class LRQ(Method):
     @torch.no_grad()
     def finish_batch(self) -> None:
         self.stored.add(self.pixels, self.labels)
-        self.center_sums.index_add_(0, self.labels, self.features(self.pixels))
-        self.center_counts.index_add_(0, self.labels, torch.ones_like(self.targets))
-
-    def bound_loss(self, features: Tensor) -> Tensor:
-        """[lam_l - d]_+ + [d - lam_u]_+ over the images whose class has a centre, with the margin m added to the angle."""
-        c = self.config
-        known = self.center_counts[self.labels] > 0
-        centers = self.center_sums[self.labels] / self.center_counts[self.labels].clamp_min(1)[:, None]
-        cosine = cosine_similarity(features, centers).clamp(-1 + 1e-6, 1 - 1e-6)
-        distance = 1 - (cosine * math.cos(c.margin) - (1 - cosine.square()).sqrt() * math.sin(c.margin))
-        outside = (c.closest - distance).clamp_min(0) + (distance - c.farthest).clamp_min(0)
-        loss: Tensor = (known * outside).sum() / (known.sum() + 1e-6)
-        return loss
+        self.centers.add(self.features(self.pixels), self.labels)
 
     def generate(self) -> tuple[Tensor, Tensor]:
         c = self.config
@@ -161,19 +149,9 @@ class LRQ(Method):
         self.log("generator_bns", statistics_loss)
         return Batch(images.detach(), labels, answer.logits.detach())
 
-    def next_stored(self) -> tuple[Tensor, Tensor]:
-        """The next stored images in a random order that is drawn anew when it is through, cropped and flipped."""
-        size = min(self.config.batch_size, len(self.stored))
-        if self.position + size > len(self.order):
-            self.order = torch.randperm(len(self.stored), generator=self.random("order"), device=self.device)
-            self.position = 0
-        chosen = self.order[self.position : self.position + size]
-        self.position += size
-        images = crop_and_flip(self.stored.images[chosen], self.random("crops"), self.config.smallest_crop)
-        return images, self.stored.labels[chosen]
-
     def synthesize(self) -> Batch:
-        images, labels = self.next_stored()
+        images, labels = self.stored.next(self.config.batch_size, shuffle=self.random("order"))
+        images = crop_and_flip(images, self.random("crops"), self.config.smallest_crop)
         if self.config.train_on_generator:
             with torch.no_grad():
                 more = self.generate()

@@ -21,7 +21,7 @@ from benchmark.registry import find_method
 from benchmark.sweep import load_sweep
 from benchmark.teachers import load
 from benchmark.testing import StopAfter
-from methods.parts.attention import attention_center, attention_distance, attention_map
+from methods.parts.attention import attention_center, attention_distance, attention_map, correlation, spread_within
 from methods.parts.generators import relative_coordinates
 from methods.parts.losses import divergence_loss
 from methods.parts.pictures import CAPTION, GAP, HEAT, MARGIN, SIDE, attention_sheet, heat
@@ -75,6 +75,14 @@ def test_the_centre_follows_its_gradient() -> None:
         (attention_center(features) - wanted).square().sum().backward()
         optimizer.step()
     assert torch.allclose(attention_center(features), wanted, atol=0.02)
+
+
+def test_spread_is_within_classes_and_correlation_over_both_coordinates() -> None:
+    centers = torch.tensor([[0.0, 0.0], [0.2, 0.0], [0.9, 0.9], [0.9, 0.5]])
+    assert spread_within(centers, torch.tensor([7, 7, 2, 2]), 10).item() == pytest.approx(((0.01 + 0.01 + 0.04 + 0.04) / 4) ** 0.5)
+    assert correlation(centers, 2 * centers + 1).item() == pytest.approx(1.0)
+    assert correlation(centers, -centers).item() == pytest.approx(-1.0)
+    assert correlation(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([[1.0, 1.0], [0.0, 0.0]])).item() == pytest.approx(0.0)
 
 
 def test_attention_distance_is_zero_for_scaled_features_and_two_for_disjoint_ones() -> None:

@@ -15,6 +15,7 @@ from benchmark.image_set import ImageSet
 from benchmark.registry import find_method
 from benchmark.testing import StopAfter, Trial, ends_of, small_task, small_teacher
 from methods.parts.augment import crop_and_flip
+from methods.parts.centers import ClassCenters
 from methods.parts.generators import Generator
 from methods.parts.large_kernel import LargeKernelAttention, LongRangeGenerator
 from methods.parts.losses import decoupled_loss
@@ -93,18 +94,17 @@ def test_a_crop_of_everything_without_flip_changes_nothing_but_the_aspect() -> N
 
 def test_the_margin_is_added_to_the_angle_and_the_bounds_are_hinges() -> None:
     """Centre along the first axis; features at 0, 60 and 90 degrees; m = 0.5 rad, bounds 0.3 and 0.8."""
-    method = trial(margin=0.5, closest=0.3, farthest=0.8, synthesis_batch=4).start().method
-    width = method.center_sums.shape[1]  # type: ignore[attr-defined]
-    center = torch.zeros(width)
+    centers = ClassCenters(10, 16)
+    center = torch.zeros(16)
     center[0] = 2.0
-    method.center_sums[3], method.center_counts[3] = 4 * center, 4  # type: ignore[attr-defined]
-    method.labels = torch.tensor([3, 3, 3, 5])  # type: ignore[attr-defined]
-    features = torch.zeros(4, width)
+    centers.add(center.expand(4, -1), torch.full((4,), 3))
+    features = torch.zeros(4, 16)
     for n, degrees in enumerate((0.0, 60.0, 90.0, 45.0)):
         features[n, 0], features[n, 1] = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     d = [1 - math.cos(math.radians(a) + 0.5) for a in (0.0, 60.0, 90.0)]
     expected = sum(max(0.3 - x, 0) + max(x - 0.8, 0) for x in d) / 3
-    assert method.bound_loss(features).item() == pytest.approx(expected, rel=1e-3)  # type: ignore[attr-defined]
+    found = centers.bound_loss(features, torch.tensor([3, 3, 3, 5]), closest=0.3, farthest=0.8, margin=0.5)
+    assert found.item() == pytest.approx(expected, rel=1e-3), "the class without a centre costs nothing"
 
 
 def test_images_are_stored_in_batches_and_centres_are_their_classes_means() -> None:
@@ -116,7 +116,7 @@ def test_images_are_stored_in_batches_and_centres_are_their_classes_means() -> N
         features = method.features(method.stored.images)  # type: ignore[attr-defined]
     labels = method.stored.labels  # type: ignore[attr-defined]
     for label in labels.unique():
-        mean = method.center_sums[label] / method.center_counts[label]  # type: ignore[attr-defined]
+        mean = method.centers.sums[label] / method.centers.counts[label]  # type: ignore[attr-defined]
         assert torch.allclose(mean, features[labels == label].mean(0), atol=1e-5)
 
 
@@ -145,6 +145,25 @@ def test_the_learning_rate_schedule_does_not_count_the_making_of_images() -> Non
     lockstep.run(StopAfter())
     rows = [(row["phase"], row.get("student_lr")) for row in lockstep.trainees[0].history]
     assert rows == [("images", None)] * 3 + [("calibration", None), ("train", 0.01), ("train", 0.001), ("train", 0.001)]
+
+
+def test_an_image_set_gives_every_image_once_before_any_comes_again() -> None:
+    stored = ImageSet("images", None, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="empty"):
+        stored.next(1)
+    stored.add(torch.arange(5.0).view(5, 1, 1, 1), torch.arange(5))
+    assert [stored.next(3)[1].tolist() for _ in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
+    stream = torch.Generator().manual_seed(0)
+    twice = ImageSet("images", None, torch.device("cpu"))
+    twice.add(torch.arange(4.0).view(4, 1, 1, 1), torch.arange(4))
+    first, second = twice.next(2, stream), twice.next(2, stream)
+    assert sorted(first[1].tolist() + second[1].tolist()) == [0, 1, 2, 3]
+    again = ImageSet("images", None, torch.device("cpu"))
+    again.load_state_dict(twice.state_dict())
+    same = torch.Generator()
+    same.set_state(stream.get_state())
+    assert again.next(3, same)[1].tolist() == twice.next(3, stream)[1].tolist()
+    assert len(twice.next(99, stream)[1]) == 4
 
 
 def test_an_image_set_is_written_once_and_its_state_is_names_and_hashes(tmp_path: Path) -> None:

@@ -35,3 +35,18 @@ def attention_distance(first: list[Tensor], second: list[Tensor]) -> Tensor:
         one, other = (F.normalize(attention_map(f).flatten(1), dim=1) for f in (a, b))
         distances.append((one - other).square().sum(1).mean())
     return torch.stack(distances).mean()
+
+
+def spread_within(centers: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Root mean square distance of attention centres (N x 2) to the mean centre of their class (scalar, in image sides)."""
+    member = F.one_hot(labels, classes).to(centers.dtype)
+    means = (member.T @ centers) / member.sum(0).clamp_min(1)[:, None]
+    spread: Tensor = (centers - member @ means).square().sum(1).mean().sqrt()
+    return spread
+
+
+def correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Pearson correlation of two lists of points (N x 2 each), over both coordinates together (scalar)."""
+    a, b = first - first.mean(0), second - second.mean(0)
+    found: Tensor = (a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-12)
+    return found
