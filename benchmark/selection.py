@@ -88,7 +88,10 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
             if any(maker.method == cell.method and maker.seed == cell.seed for cell in missing):
                 raise UserError(f"{loaded.path}: selection.seed: {maker.seed} is also a seed of the sweep, and {maker.method} one of its methods")
             teacher = Teacher(load(loaded.teachers[card]), card.task).to(device).to(memory_format=torch.channels_last)
-            images = _kept(folder / f"images-{digest}.safetensors", maker, teacher, device, selection.count)
+            path = folder / f"images-{digest}.safetensors"
+            if not path.exists():
+                progress.say(f"making {selection.count} images with {maker.method}, seed {maker.seed}")
+            images = _kept(path, maker, teacher, device, selection.count)
             for record in _compared(Bundle(missing), teacher, images, device, progress, stop):
                 write_json(paths[record["id"]], {**record, "images": {"cell": maker.record(), "count": len(images)}})
         yield from (record for record in map(read_json, paths.values()) if record is not None)
