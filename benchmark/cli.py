@@ -212,6 +212,71 @@ def show_method(name: str) -> None:
 
 
 @app.command()
+def speed(
+    methods: Annotated[str, typer.Option(help="Names with commas between.")] = "gdfq,acq,zaq,lrq,gznq",
+    network: Annotated[str, typer.Option(help="resnet20, 32, 44 or 56, for 32 x 32 images of 10 classes.")] = "resnet20",
+    batch_size: Annotated[int, typer.Option(min=2)] = 200,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    precisions: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
+    rounds: Annotated[int, typer.Option(min=1, help="How often all contenders take their turn.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0, help="About how long a turn is.")] = 5.0,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here too; `auto`: results/speed/DEVICE.json.")] = None,
+) -> None:
+    """Measure steps per second of methods, next to a textbook loop, a competent eager loop and the device's floor."""
+    from benchmark.errors import nearest
+
+    wanted = methods.split(",")
+    given = precisions.split(",")
+    for precision in given:
+        if precision not in ("fp32", "bf16"):
+            raise UserError(f"--precisions {precision!r}: {nearest(precision, ('fp32', 'bf16'))}")
+    import torch
+
+    from benchmark import speed as stopwatch
+    from benchmark.engine import check_device
+    from benchmark.provenance import provenance
+    from benchmark.registry import find_method
+    from benchmark.store import write_json
+    from benchmark.task import Task
+    from benchmark.teachers.cifar import cifar_resnet
+    from methods.textbook import loops
+
+    for name in wanted:
+        find_method(name)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = check_device(device)
+    torch.manual_seed(0)
+    stand = stopwatch.Stand(cifar_resnet(network), Task(10, 3, 32, (0.5,) * 3, (0.25,) * 3), batch_size, where)
+    say = _console(stderr=True).print
+    rows = list(stopwatch.measure(wanted, loops(), stand, given, rounds, seconds, say))
+    found = provenance(where)
+    _print_speeds(rows)
+    if out is not None:
+        path = Path("results/speed") / f"{stopwatch.file_name(found)}.json" if str(out) == "auto" else out
+        write_json(path, stopwatch.record(rows, stand, " ".join(["dfqbench", *sys.argv[1:]]), found))
+        print(f"written to {path}")
+
+
+def _print_speeds(rows: list) -> None:  # type: ignore[type-arg]
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for heading in ("method", "phase", "loop", "", "widths", "steps/s", "x textbook", "of floor", "spread"):
+        shown.add_column(heading, justify="right" if heading in ("widths", "steps/s", "x textbook", "of floor", "spread") else "left", no_wrap=True)
+    for r in rows:
+        against = f"{r.against:.2f}" if r.against else "-"
+        floor = f"{r.floor / r.seconds:.0%}" if r.floor else "-"
+        shown.add_row(r.method, r.phase, r.contender, r.precision, str(r.widths), f"{1 / r.seconds:.2f}", against, floor, f"{r.spread:.2f}")
+    console = _console()
+    console.print(shown)
+    console.print(
+        "steps/s: of each bit width; x textbook: times the speed of the textbook loop; of floor: least possible seconds / seconds", highlight=False
+    )
+
+
+@app.command()
 def pretrain(
     source: Annotated[str, typer.Argument(help="Training images: digits, or imagefolder:PATH (one sub-folder per class).")],
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],

@@ -14,3 +14,18 @@ GDFQ family (GDFQ, Qimera, AdaDFQ, IntraQ, and what was made from them) or of ZA
 8. float32, NCHW, eager mode, optimizers that loop over parameters.
 9. Relations between positions keep their P x P matrix, and that of the teacher is computed with a graph (ZAQ).
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from methods.textbook.loop import Loop
+
+NAMES = {"gdfq": "TextbookGDFQ", "acq": "TextbookACQ", "zaq": "TextbookZAQ", "lrq": "TextbookLRQ", "gznq": "TextbookGZNQ"}
+
+
+def loops() -> dict[str, type[Loop]]:
+    """By the method's name."""
+    return {name: getattr(importlib.import_module(f"methods.textbook.{name}"), loop) for name, loop in NAMES.items()}

@@ -77,7 +77,7 @@ class TextbookACQ(TextbookGDFQ):
         loss = F.cross_entropy(answer, labels) + 0.1 * self.statistics_loss()
         in_eval = list(self.features["teacher"])
         loss = loss + c.matching_weight * ((center(in_eval[-1], c.sharpness) - places) ** 2).sum(1).mean()
-        pairs = in_eval[-1].view(c.batch_size, -1)
+        pairs = in_eval[-1].reshape(c.batch_size, -1)
         loss = loss + c.adversarial_weight * F.cosine_similarity(pairs[:half], pairs[half:]).mean()
         for module in self.teacher.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -87,7 +87,7 @@ class TextbookACQ(TextbookGDFQ):
         self.teacher.eval()
         distance = torch.zeros((), device=self.device)
         for one, other in zip(in_eval, self.features["teacher"], strict=True):
-            a, b = (F.normalize(attention(f).view(c.batch_size, -1), dim=1) for f in (one, other))
+            a, b = (F.normalize(attention(f).reshape(c.batch_size, -1), dim=1) for f in (one, other))
             distance = distance + ((a - b) ** 2).sum(1).mean() / len(in_eval)
         loss = loss + c.consistency_weight * distance
         self.minimise(loss, self.generator_optimizer)

@@ -46,7 +46,7 @@ class TextbookGZNQ(Loop):
         with torch.no_grad():
             for channel, (low, high) in enumerate(self.task.pixel_range()):
                 self.images[:, channel].clamp_(low, high)
-        self.losses.append((loss.item(), 0.0))
+        self.remember(loss, loss)
         self.number += 1
         if self.number % c.synthesis_iterations == 0:
             with torch.no_grad():

@@ -103,6 +103,7 @@ class Loop:
         self.variances: list[Tensor] = []
         self.running: list[tuple[Any, Any]] = []
         self.losses: list[tuple[float, float]] = []
+        self.competent = False
         self.label_accuracy = 0.0
         for module in self.teacher.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -155,6 +156,20 @@ class Loop:
         loss.backward()
         optimizer.step()
 
+    def become_competent(self) -> None:
+        """The same loop without what costs nothing to leave out: (1), (2)'s endless lists, (6), and NCHW."""
+        self.competent = True
+        self.teacher.requires_grad_(False)
+        for module in [self.teacher, self.student, *(m for m in vars(self).values() if isinstance(m, nn.Module))]:
+            module.to(memory_format=torch.channels_last)
+
+    def remember(self, generator_loss: Tensor, student_loss: Tensor) -> None:
+        if not self.competent:
+            self.losses.append((generator_loss.item(), student_loss.item()))
+
     def note(self, generator_loss: Tensor, student_loss: Tensor, answer: Tensor, labels: Tensor) -> None:  # (6)
+        if self.competent:
+            self.running.clear()
+            return
         self.label_accuracy = float(np.mean(np.argmax(answer.detach().cpu().numpy(), 1) == labels.cpu().numpy()))
-        self.losses.append((generator_loss.item(), student_loss.item()))
+        self.remember(generator_loss, student_loss)

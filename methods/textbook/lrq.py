@@ -87,7 +87,7 @@ class TextbookLRQ(Loop):
         loss = self.statistics_loss() + F.mse_loss(probability, self.targets) + self.bounds(self.features["teacher"][-1].mean((2, 3)))
         self.minimise(loss, self.optimizer)
         self.plateau.step(loss.item())
-        self.losses.append((loss.item(), 0.0))
+        self.remember(loss, loss)
         self.number += 1
         if self.number % c.synthesis_iterations == 0:
             images = self.images.detach()
