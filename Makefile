@@ -21,7 +21,7 @@ demo: install $(TEACHER)
 	$(BIN)/dfqbench table quickstart
 
 test: install
-	$(BIN)/pytest --numprocesses auto
+	$(BIN)/pytest --numprocesses auto --dist loadgroup
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,0 +1,120 @@
+"""Sweeps on a real Slurm: whatever happens to jobs, the results are those of `dfqbench run`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from place import SWEEPS, Place, numbers, without_seconds
+
+pytestmark = pytest.mark.xdist_group("slurm")
+Reference = Callable[[str], tuple[dict[Any, Any], str]]
+
+
+def runs_through(place: Place, reference: Reference, jobs: int, arrays: int) -> None:
+    """24 cells in arrays of which two tasks run at once, submitted twice at the same time, end as if `dfqbench run` had run them."""
+    config = SWEEPS["grid"](place)
+    profile = place.profile("grid", chain=3, parallel=2)
+    both = [place.start("submit", config, "--profile", profile) for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("nothing to submit" in out for out, _ in said) == 1, said
+    (submission,) = place.submissions("grid")
+    assert len(submission["arrays"]) == arrays
+    assert len(place.queue()) == jobs
+    again = place.dfqbench("submit", config, "--profile", profile)
+    assert (again.code, again.out.splitlines()[-1]) == (0, "nothing to submit")
+
+    running = []
+
+    def through() -> bool:
+        states = [state for state in place.queue().values() if state not in ("COMPLETED", "FAILED")]
+        running.append(states.count("RUNNING"))
+        return not states
+
+    place.wait("all jobs are through", through)
+    assert 1 <= max(running) <= 2
+    expected, table = reference("grid")
+    assert numbers(place.results()) == expected, place.logs()
+    assert len(expected) == 24
+    assert without_seconds(place.dfqbench("table", config).out) == table
+    # nothing ran twice
+    assert sum(log.read_text().count("started") for log in place.folder.glob("results/runs/*/log.txt")) == 24
+    status = place.dfqbench("status", config)
+    assert status.out.splitlines()[-1] == "24 cells: 24 done"
+    jobs_of_results = {result["provenance"]["slurm_job"] for result in place.results().values()}
+    assert len(jobs_of_results) == jobs
+
+
+def test_a_sweep_goes_through_arrays_without_accounting(place: Place, reference: Reference) -> None:
+    runs_through(place, reference, jobs=4, arrays=1)
+    assert subprocess.run(["sacct"], env=place.environment, capture_output=True).returncode != 0
+
+
+@pytest.mark.xdist_group("slurm-accounting")
+def test_a_sweep_larger_than_the_array_limit_is_split_with_accounting(accounting_place: Place, reference: Reference) -> None:
+    runs_through(accounting_place, reference, jobs=4, arrays=2)
+    assert "COMPLETED" in accounting_place.ask("sacct", "-n", "-X", "-o", "State")
+
+
+def test_whatever_hits_a_job_nothing_is_lost(place: Place, reference: Reference) -> None:
+    """Four cells' jobs at once: requeued by hand, worker SIGKILLed, task cancelled, and a node daemon that dies and comes back under all of them."""
+    expected, _ = reference("slow")
+    config, profile = SWEEPS["slow"](place), place.profile("slow")
+    sent = place.dfqbench("submit", config, "--profile", profile, PAUSE="0.2")
+    assert sent.code == 0, sent.err
+    (submission,) = place.submissions("slow")
+    array = submission["arrays"][0]["job"]
+    cells = [task[0][0] for task in submission["tasks"]]
+
+    def step(cell: str) -> int:
+        file = place.folder / "results" / "runs" / cell / "progress.json"
+        return int(json.loads(file.read_text())["step"]) if file.exists() else 0
+
+    place.wait("all four are in the middle", lambda: all(step(members[0]) > 0 for members in cells))
+    seen = place.dfqbench("status", config).out
+    assert seen.count(" running ") == 8, seen
+    assert "/100, " in seen
+    assert f"job {array}_3" in seen
+
+    place.ask("scontrol", "requeue", f"{array}_0")
+    os.kill(json.loads((place.folder / "results" / "runs" / cells[1][0] / "lease.json").read_text())["pid"], signal.SIGKILL)
+    place.ask("scancel", f"{array}_2")
+    node_daemon = Path(place.environment["SLURM_CONF"]).parent / "slurmd.pid"
+    os.kill(int(node_daemon.read_text()), signal.SIGKILL)
+    subprocess.run(["slurmd", "-f", place.environment["SLURM_CONF"], "-N", os.uname().nodename.split(".")[0]], check=True, timeout=60)
+
+    place.wait("the cancelled one is gone", lambda: place.queue().get(f"{array}_2") in (None, "CANCELLED"))
+    lost = place.dfqbench("status", config).out
+    assert lost.count(" lost ") == 2, lost
+    assert "goes on at step" in lost
+    again = place.dfqbench("submit", config, "--profile", profile)
+    assert (again.code, "2 cells, 1 processes, 1 jobs" in again.out) == (0, True), again.out
+    place.wait("all jobs are through", lambda: not set(place.queue().values()) - {"COMPLETED", "CANCELLED"})
+    assert numbers(place.results()) == expected, place.logs()
+    resumed = {cell: (place.folder / "results" / "runs" / cell / "log.txt").read_text().count("resumed at step") for cell, _ in cells}
+    assert all(resumed[cells[i][0]] >= 1 for i in (0, 1, 2)), place.logs()
+    assert "killed by SIGKILL" in place.logs()
+
+
+def test_a_cell_longer_than_its_jobs_time_is_requeued_and_ends_with_the_same_bits(place: Place, reference: Reference) -> None:
+    expected, _ = reference("slow")
+    config = place.slow_sweep("slow", seeds=[0])
+    # Slurm counts in minutes, and tells a job to save 35 s and more before its minute is over; 100 steps take 25 s asleep alone
+    profile = place.profile("short", time=1, save_seconds=35, checkpoint_every=300)
+    sent = place.dfqbench("submit", config, "--profile", profile, PAUSE="0.25")
+    assert sent.code == 0, sent.err
+    preempted = place.wait("it is back in the queue", lambda: " pre-empted " in (seen := place.dfqbench("status", config).out) and seen)
+    assert "goes on at step" in preempted
+    place.wait("it is through", lambda: not set(place.queue().values()) - {"COMPLETED"})
+    assert numbers(place.results()) == {key: value for key, value in expected.items() if key[0] == 0}, place.logs()
+    log = next(place.folder.glob("results/runs/*/log.txt")).read_text()
+    assert "stopped by SIGUSR2" in log
+    assert log.count("resumed at step") >= 1
+    assert log.count("started") == 1
