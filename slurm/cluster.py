@@ -12,6 +12,7 @@ from benchmark.errors import UserError
 
 TIMEOUT_S = 30.0
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
+LAUNCH_FAILED = "launch failed requeued held"  # a node was lost while a job came up; Slurm then waits for somebody to release it
 PENDING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 
 
@@ -91,6 +92,12 @@ def endings(job_ids: Iterable[str]) -> dict[str, str]:
         job_id, state, nodes = line.split("|")[:3]
         found[job_id] = state.split(" by ")[0] + (f" on {nodes}" if nodes and nodes != "None assigned" else "")
     return found
+
+
+def release(job_ids: Iterable[str]) -> None:
+    """Lets held jobs start. Raises NoAnswer."""
+    for job_id in job_ids:
+        _ask("scontrol", "release", job_id)
 
 
 def cancel(job_ids: Iterable[str]) -> None:

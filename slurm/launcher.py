@@ -121,11 +121,25 @@ def submit(
             raise UserError(f"{program} is not on PATH: submit from a login node of a Slurm cluster, or run the jobs here with --local")
     limit = cluster.array_limit()
     with submitting(store, WAIT_FOR_ANOTHER_SUBMIT_S, say):
-        plan, text = make_plan(loaded, plugins, store, profile_name, profile, cluster.queue(), limit, retry_failed)
+        jobs = cluster.queue()
+        _release(store, loaded.sweep.name, jobs, say)
+        plan, text = make_plan(loaded, plugins, store, profile_name, profile, jobs, limit, retry_failed)
         if not plan.submission.tasks:
             return plan, None
         write_new(plan.submission, text)
         return plan, _send(plan, profile)
+
+
+def _release(store: Store, sweep: str, jobs: dict[str, Job], say: Say) -> None:
+    """Jobs that Slurm holds because a node was lost while they came up: nobody meant them to wait."""
+    held = [job for one in submissions(store, sweep) for job in one.jobs_in(jobs) if job.reason == cluster.LAUNCH_FAILED]
+    try:
+        cluster.release(job.id for job in held)
+    except NoAnswer as error:
+        say(f"{', '.join(job.id for job in held)}: held after a failed launch, and cannot be released: {error}")
+    else:
+        if held:
+            say(f"released {', '.join(job.id for job in held)}: held after a failed launch")
 
 
 def _send(plan: Plan, profile: Profile) -> UserError | None:

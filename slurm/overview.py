@@ -133,6 +133,8 @@ def _state(cell: str, store: Store, submission: Submission | None, task: int, st
         if not job.pending:
             return Word.QUEUED, f"its turn comes in job {job.id} on {job.node}"
         why = f"job {job.id}" + (f" ({job.reason})" if job.reason else "")
+        if job.reason == cluster.LAUNCH_FAILED:
+            why += ", submit again releases it"
         return (Word.PREEMPTED, f"{why}, goes on {at}" if at else why) if state.get("starts") else (Word.QUEUED, why)
     if jobs is None:
         return Word.SUBMITTED, f"job {job_id}" if job_id else ""

@@ -43,9 +43,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
 
 @pytest.fixture(scope="session")
 def accounting_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """One with accounting, whose job arrays hold three tasks at most."""
+    """One with accounting, whose job arrays hold two tasks at most."""
     needs_slurm("slurmdbd", "mariadbd")
-    yield from bring_up(tmp_path_factory.mktemp("slurmdbd"), "--accounting", "--array-size", "3")
+    yield from bring_up(tmp_path_factory.mktemp("slurmdbd"), "--accounting", "--array-size", "2")
 
 
 @pytest.fixture
