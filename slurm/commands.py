@@ -30,10 +30,13 @@ def submit(config: str, profile_name: str, results: Path, *, local: bool, dry_ru
     name, profile = find_profile(profile_name)
     path = find_config(config)
     Store(results)
+    from slurm import launcher
+
+    if not (local or dry_run):
+        launcher.check_slurm()
     from benchmark.memo import cache_folder
     from benchmark.runner import note_sweep
     from benchmark.sweep import load_sweep
-    from slurm import launcher
     from slurm.cluster import NoAnswer, array_limit, queue
 
     loaded = load_sweep(path, cache_folder(), plugins)

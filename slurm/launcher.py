@@ -109,6 +109,13 @@ def _job_has_ended(store: Store, cell_id: str, jobs: dict[str, Job]) -> bool:
     return bool(job) and not (job in jobs and jobs[job].live)
 
 
+def check_slurm() -> None:
+    """Raises UserError where nothing can be submitted from."""
+    for program in ("sbatch", "srun", "squeue", "scontrol"):
+        if shutil.which(program) is None:
+            raise UserError(f"{program} is not on PATH: submit from a login node of a Slurm cluster, or run the jobs here with --local")
+
+
 def submit(
     loaded: LoadedSweep, plugins: list[str], store: Store, profile_name: str, profile: Profile, retry_failed: bool, say: Say
 ) -> tuple[Plan, UserError | None]:
@@ -116,9 +123,6 @@ def submit(
 
     Raises UserError, with nothing submitted, where Slurm or the folder cannot be used.
     """
-    for program in ("sbatch", "srun", "squeue", "scontrol"):
-        if shutil.which(program) is None:
-            raise UserError(f"{program} is not on PATH: submit from a login node of a Slurm cluster, or run the jobs here with --local")
     limit = cluster.array_limit()
     with submitting(store, WAIT_FOR_ANOTHER_SUBMIT_S, say):
         jobs = cluster.queue()

@@ -53,16 +53,29 @@ def place(tmp_path: Path, tiny_teacher: str, cluster: dict[str, str]) -> Iterato
     """A folder of its own on the cluster; whatever is left in the queue at the end is cancelled."""
     here = Place(tmp_path, tiny_teacher, cluster)
     yield here
-    here.ask("scancel", "--user=root")
-    here.wait("the queue is empty", lambda: not here.queue())
+    here.clear()
+
+
+@pytest.fixture(scope="session")
+def limited(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: str, cluster: dict[str, str]) -> Iterator[Place]:
+    """A cell whose job has too little time for it, submitted early, since it takes a minute by nature: Slurm counts in minutes.
+
+    It is told to save 20 s or more before its minute is over; 60 steps take 42 s asleep alone.
+    """
+    here = Place(tmp_path_factory.mktemp("limited"), tiny_teacher, cluster)
+    config = here.slow_sweep("limited", seeds=[0])
+    profile = here.profile("limited", time=1, save_seconds=20, checkpoint_every=300)
+    sent = here.dfqbench("submit", config, "--profile", profile, PAUSE="0.7")
+    assert sent.code == 0, sent.err
+    yield here
+    here.clear()
 
 
 @pytest.fixture
 def accounting_place(tmp_path: Path, tiny_teacher: str, accounting_cluster: dict[str, str]) -> Iterator[Place]:
     here = Place(tmp_path, tiny_teacher, accounting_cluster)
     yield here
-    here.ask("scancel", "--user=root")
-    here.wait("the queue is empty", lambda: not here.queue())
+    here.clear()
 
 
 @pytest.fixture

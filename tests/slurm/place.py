@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT")
 PATIENCE_S = 240.0  # a hard end for everything that waits; nothing asserts on time
 
 # GDFQ that sleeps in every step for as long as the environment says: the same numbers, at a pace at which something can happen in the middle
@@ -63,12 +64,12 @@ class Place:
             "bits": ["w4a4", "w3a3"],
             "budget": {"epochs": 3, "iterations": 4, "batch_size": 8},
         } | changes
-        return self.write(f"{name}.yaml", content)
+        return self.write(f"{name}.yaml", {key: value for key, value in content.items() if value is not None})
 
     def slow_sweep(self, name: str, **changes: Any) -> Path:
-        """100 steps of one bundle per seed."""
+        """60 steps of one bundle per seed."""
         methods = [{"slow": {"warmup_epochs": 1, "calibration_epochs": 1}}]
-        budget = {"epochs": 4, "iterations": 25, "batch_size": 8}
+        budget = {"epochs": 3, "iterations": 20, "batch_size": 8}
         return self.sweep(name, **({"methods": methods, "budget": budget, "plugins": ["slow.py"]} | changes))
 
     def profile(self, name: str, **settings: Any) -> Path:
@@ -100,9 +101,20 @@ class Place:
         return subprocess.run(words, env=self.environment, capture_output=True, text=True, check=True, timeout=60).stdout
 
     def queue(self) -> dict[str, str]:
-        """State by job id."""
-        lines = self.ask("squeue", "-h", "-r", "-o", "%i %T").splitlines()
-        return dict(line.split() for line in lines)
+        """State of this folder's jobs by id."""
+        mine = {array["name"] for file in self.folder.glob("results/sweeps/*/*/submission.json") for array in json.loads(file.read_text())["arrays"]}
+        lines = [line.split("|") for line in self.ask("squeue", "-h", "-r", "--states=all", "-o", "%i|%T|%j").splitlines()]
+        return {job: state for job, state, name in lines if name in mine}
+
+    def left(self) -> list[str]:
+        """Jobs that have not ended."""
+        return [job for job, state in self.queue().items() if state not in ENDED]
+
+    def clear(self) -> None:
+        """Ends whatever is left."""
+        for job in self.left():
+            subprocess.run(["scancel", job], env=self.environment, capture_output=True, timeout=60)
+        self.wait("the queue is empty", lambda: not self.left())
 
     def results(self, folder: str = "results") -> dict[tuple[int, str, str], dict[str, Any]]:
         """By seed, bits and label."""

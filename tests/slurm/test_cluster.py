@@ -34,9 +34,8 @@ def runs_through(place: Place, reference: Reference, jobs: int, arrays: int) -> 
     running = []
 
     def through() -> bool:
-        states = [state for state in place.queue().values() if state not in ("COMPLETED", "FAILED")]
-        running.append(states.count("RUNNING"))
-        return not states
+        running.append(list(place.queue().values()).count("RUNNING"))
+        return not place.left()
 
     place.wait("all jobs are through", through)
     assert 1 <= max(running) <= 2
@@ -63,11 +62,11 @@ def test_a_sweep_larger_than_the_array_limit_is_split_with_accounting(accounting
     assert "COMPLETED" in accounting_place.ask("sacct", "-n", "-X", "-o", "State")
 
 
-def test_whatever_hits_a_job_nothing_is_lost(place: Place, reference: Reference) -> None:
+def test_whatever_hits_a_job_nothing_is_lost(place: Place, limited: Place, reference: Reference) -> None:
     """Four cells' jobs at once: requeued by hand, worker SIGKILLed, task cancelled, and a node daemon that dies and comes back under all of them."""
     expected, _ = reference("slow")
     config, profile = SWEEPS["slow"](place), place.profile("slow")
-    sent = place.dfqbench("submit", config, "--profile", profile, PAUSE="0.2")
+    sent = place.dfqbench("submit", config, "--profile", profile, PAUSE="0.3")
     assert sent.code == 0, sent.err
     (submission,) = place.submissions("slow")
     array = submission["arrays"][0]["job"]
@@ -80,7 +79,7 @@ def test_whatever_hits_a_job_nothing_is_lost(place: Place, reference: Reference)
     place.wait("all four are in the middle", lambda: all(step(members[0]) > 0 for members in cells))
     seen = place.dfqbench("status", config).out
     assert seen.count(" running ") == 8, seen
-    assert "/100, " in seen
+    assert "/60, " in seen
     assert f"job {array}_3" in seen
 
     place.ask("scontrol", "requeue", f"{array}_0")
@@ -91,7 +90,7 @@ def test_whatever_hits_a_job_nothing_is_lost(place: Place, reference: Reference)
     os.kill(int(node_daemon.read_text()), signal.SIGKILL)
     subprocess.run(["slurmd", "-f", place.environment["SLURM_CONF"], "-N", os.uname().nodename.split(".")[0]], check=True, timeout=60)
 
-    place.wait("the cancelled one is gone", lambda: place.queue().get(f"{array}_2") in (None, "CANCELLED"))
+    place.wait("the cancelled one is gone", lambda: place.queue()[f"{array}_2"] == "CANCELLED")
     lost = place.dfqbench("status", config).out
     assert lost.count(" lost ") == 2, lost
     assert "goes on at step" in lost
@@ -101,27 +100,24 @@ def test_whatever_hits_a_job_nothing_is_lost(place: Place, reference: Reference)
     def through() -> bool:
         if "launch failed" in place.ask("squeue", "-h", "-o", "%r"):  # the node died just while Slurm started a job on it: another submit lets it go
             assert "released" in place.dfqbench("submit", config, "--profile", profile).out
-        return not set(place.queue().values()) - {"COMPLETED", "CANCELLED"}
+        return not place.left()
 
     place.wait("all jobs are through", through)
+    assert "FAILED" not in place.queue().values()
     assert numbers(place.results()) == expected, place.logs()
     resumed = {cell: (place.folder / "results" / "runs" / cell / "log.txt").read_text().count("resumed at step") for cell, _ in cells}
     assert all(resumed[cells[i][0]] >= 1 for i in (0, 1, 2)), place.logs()
     assert "killed by SIGKILL" in place.logs()
 
 
-def test_a_cell_longer_than_its_jobs_time_is_requeued_and_ends_with_the_same_bits(place: Place, reference: Reference) -> None:
+def test_a_cell_longer_than_its_jobs_time_is_requeued_and_ends_with_the_same_bits(limited: Place, reference: Reference) -> None:
     expected, _ = reference("slow")
-    config = place.slow_sweep("slow", seeds=[0])
-    # Slurm counts in minutes, and tells a job to save 35 s and more before its minute is over; 100 steps take 25 s asleep alone
-    profile = place.profile("short", time=1, save_seconds=35, checkpoint_every=300)
-    sent = place.dfqbench("submit", config, "--profile", profile, PAUSE="0.25")
-    assert sent.code == 0, sent.err
-    preempted = place.wait("it is back in the queue", lambda: " pre-empted " in (seen := place.dfqbench("status", config).out) and seen)
-    assert "goes on at step" in preempted
-    place.wait("it is through", lambda: not set(place.queue().values()) - {"COMPLETED"})
-    assert numbers(place.results()) == {key: value for key, value in expected.items() if key[0] == 0}, place.logs()
-    log = next(place.folder.glob("results/runs/*/log.txt")).read_text()
+    limited.wait("it is through", lambda: not limited.left())
+    assert list(limited.queue().values()) == ["COMPLETED"]
+    assert numbers(limited.results()) == {key: value for key, value in expected.items() if key[0] == 0}, limited.logs()
+    log = next(limited.folder.glob("results/runs/*/log.txt")).read_text()
     assert "stopped by SIGUSR2" in log
     assert log.count("resumed at step") >= 1
     assert log.count("started") == 1
+    (state,) = [json.loads(path.read_text()) for path in limited.folder.glob("results/sweeps/limited/*/tasks/0.json")]
+    assert state["starts"] == 1 + log.count("stopped by SIGUSR2")
