@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from benchmark.config_text import find_config, noted_cells, sweep_name
-from benchmark.errors import UserError
+from benchmark.errors import UserError, counted
 from benchmark.store import Store
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def _plan_in_words(plan: Plan) -> str:
     processes = sum(len(task) for task in tasks)
     at_once = min(sum(part.parallel for part in plan.splits), len(tasks))
     arrays = f" in {len(plan.splits)} arrays" if len(plan.splits) > 1 else ""
-    return f"{plan.cells} cells, {processes} processes, {len(tasks)} jobs{arrays}, {at_once} at once"
+    packed = ", ".join([counted(plan.cells, "cell"), counted(processes, "process"), counted(len(tasks), "job") + arrays])
+    return packed + (f", {at_once} at once" if len(tasks) > 1 else "")
 
 
 def _run_here(plan: Plan, text: str, profile: Profile, config: str, where: str) -> None:
@@ -142,7 +143,7 @@ def cancel(config: str, results: Path) -> None:
 
     name = sweep_name(find_config(config))
     ended = cancel_jobs(Store(results), name)
-    _say(f"{ended} jobs of {name} are told to save and end" if ended else f"no job of {name} is in the queue")
+    _say(f"{counted(ended, 'job')} of {name} told to save and end" if ended else f"no job of {name} is in the queue")
 
 
 def _say(line: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmark.cell import Bundle, bundles
-from benchmark.errors import UserError
+from benchmark.errors import UserError, counted
 from benchmark.status import Status, statuses
 from benchmark.store import Store
 from slurm import cluster
@@ -156,8 +156,10 @@ def _send(plan: Plan, profile: Profile) -> UserError | None:
         try:
             with _outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the error as well
                 sent = _executor(submission.folder, array, part, profile, after).submit_array(supervisors)
-        except (FailedJobError, FailedSubmissionError, OSError) as error:
-            return _refused(plan, array, str(error))
+        except (FailedJobError, FailedSubmissionError) as error:
+            return _refused(plan, array, f"the cluster refused the jobs: {cluster.first_error(str(error)) or 'sbatch failed'}")
+        except OSError as error:
+            return _refused(plan, array, f"{submission.folder}: {error.strerror}")
         array.job = sent[0].job_id.split("_")[0]
         submission.write()
     return None
@@ -181,19 +183,19 @@ def _outside_of_a_job() -> Iterator[None]:
 
 def _refused(plan: Plan, refused: Array, why: str) -> UserError:
     """Takes back what was not submitted. Raises UserError if that is everything."""
-    submission, why = plan.submission, cluster.first_error(why) or "sbatch failed"
+    submission = plan.submission
     if refused is submission.arrays[0]:
         shutil.rmtree(submission.folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             submission.folder.parent.rmdir()
-        raise UserError(f"the cluster refused the jobs: {why}; nothing is submitted")
+        raise UserError(f"{why}; nothing is submitted")
     submission.arrays = submission.arrays[: submission.arrays.index(refused)]
     kept = sum(array.count for array in submission.arrays)
     lost = sum(len(bundle) for task in submission.tasks[kept:] for lane in task for bundle in lane)
     submission.tasks = submission.tasks[:kept]
     submission.__dict__.pop("task_of", None)
     submission.write()
-    return UserError(f"the cluster took {kept} jobs and refused the rest ({lost} cells): {why}; submit again when there is room")
+    return UserError(f"{counted(kept, 'job')} submitted, the rest ({counted(lost, 'cell')}) not: {why}; submit again when there is room")
 
 
 def _executor(folder: Path, array: Array, part: Split, profile: Profile, after: str | None) -> Any:
@@ -257,7 +259,7 @@ def run_here(plan: Plan, text: str, profile: Profile, say: Say) -> tuple[str, Cr
     write_new(plan.submission, text)
     lanes = [lane for task in plan.submission.tasks for lane in task]
     slots = min(slots, len(lanes))
-    say(f"{len(lanes)} processes, {slots} at a time" if len(lanes) > 1 else "1 process")
+    say(counted(len(lanes), "process") + (f", {slots} at a time" if len(lanes) > slots else ""))
     crew = Crew(plan.submission, lanes, gpus, {}, slots)
     with crew.listening(also=(signal.SIGINT, signal.SIGUSR2)):
         said = crew.run()

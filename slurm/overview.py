@@ -12,6 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from benchmark.errors import counted
 from benchmark.progress import duration
 from benchmark.store import Store
 from slurm import cluster
@@ -52,7 +53,7 @@ class Overview:
 
     def counts(self) -> str:
         numbers = {word: sum(line.word is word for line in self.lines) for word in Word}
-        return f"{len(self.lines)} cells: " + ", ".join(f"{n} {word.value}" for word, n in numbers.items() if n)
+        return f"{counted(len(self.lines), 'cell')}: " + ", ".join(f"{n} {word.value}" for word, n in numbers.items() if n)
 
     @property
     def settled(self) -> bool:

@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
 # Installs what up.sh needs on Debian or Ubuntu: Slurm, and MariaDB with slurmdbd for accounting. Starts nothing.
 set -euo pipefail
-if command -v slurmctld slurmd slurmdbd sbatch mariadbd mariadb-install-db >/dev/null; then exit 0; fi
+missing=
+for program in slurmctld slurmd slurmdbd sbatch mariadbd mariadb-install-db; do
+    command -v "$program" >/dev/null || missing="$missing $program"
+done
+[ "$missing" ] || exit 0
 [ "$(id -u)" = 0 ] || { echo "install.sh: root is needed to install packages" >&2; exit 2; }
 command -v apt-get >/dev/null || { echo "install.sh: apt-get is not here; install slurmctld, slurmd, slurmdbd and MariaDB by hand" >&2; exit 2; }
 export DEBIAN_FRONTEND=noninteractive

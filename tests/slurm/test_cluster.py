@@ -95,7 +95,7 @@ def test_whatever_hits_a_job_nothing_is_lost(place: Place, limited: Place, refer
     assert lost.count(" lost ") == 2, lost
     assert "goes on at step" in lost
     again = place.dfqbench("submit", config, "--profile", profile)
-    assert (again.code, "2 cells, 1 processes, 1 jobs" in again.out) == (0, True), again.out
+    assert (again.code, "2 cells, 1 process, 1 job" in again.out) == (0, True), again.out
 
     def through() -> bool:
         if "launch failed" in place.ask("squeue", "-h", "-o", "%r"):  # the node died just while Slurm started a job on it: another submit lets it go

@@ -28,8 +28,21 @@ from slurm.submission import Array, Submission, submissions
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("240", 240), ("4h", 240), ("90min", 90), ("1.5h", 90), ("2d", 2880), ("30s", 1), ("61s", 2), ("08:00:00", 480), ("1-12:00:00", 2160)]
-    + [("1-12", 2160), ("90:00", 90), ("00:00:30", 1), ("2-00:30", 2910)],
+    {
+        "240": 240,
+        "4h": 240,
+        "90min": 90,
+        "1.5h": 90,
+        "2d": 2880,
+        "30s": 1,
+        "61s": 2,
+        "08:00:00": 480,
+        "1-12:00:00": 2160,
+        "1-12": 2160,
+        "90:00": 90,
+        "00:00:30": 1,
+        "2-00:30": 2910,
+    }.items(),
 )
 def test_times_are_read_as_slurm_reads_them(text: str, expected: int) -> None:
     assert minutes(text) == expected

@@ -42,7 +42,7 @@ def test_cells_of_another_sweep_are_not_queued_twice(place: Place, held: tuple[P
     more = place.sweep("more", seeds=[3, 4])
     sent = place.dfqbench("submit", more, "--profile", profile)
     assert "2 of 4 cells: in the queue or running" in sent.out
-    assert "2 cells, 1 processes, 1 jobs" in sent.out
+    assert "2 cells, 1 process, 1 job" in sent.out
 
 
 def test_what_runs_is_what_was_submitted(place: Place) -> None:
