@@ -5,7 +5,7 @@
 #   export SLURM_CONF=FOLDER/slurm.conf           then sinfo, sbatch, dfqbench submit ... speak to it
 #   slurm/test_cluster/down.sh FOLDER
 #
-# --accounting adds slurmdbd on a MariaDB of its own, so that sacct answers. --array-size sets MaxArraySize.
+# Jobs of its partition `urgent` pre-empt those of `main`. --accounting adds slurmdbd on a MariaDB of its own, so that sacct answers. --array-size sets MaxArraySize.
 # Root is needed (device nodes for the fake GPUs, jobs in other users' names). Nothing in it is safe on an open network: AuthType=auth/none.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -66,6 +66,9 @@ MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
 SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 MaxArraySize=$array_size
 KillWait=5
@@ -76,7 +79,8 @@ ${accounting:+AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort=$dbd_port}
 NodeName=$host NodeAddr=127.0.0.1 CPUs=8 RealMemory=8000 Gres=gpu:2
-PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=$host Default=YES MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=REQUEUE GraceTime=20
+PartitionName=urgent Nodes=$host MaxTime=INFINITE State=UP PriorityTier=20 PreemptMode=OFF
 END
 export SLURM_CONF=$folder/slurm.conf
 

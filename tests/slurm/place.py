@@ -155,3 +155,37 @@ SWEEPS: dict[str, Callable[[Place], Path]] = {
     ),
     "slow": lambda here: here.slow_sweep("slow", seeds=[0, 1, 2, 3]),
 }
+
+
+def runs_through(place: Place, reference: Callable[[str], tuple[dict[Any, Any], str]], jobs: int, arrays: int) -> None:
+    """24 cells in arrays of which two tasks run at once, submitted twice at the same time, end as if `dfqbench run` had run them."""
+    config = SWEEPS["grid"](place)
+    profile = place.profile("grid", chain=4, parallel=2)
+    both = [place.start("submit", config, "--profile", profile) for _ in range(2)]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sum("nothing to submit" in out for out, _ in said) == 1, said
+    (submission,) = place.submissions("grid")
+    assert len(submission["arrays"]) == arrays
+    assert len(place.queue()) == jobs
+    again = place.dfqbench("submit", config, "--profile", profile)
+    assert (again.code, again.out.splitlines()[-1]) == (0, "nothing to submit")
+
+    running = []
+
+    def through() -> bool:
+        running.append(list(place.queue().values()).count("RUNNING"))
+        return not place.left()
+
+    place.wait("all jobs are through", through)
+    assert 1 <= max(running) <= 2
+    expected, table = reference("grid")
+    assert numbers(place.results()) == expected, place.logs()
+    assert len(expected) == 24
+    assert without_seconds(place.dfqbench("table", config).out) == table
+    # nothing ran twice
+    assert sum(log.read_text().count("started") for log in place.folder.glob("results/runs/*/log.txt")) == 24
+    status = place.dfqbench("status", config)
+    assert status.out.splitlines()[-1] == "24 cells: 24 done"
+    jobs_of_results = {result["provenance"]["slurm_job"] for result in place.results().values()}
+    assert len(jobs_of_results) == jobs

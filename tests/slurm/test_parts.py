@@ -53,6 +53,8 @@ def test_every_shipped_profile_is_valid() -> None:
     for name in shipped():
         assert find_profile(name)[0] == name
     assert Profile() == Profile(**Profile().model_dump())
+    text = shipped()["gpu"].read_text()
+    assert all(f"\n{key}: " in text or f"\n# {key}: " in text for key in Profile.model_fields), "gpu.yaml explains every key"
 
 
 def test_threads_and_lanes_share_a_job() -> None:

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from place import Place
 
-pytestmark = pytest.mark.xdist_group("slurm-accounting")
-
 
 @pytest.fixture
 def held(place: Place) -> tuple[Path, Path]:
