@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from slurm.launcher import Plan
     from slurm.profile import Profile
 
-WATCH_EVERY_S = 3.0
+WATCH_EVERY_S = 5.0
 
 
 def submit(config: str, profile_name: str, results: Path, *, local: bool, dry_run: bool, retry_failed: bool, plugins: list[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,10 +59,11 @@ class Overview:
         """Whether nothing will change any more without another command."""
         return all(line.word in (Word.DONE, Word.FAILED, Word.LOST, Word.MISSING) for line in self.lines)
 
-    def table(self, lines: Iterable[Line]) -> Table:
+    def table(self, lines: list[Line]) -> Table:
         shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-        for column in ("cell", "state", "what", "about"):
-            shown.add_column(column, no_wrap=column in ("cell", "state"), overflow="fold")
+        state_width = max((len(line.word.value) for line in lines), default=0)
+        for column, width in (("cell", 12), ("state", state_width), ("what", None), ("about", None)):
+            shown.add_column(column, no_wrap=width is not None, overflow="fold", min_width=width)
         for line in lines:
             colour = COLOURS.get(line.word, "")
             shown.add_row(Text(line.cell, style="dim"), Text(line.word.value, style=colour), Text(line.label), Text(line.about))
@@ -136,14 +136,16 @@ def _state(cell: str, store: Store, submission: Submission | None, task: int, st
         why = f"job {job.id}" + (f" ({job.reason})" if job.reason else "")
         if job.reason == cluster.LAUNCH_FAILED:
             why += ", submit again releases it"
-        return (Word.PREEMPTED, f"{why}, goes on {at}" if at else why) if state.get("starts") else (Word.QUEUED, why)
+        return (Word.PREEMPTED, f"{why}, goes on {at}" if at else why) if state.get("starts") and progress else (Word.QUEUED, why)
     if jobs is None:
         return Word.SUBMITTED, f"job {job_id}" if job_id else ""
     if submission.cancelled:
         return Word.MISSING, "cancelled" + (f", goes on {at}" if at else "")
     ending = job.state if job else ""
     word = Word.PREEMPTED if ending == "PREEMPTED" else Word.LOST
+    log = submission.folder / "jobs" / f"{job_id}_0_log.out"
     parts = [f"job {job_id} is gone" if job_id else "was never queued", ending, state.get("said", ""), at and f"goes on {at} when submitted again"]
+    parts.append(f"log {log}" if log.is_file() else "")
     return word, ", ".join(filter(None, parts))
 
 

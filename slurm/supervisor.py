@@ -210,7 +210,7 @@ class Crew:
         if self.told_to_stop is not None and (status == STOPPED or status in STOP_SIGNALS):
             return
         if status == REFUSED:
-            self.trouble.append(f"lane {lane.number} could not run, see the job's log")
+            self.trouble.append(f"lane {lane.number} could not run, its log says why")
             lane.over = True
             return
         why = f"killed by {signal.Signals(-status).name}" if status < 0 else "told to stop" if status == STOPPED else f"exit status {status}"

@@ -24,6 +24,7 @@ from slurm.overview import Word, look
 from slurm.packing import pack, split
 from slurm.profile import Profile, find_profile, minutes, shipped
 from slurm.submission import Array, Submission, submissions
+from slurm.supervisor import STUCK, Crew, Supervisor
 
 
 @pytest.mark.parametrize(
@@ -237,6 +238,33 @@ def test_a_profile_that_cannot_be_read_is_told(tmp_path: Path) -> None:
             find_profile(str(tmp_path / name))
     (tmp_path / "empty.yaml").write_text("")
     assert find_profile(str(tmp_path / "empty.yaml"))[1] == Profile()
+
+
+def test_a_job_that_gets_nowhere_or_may_not_be_requeued_gives_up_and_says_why(tmp_path: Path) -> None:
+    store = Store(tmp_path / "r", writable=True)
+    made = submission_of(store, ["aa"])
+
+    def supervisor() -> Supervisor:
+        """As it is when the signal comes, in a new process each time."""
+        found = Supervisor(made.folder, 0)
+        found.submission, found.state, found.crew = made, made.state_of(0), Crew(made, made.tasks[0], [], {})
+        return found
+
+    answers = [supervisor().checkpoint() for _ in range(STUCK + 1)]
+    assert [answer is not None for answer in answers] == [True] * STUCK + [False]
+    assert "raise the profile's `time`" in made.state_of(0)["said"]
+    store.folder("aa").mkdir()
+    store.write_progress("aa", {"step": 3})
+    assert supervisor().checkpoint() is not None, "a step further"
+    assert made.state_of(0)["said"] == "saved, and back in the queue"
+    made.settings["requeue"] = False
+    assert supervisor().checkpoint() is None
+    assert made.state_of(0)["said"] == "its time was over; the next submit goes on"
+
+
+def test_a_checkpoint_before_the_first_worker_goes_on(tmp_path: Path) -> None:
+    again = Supervisor(tmp_path, 3).checkpoint()
+    assert (again.function.folder, again.function.task) == (tmp_path, 3)
 
 
 def test_supervisor_and_status_start_without_torch() -> None:
