@@ -60,12 +60,12 @@ def place(tmp_path: Path, tiny_teacher: str, cluster: dict[str, str]) -> Iterato
 def limited(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: str, cluster: dict[str, str]) -> Iterator[Place]:
     """A cell whose job has too little time for it, submitted early, since it takes a minute by nature: Slurm counts in minutes.
 
-    It is told to save 20 s or more before its minute is over; 60 steps take 42 s asleep alone.
+    Slurm looks at its jobs every 30 s and warns up to 30 s early, so it is told to save 22 to 52 s after each start; 60 steps take 51 s asleep alone.
     """
     here = Place(tmp_path_factory.mktemp("limited"), tiny_teacher, cluster)
     config = here.slow_sweep("limited", seeds=[0])
-    profile = here.profile("limited", time=1, save_seconds=20, checkpoint_every=300)
-    sent = here.dfqbench("submit", config, "--profile", profile, PAUSE="0.7")
+    profile = here.profile("limited", time=1, save_seconds=8)
+    sent = here.dfqbench("submit", config, "--profile", profile, PAUSE="0.85")
     assert sent.code == 0, sent.err
     yield here
     here.clear()

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 ENDED = ("COMPLETED", "CANCELLED", "FAILED", "TIMEOUT")
-PATIENCE_S = 240.0  # a hard end for everything that waits; nothing asserts on time
+PATIENCE_S = 400.0  # a hard end for everything that waits; nothing asserts on time
 
 # GDFQ that sleeps in every step for as long as the environment says: the same numbers, at a pace at which something can happen in the middle
 SLOW = '''
