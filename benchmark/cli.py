@@ -131,6 +131,43 @@ def select(
 
 
 @app.command()
+def submit(
+    config: Config,
+    profile: Annotated[str, typer.Option(help="How to run jobs: a YAML file, or a shipped profile (gpu, cpu, preemptible, test-cluster).")],
+    results: Results = DEFAULT_RESULTS,
+    local: Annotated[bool, typer.Option("--local", help="Run the same plan in processes of this machine.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch scripts and the expected hours; submit nothing.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also the cells that failed.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Submit what a sweep still lacks to Slurm, and return at once; again: only what is missing and not queued or running."""
+    from slurm import commands
+
+    commands.submit(config, profile, results, local=local, dry_run=dry_run, retry_failed=retry_failed, plugins=plugin or [])
+
+
+@app.command()
+def status(
+    config: Config,
+    results: Results = DEFAULT_RESULTS,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep showing it until nothing moves any more; Ctrl-C ends it.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Show each cell of a sweep: done, running (how far, how fast, where), queued, pre-empted, failed, lost or missing."""
+    from slurm import commands
+
+    commands.status(config, results, watch=watch, plugins=plugin or [])
+
+
+@app.command()
+def cancel(config: Config, results: Results = DEFAULT_RESULTS) -> None:
+    """End the Slurm jobs of a sweep, and only those; what they have done is kept."""
+    from slurm import commands
+
+    commands.cancel(config, results)
+
+
+@app.command()
 def table(
     config: Annotated[str | None, typer.Argument(help="Only this sweep's cells; default: all of the store.")] = None,
     results: Results = DEFAULT_RESULTS,
@@ -338,22 +375,10 @@ def _load(config: str, results: Path, plugins: list[str] | None, writable: bool 
 
 
 def _cells_of(config: str, store: Store, plugins: list[str] | None) -> set[str]:
-    """The ids of a sweep's cells: as its last run noted them, or, if the config has changed since, worked out anew (which needs torch)."""
-    import yaml
+    from benchmark.config_text import noted_cells
 
-    from benchmark.config_text import find_config, text_digest
-    from benchmark.store import read_json
-
-    path = find_config(config)
-    try:
-        name = yaml.safe_load(path.read_text())["name"]
-        noted = read_json(store.root / "sweeps" / f"{name}.json")
-        if noted and noted["config"] == text_digest(path):
-            return set(noted["cells"])
-    except (yaml.YAMLError, ValueError, KeyError, TypeError):
-        pass  # whatever is wrong with it, loading it says so
-    _, loaded = _load(config, store.root, plugins)
-    return {cell.id for cell in loaded.cells}
+    noted = noted_cells(config, store.root)
+    return set(noted) if noted is not None else {cell.id for cell in _load(config, store.root, plugins)[1].cells}
 
 
 def _print_blocks(found: list) -> None:  # type: ignore[type-arg]
