@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from benchmark import cli_results
 from benchmark.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,39 +89,7 @@ def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = N
     console.print(f"{len(loaded.cells)} cells: " + ", ".join(f"{n} {status.value}" for status, n in counts.items() if n), highlight=False)
 
 
-@app.command()
-def table(
-    config: Annotated[str | None, typer.Argument(help="Only this sweep's cells; default: all of the store.")] = None,
-    results: Results = DEFAULT_RESULTS,
-    rule: Annotated[str, typer.Option(help="last, or best-on-test (chosen on the test labels).")] = "last",
-    output: Annotated[str, typer.Option("--format", help="text, markdown or csv.")] = "text",
-    plugin: Plugins = None,
-) -> None:
-    """Print the table of finished cells."""
-    if rule not in ("last", "best-on-test"):
-        raise UserError(f"--rule {rule!r}: last or best-on-test")
-    if output not in ("text", "markdown", "csv"):
-        raise UserError(f"--format {output!r}: text, markdown or csv")
-    from benchmark.store import Store
-    from benchmark.tables import blocks, load_frame, markdown
-
-    store = Store(results)
-    found, damaged = store.results()
-    for line in damaged:
-        print(f"skipped: {line}", file=sys.stderr)
-    wanted = _cells_of(config, store, plugin) if config else None
-    if wanted is not None:
-        found = [r for r in found if r["id"] in wanted]
-        if len(found) < len(wanted):
-            print(f"{len(wanted) - len(found)} of {len(wanted)} cells are not done: dfqbench plan {config}", file=sys.stderr)
-    if not found:
-        raise UserError(f"nothing is finished in {store.root / 'runs'}" + (f" of {config}: dfqbench run {config}" if config else ""))
-    if output == "csv":
-        load_frame(found).to_csv(sys.stdout, index=False)
-    elif output == "markdown":
-        print(markdown(blocks(found, rule)), end="")  # type: ignore[arg-type]
-    else:
-        _print_blocks(blocks(found, rule))  # type: ignore[arg-type]
+app.command()(cli_results.table)
 
 
 @methods_app.callback()
@@ -228,45 +197,6 @@ def _load(config: str, results: Path, plugins: list[str] | None, writable: bool 
     store = Store(results)
     loaded = load_sweep(path, cache_folder(), plugins)
     return Store(results, writable=True) if writable else store, loaded
-
-
-def _cells_of(config: str, store: Store, plugins: list[str] | None) -> set[str]:
-    """The ids of a sweep's cells: as its last run noted them, or, if the config has changed since, worked out anew (which needs torch)."""
-    import yaml
-
-    from benchmark.config_text import find_config, text_digest
-    from benchmark.store import read_json
-
-    path = find_config(config)
-    try:
-        name = yaml.safe_load(path.read_text())["name"]
-        noted = read_json(store.root / "sweeps" / f"{name}.json")
-        if noted and noted["config"] == text_digest(path):
-            return set(noted["cells"])
-    except (yaml.YAMLError, ValueError, KeyError, TypeError):
-        pass  # whatever is wrong with it, loading it says so
-    _, loaded = _load(config, store.root, plugins)
-    return {cell.id for cell in loaded.cells}
-
-
-def _print_blocks(found: list) -> None:  # type: ignore[type-arg]
-    from rich.table import Table
-    from rich.text import Text
-
-    console = _console()
-    for block in found:
-        frame = block.frame.reset_index()
-        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for column in frame.columns:
-            # in a narrow terminal long settings wrap; a number is never cut
-            shown.add_column(column, justify="left" if column in ("method", "follows") else "right", no_wrap=column != "method", overflow="fold")
-        for row in frame.itertuples(index=False):
-            shown.add_row(*(str(v) for v in row))
-        console.print()
-        console.print(Text(block.title, style="bold"), soft_wrap=True)
-        console.print(shown)
-        for note in block.notes:
-            console.print(Text(f"  {note}", style="dim"), soft_wrap=True)
 
 
 def main() -> None:

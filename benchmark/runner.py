@@ -89,7 +89,8 @@ def run_sweep(loaded: LoadedSweep, store: Store, options: Options, progress: Pro
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-    write_json(store.root / "sweeps" / f"{loaded.sweep.name}.json", {"config": loaded.text_sha256, "cells": [cell.id for cell in loaded.cells]})
+    cells = {"cells": [cell.id for cell in loaded.cells], "names": [str(cell) for cell in loaded.cells]}
+    write_json(store.root / "sweeps" / f"{loaded.sweep.name}.json", {"config": loaded.text_sha256, **cells})
     states = statuses(loaded.cells, store)
     skipped = {Status.DONE, Status.RUNNING} | (set() if options.retry_failed else {Status.FAILED})
     todo = bundles(cell for cell in loaded.cells if states[cell.id].status not in skipped)

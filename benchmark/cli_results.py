@@ -1,0 +1,115 @@
+"""The commands that read a store: table, plot, report; merge, which brings stores together; wandb sync. None of them needs torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from benchmark.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from benchmark.records import Reading
+    from benchmark.store import Store
+    from benchmark.tables import Rule
+
+Results = Annotated[Path, typer.Option("--results", envvar="DFQBENCH_RESULTS", help="The results folder.")]
+Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A Python file that registers more methods; may be given again.")]
+OnlyConfig = Annotated[str | None, typer.Argument(help="Only this sweep's cells; default: all of the store.")]
+RuleOption = Annotated[str, typer.Option("--rule", help="last, or best-on-test (chosen on the test labels).")]
+DEFAULT_RESULTS = Path("results")
+TABLE_FORMATS = ("text", "markdown", "latex", "html", "csv", "csv-means")
+NAMED = 5  # missing cells that are named; the rest is counted
+
+
+def table(
+    config: OnlyConfig = None,
+    results: Results = DEFAULT_RESULTS,
+    rule: RuleOption = "last",
+    output: Annotated[str, typer.Option("--format", help="text, markdown, latex, html; csv: a line per cell; csv-means: a line per row and width.")] = "text",
+    plugin: Plugins = None,
+) -> None:
+    """Print the table of finished cells."""
+    checked = _rule(rule)
+    _one_of("--format", output, TABLE_FORMATS)
+    reading = read_cells(config, results, plugin)
+    from benchmark.tables import load_frame
+
+    if output == "csv":
+        load_frame(reading.results).to_csv(sys.stdout, index=False)
+        return
+    from benchmark import table_formats
+    from benchmark.ledger import load_ledger
+    from benchmark.per_image import PerImage
+    from benchmark.tables import blocks, ranking
+
+    found = blocks(reading.results, checked, ledger=load_ledger(), per_image=PerImage(reading))
+    ranks = ranking(found)
+    if output == "csv-means":
+        table_formats.means_frame(found).to_csv(sys.stdout, index=False)
+    elif output == "text":
+        from rich.console import Console
+
+        table_formats.print_blocks(found, ranks, Console())
+    else:
+        formats = {"markdown": table_formats.markdown, "latex": table_formats.latex, "html": table_formats.html_page}
+        print(formats[output](found, ranks), end="")
+
+
+def _rule(given: str) -> Rule:
+    _one_of("--rule", given, ("last", "best-on-test"))
+    return given  # type: ignore[return-value]
+
+
+def _one_of(option: str, given: str, known: Iterable[str]) -> None:
+    names = list(known)
+    if given not in names:
+        raise UserError(f"{option} {given!r}: {', '.join(names[:-1])} or {names[-1]}")
+
+
+def read_cells(config: str | None, results: Path, plugins: list[str] | None) -> Reading:
+    """The finished cells of a store or of one sweep. Says on standard error what is damaged and what is missing; UserError where nothing is left."""
+    from benchmark.records import read_store
+    from benchmark.store import Store
+
+    store = Store(results)
+    wanted = cells_of(config, store, plugins) if config else None
+    reading = read_store(store, set(wanted) if wanted is not None else None)
+    for line in reading.skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    if reading.skipped:
+        print(f"{len(reading.skipped)} skipped, nothing was changed", file=sys.stderr)
+    again = f"dfqbench run {config}" + ("" if results == DEFAULT_RESULTS else f" --results {results}")
+    if wanted is not None:
+        done = {result["id"] for result in reading.results}
+        missing = [name for cell_id, name in wanted.items() if cell_id not in done]
+        if missing:
+            named = "".join(f"\n  {name}" for name in missing[:NAMED]) + (f"\n  and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+            print(f"{len(missing)} of {len(wanted)} cells are not done, {again} runs them:{named}", file=sys.stderr)
+    if not reading.results:
+        raise UserError(f"nothing is finished in {store.root / 'runs'}" + (f" of {config}: {again}" if config else ""))
+    return reading
+
+
+def cells_of(config: str, store: Store, plugins: list[str] | None) -> dict[str, str]:
+    """The ids of a sweep's cells with their names: as its last run noted them, or, if the config has changed since, worked out anew (needs torch)."""
+    import yaml
+
+    from benchmark.config_text import find_config, text_digest
+    from benchmark.memo import cache_folder
+    from benchmark.store import read_json
+
+    path = find_config(config)
+    try:
+        name = yaml.safe_load(path.read_text())["name"]
+        noted = read_json(store.root / "sweeps" / f"{name}.json")
+        if noted and noted["config"] == text_digest(path):
+            return dict(zip(noted["cells"], noted.get("names", noted["cells"]), strict=True))
+    except (yaml.YAMLError, ValueError, KeyError, TypeError):
+        pass  # whatever is wrong with it, loading it says so
+    from benchmark.sweep import load_sweep
+
+    return {cell.id: str(cell) for cell in load_sweep(path, cache_folder(), plugins).cells}
