@@ -90,6 +90,7 @@ def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = N
 
 
 app.command()(cli_results.table)
+app.command()(cli_results.plot)
 
 
 @methods_app.callback()

@@ -113,3 +113,39 @@ def cells_of(config: str, store: Store, plugins: list[str] | None) -> dict[str, 
     from benchmark.sweep import load_sweep
 
     return {cell.id: str(cell) for cell in load_sweep(path, cache_folder(), plugins).cells}
+
+
+def plot(
+    config: OnlyConfig = None,
+    results: Results = DEFAULT_RESULTS,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: figures in the results folder.")] = None,
+    kind: Annotated[list[str] | None, typer.Option(help="Only this kind; may be given again. accuracy, published, cost, curves, losses, drop, ablation.")] = None,
+    output: Annotated[list[str] | None, typer.Option("--format", help="png, pdf or svg; may be given again. Default: all three.")] = None,
+    rule: RuleOption = "last",
+    plugin: Plugins = None,
+) -> None:
+    """Draw the plots of finished cells."""
+    from benchmark.plot_style import FORMATS
+    from benchmark.plots import KINDS, NothingToDraw
+
+    checked = _rule(rule)
+    for name in kind or []:
+        if name not in KINDS:
+            raise UserError(f"--kind {name!r}: {nearest(name, KINDS)}")
+    for name in output or []:
+        _one_of("--format", name, FORMATS)
+    reading = read_cells(config, results, plugin)
+    from benchmark.figures import prepare, write_figures
+
+    folder = out or results / "figures"
+    drawn = prepare(reading, checked)
+    for name in kind or KINDS:
+        try:
+            for path in write_figures(drawn, folder, name, output or FORMATS):
+                print(path)
+        except NothingToDraw as why:
+            if kind:
+                raise UserError(f"{name}: {why}") from None
+            print(f"not drawn: {name}: {why}", file=sys.stderr)
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}") from None

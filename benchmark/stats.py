@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,16 +85,25 @@ class Bootstrap:
 
 def _resampled(packed: Packed, images: int, resamples: int) -> NDArray[np.float32]:
     """Accuracies in percent, resamples x cells, in pieces that keep memory low."""
-    random = np.random.default_rng(0)
+    counts = _image_counts(images, resamples)
     samples = np.empty((resamples, len(packed)), np.float32)
-    piece = max(1, 16_000_000 // images)
+    piece = max(1, 8_000_000 // images)
     for first in range(0, resamples, piece):
-        counts = np.stack([np.bincount(random.integers(0, images, images), minlength=images) for _ in range(min(piece, resamples - first))])
-        weights = counts.astype(np.float32) * np.float32(100 / images)
+        weights = counts[first : first + piece].astype(np.float32) * np.float32(100 / images)
         for cell in range(0, len(packed), piece):
             correct = np.unpackbits(packed[cell : cell + piece], axis=1, count=images).astype(np.float32)
             samples[first : first + len(weights), cell : cell + piece] = weights @ correct.T
     return samples
+
+
+@lru_cache(maxsize=2)
+def _image_counts(images: int, resamples: int) -> Packed:
+    """How often each image is drawn, resamples x images."""
+    random = np.random.default_rng(0)
+    counts = np.empty((resamples, images), np.uint8)
+    for row in counts:  # a byte is enough: of n images one is drawn once on average, and 255 times with a probability below 1e-300
+        row[:] = np.bincount(random.integers(0, images, images), minlength=images)
+    return counts
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Comparison:
 class Entry:
     """One row at one bit width. Accuracies in percent.
 
-    sd: standard deviation over seeds, None for one. estimate: the mean with its interval over test images and seeds, None where per-image results are
+    sd: standard deviation over seeds, None for one. seconds: a cell's mean cost. estimate: the mean with its interval over test images and seeds, None where per-image results are
     missing. error: one standard error. best: the best of its column, or not distinguishable from it.
     """
 
@@ -43,6 +43,7 @@ class Entry:
     sd: float | None
     drop: float
     error: float
+    seconds: float
     estimate: Estimate | None = None
     best: bool = False
     against_best: Comparison | None = None
@@ -62,6 +63,7 @@ class Row:
 
     label: str
     method: str
+    changed: dict[str, Any]
     fidelity: str
     steps: int
     batch: int
@@ -231,6 +233,7 @@ class _Builder:
         return Row(
             label=first["method"],
             method=first["plain_method"],
+            changed=first["result"]["cell"].get("changed", {}),
             fidelity=first["fidelity"],
             steps=int(first["steps"]),
             batch=int(first["batch"]),
@@ -246,7 +249,8 @@ class _Builder:
         mean, sd = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
         estimate = self.per_image.mean(ids) if self.per_image else None
         error = estimate.error if estimate else (binomial_error(mean, first["images"]) ** 2 + (sd or 0.0) ** 2 / len(values)) ** 0.5
-        entry = Entry(ids, [int(cell["seed"]) for cell in cells], mean, sd, first["teacher_top1"] - mean, error, estimate)
+        seconds = float(np.mean([cell["seconds"] for cell in cells]))
+        entry = Entry(ids, [int(cell["seed"]) for cell in cells], mean, sd, first["teacher_top1"] - mean, error, seconds, estimate)
         if self.ledger:
             entry.published, why = self.ledger.published(first["result"])
             self.why_no_claims.add(why)
