@@ -91,6 +91,7 @@ def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = N
 
 app.command()(cli_results.table)
 app.command()(cli_results.plot)
+app.command()(cli_results.report)
 
 
 @methods_app.callback()

@@ -149,3 +149,25 @@ def plot(
             print(f"not drawn: {name}: {why}", file=sys.stderr)
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}") from None
+
+
+def report(
+    config: OnlyConfig = None,
+    results: Results = DEFAULT_RESULTS,
+    out: Annotated[Path | None, typer.Option(help="The HTML file to write; default: report.html in the results folder.")] = None,
+    rule: RuleOption = "last",
+    plugin: Plugins = None,
+) -> None:
+    """Write one HTML file with tables, plots, synthetic images and everything about every cell; it needs no network."""
+    checked = _rule(rule)
+    target = out or results / "report.html"
+    if target.is_dir():
+        raise UserError(f"--out {target}: a folder; name a file, like {target / 'report.html'}")
+    reading = read_cells(config, results, plugin)
+    from benchmark.report import default_title, write_report
+
+    try:
+        write_report(reading, target, default_title(reading.store) if config is None else f"dfqbench: {Path(config).stem}", checked)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}") from None
+    print(target)

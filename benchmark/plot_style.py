@@ -23,6 +23,7 @@ COLUMN = 3.4  # inches: one column of a paper; two panels side by side take 2 x 
 PANELS = 6  # on one page
 LEGEND_CHARACTERS = 42  # a column's width of legend text
 FORMATS = ("png", "pdf", "svg")
+DPI = 200
 SETTINGS: dict[str, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -40,7 +41,6 @@ SETTINGS: dict[str, Any] = {
     "lines.linewidth": 1.2,
     "lines.markersize": 4,
     "legend.frameon": False,
-    "savefig.dpi": 200,
     "svg.hashsalt": "dfqbench",
     "pdf.fonttype": 42,
 }
@@ -144,14 +144,18 @@ def rendered(figure: Figure, formats: Iterable[str]) -> dict[str, bytes]:
     """The figure's bytes by format; the same figure gives the same bytes."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
-    FigureCanvasAgg(figure)
+    files = {}
     with rc_context(SETTINGS):
+        FigureCanvasAgg(figure)
         figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # laid out once for all formats
-        files = {}
+        figure.set_layout_engine("none")  # laid out once for all formats; and not by savefig, which draws everything twice
         for kind in formats:
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=kind, metadata=WITHOUT_DATES[kind])
+            figure.dpi = DPI
+            canvas = {"png": FigureCanvasAgg, "pdf": FigureCanvasPdf, "svg": FigureCanvasSVG}[kind](figure)
+            getattr(canvas, f"print_{kind}")(buffer, metadata=WITHOUT_DATES[kind])
             files[kind] = buffer.getvalue()
     return files

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmark.per_image import PerImage
-from benchmark.plot_style import SETTINGS, Style, add_legend, pages, panel_title, styles, wrapped
+from benchmark.plot_style import COLUMN, SETTINGS, Style, add_legend, pages, panel_title, styles, wrapped
 from benchmark.records import Reading, read_history
 from benchmark.tables import Block, Entry, Row, Rule
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 WIDTH_MARKERS = "osD^vPX"
 ALL_WIDTHS = 12  # curve panels; with more, only the narrowest width of each block is drawn
+MAP_COLUMNS = 14  # of a heat map; more networks go on another page
 HIGH, LOW = 2.25, 1.2  # inches
 
 
@@ -130,6 +131,7 @@ def cost(drawn: Drawn) -> list[Figure]:
     for figure, axes in pages("", drawn.blocks, HIGH + 0.15, labels):
         handles: dict[str, Any] = {}
         for ax, block in axes:
+            ends: dict[str, tuple[float, float]] = {}
             for width in block.widths:
                 there = sorted((row.entries[width].seconds, -row.entries[width].mean, row.label) for row in block.rows if width in row.entries)
                 front: list[tuple[float, float]] = []
@@ -138,18 +140,28 @@ def cost(drawn: Drawn) -> list[Figure]:
                         front.append((max(seconds, 1e-3), -minus))
                 right = max(max(seconds for seconds, _, _ in there), 1e-3)
                 ax.step([x for x, _ in front] + [right * 1.3], [y for _, y in front] + [front[-1][1]], where="post", color="#bbbbbb", lw=0.8, zorder=1)
-                ax.annotate(width.upper(), (right * 1.3, front[-1][1]), (2, 0), textcoords="offset points", va="center", fontsize=6, color="#555555")
+                ends[width.upper()] = (right * 1.3, front[-1][1])
                 for seconds, minus, label in there:
                     style = drawn.look[label]
                     handles[label] = ax.plot(max(seconds, 1e-3), -minus, color=style.color, marker=style.marker, ls="", zorder=2)[0]
             ax.set_xscale("log")
             low, high = ax.get_xlim()
             ax.set_xlim(low, high * (high / low) ** 0.1)
+            _name_ends(ax, ends)
             ax.set(xlabel=f"{block.time} per cell", ylabel=drawn.top1)
             ax.set_title(panel_title(block, drawn.blocks))
         add_legend(figure, {label: handles[label] for label in labels if label in handles}, 1 if len(axes) == 1 else 2)
         figures.append(figure)
     return figures
+
+
+def _name_ends(ax: Axes, ends: dict[str, tuple[float, float]]) -> None:
+    """Writes names to the right of line ends, moved apart where they would overlap."""
+    low, high = ax.get_ylim()
+    gap, last = (high - low) * 0.055, -np.inf
+    for name, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
+        last = max(y, last + gap)
+        ax.annotate(name, (x, last), (2, 0), textcoords="offset points", va="center", fontsize=6, color="#555555")
 
 
 def curves(drawn: Drawn) -> list[Figure]:
@@ -206,47 +218,54 @@ def _history(drawn: Drawn, block: Block, width: str, column: str) -> Iterator[tu
 
 
 def drop(drawn: Drawn) -> list[Figure]:
-    """Heat map of what is lost against the teacher: methods x (network, bits), one page per protocol, precision and evaluation set."""
-    from matplotlib.figure import Figure
-
+    """Heat map of what is lost against the teacher: methods x (network, bits), never mixing protocols, precisions or evaluation sets."""
     groups: dict[tuple[str, str, str], list[Block]] = {}
     for block in drawn.blocks:
         groups.setdefault((block.evaluation, block.protocol, block.precision), []).append(block)
-    worst = max(entry.drop for _, _, _, entry in _entries(drawn))
+    worst = max(1e-9, *(entry.drop for _, _, _, entry in _entries(drawn)))
     figures = []
     for (evaluation, protocol, precision), group in groups.items():
-        columns = [(block, width) for block in group for width in block.widths]
-        labels = list(dict.fromkeys(row.label for row in sorted((r for b in group for r in b.rows), key=lambda row: -row.mean)))
-        values = np.full((len(labels), len(columns)), np.nan)
-        for j, (block, width) in enumerate(columns):
-            for row in block.rows:
-                if width in row.entries:
-                    values[labels.index(row.label), j] = row.entries[width].drop
-        names = [wrapped(label, 26) for label in labels]
-        tall = sum(name.count("\n") + 1 for name in names)
-        figure = Figure(figsize=(max(COLUMN_WIDTH, 1.6 + 0.42 * len(columns)), 0.9 + 0.19 * max(tall, len(labels) * 1.3)), layout="constrained")
-        ax = figure.subplots()
-        ax.grid(False)
-        ax.imshow(values, cmap="YlOrBr", vmin=0, vmax=max(worst, 1e-9), aspect="auto")
-        for (i, j), value in np.ndenumerate(values):
-            text = "-" if np.isnan(value) else f"{value:.1f}"
-            ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color="white" if value > 0.6 * worst else "black")
-        ax.set_yticks(range(len(labels)), names)
-        ax.set_xticks(range(len(columns)), [width.upper() for _, width in columns])
-        ax.tick_params(length=0)
-        ax.spines[:].set_visible(False)
-        first = 0
+        page: list[Block] = []
         for block in group:
-            ax.text(first + (len(block.widths) - 1) / 2, -0.62, block.teacher, ha="center", va="bottom", fontsize=7)
-            first += len(block.widths)
-            if first < len(columns):
-                ax.axvline(first - 0.5, color="white", lw=2.5)
-        ax.set_title(wrapped(f"drop in points on {evaluation}, {protocol}, {precision}", 46), pad=14)
-        figures.append(figure)
+            if page and sum(len(b.widths) for b in [*page, block]) > MAP_COLUMNS:
+                figures.append(_map(page, f"drop in points on {evaluation}, {protocol}, {precision}", worst))
+                page = []
+            page.append(block)
+        figures.append(_map(page, f"drop in points on {evaluation}, {protocol}, {precision}", worst))
     return figures
 
 
-COLUMN_WIDTH = 3.4
+def _map(group: list[Block], title: str, worst: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    columns = [(block, width) for block in group for width in block.widths]
+    labels = list(dict.fromkeys(row.label for row in sorted((r for b in group for r in b.rows), key=lambda row: -row.mean)))
+    values = np.full((len(labels), len(columns)), np.nan)
+    for j, (block, width) in enumerate(columns):
+        for row in block.rows:
+            if width in row.entries:
+                values[labels.index(row.label), j] = row.entries[width].drop
+    names = [wrapped(label, 26) for label in labels]
+    tall = max(sum(name.count("\n") + 1 for name in names), len(names) * 1.3)
+    figure = Figure(figsize=(max(COLUMN, 1.6 + 0.38 * len(columns)), 0.9 + 0.19 * tall), layout="constrained")
+    ax = figure.subplots()
+    ax.grid(False)
+    ax.imshow(values, cmap="YlOrBr", vmin=0, vmax=worst, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        text = "-" if np.isnan(value) else f"{value + 0.0:.1f}".replace("-0.0", "0.0")
+        ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color="white" if value > 0.6 * worst else "black")
+    ax.set_yticks(range(len(labels)), names)
+    ax.set_xticks(range(len(columns)), [width.upper() for _, width in columns])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    first = 0
+    for block in group:
+        ax.text(first + (len(block.widths) - 1) / 2, -0.62, block.teacher, ha="center", va="bottom", fontsize=7)
+        first += len(block.widths)
+        if first < len(columns):
+            ax.axvline(first - 0.5, color="white", lw=2.5)
+    ax.set_title(wrapped(title, 46 if len(columns) < 8 else 100), pad=14)
+    return figure
 
 
 def ablation(drawn: Drawn) -> list[Figure]:

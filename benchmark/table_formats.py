@@ -36,7 +36,7 @@ def grid(block: Block) -> tuple[list[str], list[list[Text]]]:
         ("seeds", lambda row: Text(row.seeds)),
     ]
     for width in block.widths:
-        columns += [(width, partial(_of_entry, width, lambda e: Text(str(e), e.best))), ("drop", partial(_of_entry, width, lambda e: Text(f"{e.drop:.2f}")))]
+        columns += [(width, partial(_of_entry, width, lambda e: Text(str(e), e.best))), ("drop", partial(_of_entry, width, lambda e: Text(f"{e.drop:.2f}".replace("-0.00", "0.00"))))]
         if any(width in row.entries and row.entries[width].published for row in block.rows):
             columns.append(("published", partial(_of_entry, width, lambda e: Text(claim_of(e)))))
     columns.append((f"{block.time}/cell".replace("seconds", "s"), lambda row: Text(f"{row.seconds:.0f}" if row.seconds >= 10 else f"{row.seconds:.2g}")))
