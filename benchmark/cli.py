@@ -42,10 +42,13 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
     checkpoint_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 300.0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    wandb: Annotated[str | None, typer.Option(help="online, offline or off; default: as the config says.")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Run every cell of a sweep that is not done yet; Ctrl-C saves, the same command goes on."""
     console = _console()
+    if wandb is not None:
+        cli_results.one_of("--wandb", wandb, ("online", "offline", "off"))
     store, loaded = _load(config, results, plugin, writable=True)
     import torch
 
@@ -57,7 +60,7 @@ def run(
     progress = make_progress(console)
     try:
         with StopFlag().installed() as stop:
-            summary = run_sweep(loaded, store, Options(device, checkpoint_every, retry_failed), progress, stop)
+            summary = run_sweep(loaded, store, Options(device, checkpoint_every, retry_failed, wandb=wandb), progress, stop)
     finally:
         progress.stop()
     parts = [f"{summary.done} done", f"{summary.failed} failed" if summary.failed else "", f"{summary.left} left" if summary.left else ""]
@@ -92,6 +95,8 @@ def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = N
 app.command()(cli_results.table)
 app.command()(cli_results.plot)
 app.command()(cli_results.report)
+app.command()(cli_results.merge)
+app.add_typer(cli_results.wandb_app, name="wandb")
 
 
 @methods_app.callback()

@@ -34,7 +34,7 @@ def table(
 ) -> None:
     """Print the table of finished cells."""
     checked = _rule(rule)
-    _one_of("--format", output, TABLE_FORMATS)
+    one_of("--format", output, TABLE_FORMATS)
     reading = read_cells(config, results, plugin)
     from benchmark.tables import load_frame
 
@@ -60,11 +60,11 @@ def table(
 
 
 def _rule(given: str) -> Rule:
-    _one_of("--rule", given, ("last", "best-on-test"))
+    one_of("--rule", given, ("last", "best-on-test"))
     return given  # type: ignore[return-value]
 
 
-def _one_of(option: str, given: str, known: Iterable[str]) -> None:
+def one_of(option: str, given: str, known: Iterable[str]) -> None:
     names = list(known)
     if given not in names:
         raise UserError(f"{option} {given!r}: {', '.join(names[:-1])} or {names[-1]}")
@@ -133,7 +133,7 @@ def plot(
         if name not in KINDS:
             raise UserError(f"--kind {name!r}: {nearest(name, KINDS)}")
     for name in output or []:
-        _one_of("--format", name, FORMATS)
+        one_of("--format", name, FORMATS)
     reading = read_cells(config, results, plugin)
     from benchmark.figures import prepare, write_figures
 
@@ -171,3 +171,63 @@ def report(
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}") from None
     print(target)
+
+
+def merge(
+    others: Annotated[list[Path], typer.Argument(metavar="OTHER_RESULTS...", help="Results folders of others.")],
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Copy the cells of other results folders into this one; nothing is overwritten, conflicts are reported."""
+    from benchmark import merge as merging
+
+    done = merging.merge(others, results)
+    for line in done.skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    for line in done.conflicts:
+        print(f"conflict: {line}", file=sys.stderr)
+    print(f"{done} ({results})")
+    if done.conflicts:
+        raise typer.Exit(1)
+
+
+wandb_app = typer.Typer(help="Weights & Biases.", no_args_is_help=True)
+
+
+@wandb_app.callback()
+def _wandb() -> None:
+    """Weights & Biases."""
+
+
+@wandb_app.command("sync")
+def wandb_sync(
+    config: OnlyConfig = None,
+    results: Results = DEFAULT_RESULTS,
+    project: Annotated[str, typer.Option(help="The W&B project.")] = "dfqbench",
+    entity: Annotated[str | None, typer.Option(help="A W&B user or team; default: the one that is logged in.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Write offline folders into wandb/ of the results folder, for `wandb sync`.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also those that were pushed before.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Push finished cells to Weights & Biases, also those that ran without it; each once."""
+    from pydantic import ValidationError
+
+    from benchmark import tracking
+
+    try:
+        where = tracking.Tracking(wandb="offline" if offline else "online", project=project, entity=entity)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{first['loc'][0]} {first['input']!r}: letters, digits, '.', '_' and '-' only") from None
+    reading = read_cells(config, results, plugin)
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("W&B is not installed: pip install wandb") from None
+    if not offline and not wandb.api.api_key:
+        raise UserError("W&B: not logged in: `wandb login`, or set WANDB_API_KEY; without an account: --offline")
+    try:
+        pushed, there = tracking.sync(reading.store, reading.results, where, again, print)
+    except (wandb.Error, OSError, TimeoutError) as error:
+        raise UserError(f"W&B: {(str(error).splitlines() or [type(error).__name__])[0]}; the same command goes on with what is missing") from None
+    place = f"{results / 'wandb'}: upload them with `wandb sync {results / 'wandb'}/offline-run-*`" if offline else f"project {project}"
+    print(f"{pushed} pushed" + (f", {there} already there" if there else "") + f" ({place})")

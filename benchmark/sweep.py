@@ -21,6 +21,7 @@ from benchmark.method import Method, MethodConfig
 from benchmark.protocol import Bits, Protocol, find_protocol
 from benchmark.registry import find_method, load_plugin
 from benchmark.teachers import TeacherCard, TeacherSpec, describe, parse_teacher
+from benchmark.tracking import Tracking
 
 
 class Budget(BaseModel):
@@ -59,6 +60,7 @@ class Sweep(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluate_every: int | None = Field(None, ge=1, description="epochs between evaluations; null: only at the end")
     plugins: list[str] = Field([], description="Python files that register more methods")
+    tracking: Tracking | None = Field(None, description="W&B: wandb, or {wandb: online or offline, project: ..., entity: ...}; never changes a result")
 
     @field_validator("evaluate", mode="before")
     @classmethod
@@ -76,6 +78,13 @@ class LoadedSweep:
     evaluation: EvaluationSet
     teachers: dict[TeacherCard, TeacherSpec]
     cells: list[Cell]
+
+
+def tracking_of(sweep: Sweep, given: str | None) -> Tracking | None:
+    """What a run tracks: as the config says, unless `given` (online, offline or off) says otherwise."""
+    if given is None:
+        return sweep.tracking
+    return None if given == "off" else (sweep.tracking or Tracking()).model_copy(update={"wandb": given})
 
 
 def load_sweep(path: Path, cache: Path, plugins: list[str] | None = None) -> LoadedSweep:
