@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -219,11 +220,12 @@ def wandb_sync(
         first = error.errors()[0]
         raise UserError(f"--{first['loc'][0]} {first['input']!r}: letters, digits, '.', '_' and '-' only") from None
     reading = read_cells(config, results, plugin)
+    os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb
     except ImportError:
         raise UserError("W&B is not installed: pip install wandb") from None
-    if not offline and not wandb.api.api_key:
+    if not offline and not wandb.login(prompt=False):
         raise UserError("W&B: not logged in: `wandb login`, or set WANDB_API_KEY; without an account: --offline")
     try:
         pushed, there = tracking.sync(reading.store, reading.results, where, again, print)

@@ -169,7 +169,7 @@ def blocks(
     for block, group in zip(found, groups, strict=True):
         if titles.count(block.title) > 1:
             first = group.iloc[0]
-            block.title += f" [weights {first.weights[:8]}, images {first.digest[:8]}, rules {fingerprint(first.shared_rules)[:8]}]"
+            block.title += f" [teacher {first.teacher_key[:8]}, images {first.digest[:8]}, rules {fingerprint(first.shared_rules)[:8]}]"
     return found
 
 

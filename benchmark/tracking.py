@@ -106,7 +106,8 @@ def push(store: Store, result: dict[str, Any], group: str, tracking: Tracking, s
     if samples.is_file() and session.logged <= result["last_epoch"]:
         session.run.log({"samples": wandb.Image(str(samples)), "epoch": result["last_epoch"]}, step=result["last_epoch"])
     session.run.summary.update(summary_of(result))
-    address, directory = session.run.url, Path(session.run.dir).parent.name
+    address = session.run.url if tracking.wandb == "online" else None
+    directory = Path(session.run.dir).parent.name
     session.run.finish()
     for folder in earlier:
         if folder.name != directory:
