@@ -112,7 +112,9 @@ def push(store: Store, result: dict[str, Any], group: str, tracking: Tracking, s
     for folder in earlier:
         if folder.name != directory:
             shutil.rmtree(folder, ignore_errors=True)
-    write_json(session.folder / MARK, {**_mark(result, tracking), "url": address, "folder": directory if tracking.wandb == "offline" else None})
+    mark = {**_mark(result, tracking), "url": address, "folder": directory if tracking.wandb == "offline" else None}
+    others = [m for m in _marks(session.folder) if (m.get("run"), m.get("entity"), m.get("mode")) != (mark["run"], mark["entity"], mark["mode"])]
+    write_json(session.folder / MARK, {"pushed": [*others, mark]})
 
 
 def summary_of(result: dict[str, Any]) -> dict[str, Any]:
@@ -133,12 +135,17 @@ def summary_of(result: dict[str, Any]) -> dict[str, Any]:
 
 def is_pushed(store: Store, result: dict[str, Any], tracking: Tracking) -> bool:
     """Whether exactly this result was pushed to this project before."""
-    with contextlib.suppress(ValueError, OSError):
-        mark = read_json(store.folder(result["id"]) / MARK)
-        if isinstance(mark, dict) and {k: mark.get(k) for k in _mark(result, tracking)} == _mark(result, tracking):
-            folder = mark.get("folder")
-            return not folder or (store.root / "wandb" / folder).is_dir()
-    return False
+    wanted = _mark(result, tracking)
+    same = [mark for mark in _marks(store.folder(result["id"])) if {k: mark.get(k) for k in wanted} == wanted]
+    return any(not mark.get("folder") or (store.root / "wandb" / mark["folder"]).is_dir() for mark in same)
+
+
+def _marks(folder: Path) -> list[dict[str, Any]]:
+    """What was pushed where; a damaged file counts as nothing, and is replaced."""
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        found = (read_json(folder / MARK) or {}).get("pushed", [])
+        return [mark for mark in found if isinstance(mark, dict)]
+    return []
 
 
 def _mark(result: dict[str, Any], tracking: Tracking) -> dict[str, Any]:
@@ -181,16 +188,17 @@ def groups(store: Store) -> dict[str, str]:
 
 def sync(store: Store, results: list[dict[str, Any]], tracking: Tracking, again: bool, say: Callable[[str], None]) -> tuple[int, int]:
     """Pushes finished cells; (pushed, already there). Raises what wandb raises."""
+    import wandb
+
     of_sweep = groups(store)
-    pushed = there = 0
-    for result in results:
-        if not again and is_pushed(store, result, tracking):
-            there += 1
-            continue
-        push(store, result, of_sweep.get(result["id"], "dfqbench"), tracking)
-        pushed += 1
-        say(f"{result['id']}  {result['cell']['label']} {result['cell']['bits']} seed {result['cell']['seed']}")
-    return pushed, there
+    todo = [result for result in results if again or not is_pushed(store, result, tracking)]
+    try:
+        for result in todo:
+            push(store, result, of_sweep.get(result["id"], "dfqbench"), tracking)
+            say(f"{result['id']}  {result['cell']['label']} {result['cell']['bits']} seed {result['cell']['seed']}")
+    finally:
+        wandb.teardown()  # its helper may still be writing
+    return len(todo), len(results) - len(todo)
 
 
 def checked_result(store: Store, cell_id: str) -> dict[str, Any] | None:
