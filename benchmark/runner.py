@@ -111,7 +111,7 @@ def run_sweep(loaded: LoadedSweep, store: Store, options: Options, progress: Pro
             if mine:
                 worker.run(Bundle(mine), summary)
     progress.stop()
-    watching.close(progress.say)
+    watching.close(progress.say, hurry=summary.interrupted)
     return summary
 
 

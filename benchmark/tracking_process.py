@@ -19,7 +19,8 @@ from pathlib import Path
 from benchmark.store import Store, read_json
 from benchmark.tracking import Session, Tracking, checked_result, is_pushed, open_session, push
 
-CLOSE_S = 20.0  # how long the end of a run waits for W&B; never while cells run
+CLOSE_S = 60.0  # how long the end of a run waits for W&B at most; nothing waits while cells run
+HURRY_S = 5.0  # the same for a run that was told to stop
 LOG = "tracking.log"
 
 
@@ -35,8 +36,8 @@ class Observer:
     def failed(self, cell_id: str) -> None:
         """failed.json is there."""
 
-    def close(self, say: Callable[[str], None]) -> None:
-        """The run is over."""
+    def close(self, say: Callable[[str], None], hurry: bool = False) -> None:
+        """The run is over, or, with `hurry`, was told to stop."""
 
 
 class WandbObserver(Observer):
@@ -82,13 +83,13 @@ class WandbObserver(Observer):
         os.set_blocking(self._process.stdin.fileno(), False)
         return self._process
 
-    def close(self, say: Callable[[str], None]) -> None:
+    def close(self, say: Callable[[str], None], hurry: bool = False) -> None:
         if self._process is not None:
             with contextlib.suppress(OSError):
                 assert self._process.stdin is not None
                 self._process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(CLOSE_S)
+                self._process.wait(HURRY_S if hurry else CLOSE_S)
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGTERM)  # what is left of it: W&B's own helper, or all if it hangs
         if not self.done:
