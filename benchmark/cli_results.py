@@ -30,7 +30,9 @@ def table(
     config: OnlyConfig = None,
     results: Results = DEFAULT_RESULTS,
     rule: RuleOption = "last",
-    output: Annotated[str, typer.Option("--format", help="text, markdown, latex, html; csv: a line per cell; csv-means: a line per row and width.")] = "text",
+    output: Annotated[
+        str, typer.Option("--format", help="text, markdown, latex, html; csv: a line per cell; csv-means: a line per row and width.")
+    ] = "text",
     plugin: Plugins = None,
 ) -> None:
     """Print the table of finished cells."""
@@ -120,7 +122,9 @@ def plot(
     config: OnlyConfig = None,
     results: Results = DEFAULT_RESULTS,
     out: Annotated[Path | None, typer.Option(help="Folder to write to; default: figures in the results folder.")] = None,
-    kind: Annotated[list[str] | None, typer.Option(help="Only this kind; may be given again. accuracy, published, cost, curves, losses, drop, ablation.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only this kind; may be given again. accuracy, published, cost, curves, losses, drop, ablation.")
+    ] = None,
     output: Annotated[list[str] | None, typer.Option("--format", help="png, pdf or svg; may be given again. Default: all three.")] = None,
     rule: RuleOption = "last",
     plugin: Plugins = None,

@@ -135,7 +135,9 @@ class Ledger:
         dataset = self._name("dataset", cell["evaluation"]["name"])
         if dataset is None or result["images"] != IMAGES.get(cell["evaluation"]["name"]):
             return None, "no published number is about this test set"
-        network = next((n for n, patterns in self.names["network"].items() if any(fnmatch.fnmatchcase(cell["teacher"]["model"], p) for p in patterns)), None)
+        network = next(
+            (n for n, patterns in self.names["network"].items() if any(fnmatch.fnmatchcase(cell["teacher"]["model"], p) for p in patterns)), None
+        )
         if network is None:
             return None, "no published number is about this network"
         theirs = self._teachers.get((dataset, network), [])
@@ -162,8 +164,11 @@ def load_ledger(folder: Path | None = None) -> Ledger:
         if row["kind"] not in names:
             raise UserError(f"{where}: {row['kind']!r} is none of {', '.join(names)}")
         names[row["kind"]][row["name"]] = row["here"].split()
-    claims = [_claim(where, row) for where, row in _rows(folder / "published.csv", ("dataset", "model", "w_bits", "a_bits", "method", "top1", "fp_top1", "source"))]
-    allowed = {}
+    claims = [
+        _claim(where, row)
+        for where, row in _rows(folder / "published.csv", ("dataset", "model", "w_bits", "a_bits", "method", "top1", "fp_top1", "source"))
+    ]
+    allowed: dict[tuple[str, ...], str] = {}
     for where, row in _rows(folder / "published-allowed.csv", ("check", "dataset", "model", "w_bits", "a_bits", "method", "source", "reason")):
         if not row["reason"].strip():
             raise UserError(f"{where}: an allowance needs a reason")

@@ -1,8 +1,8 @@
 """Brings stores of several people or clusters together. Nothing is ever overwritten. No torch here.
 
-A cell that is not here yet is copied whole. The same cell with the same result is a duplicate and left where it is; measured on another device or with
-other versions it is a replicate (kept under replicates/<cell>/<setup>/); with the same device and versions but another result it is a conflict:
-reported, and left where it is.
+A cell that is not here yet is copied whole. The same cell with the same result is a duplicate and left where it is; measured on another
+device or with other versions it is a replicate (kept under replicates/<cell>/<setup>/); with the same device and versions but another result
+it is a conflict: reported, and left where it is.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def _merge_result(result: dict[str, Any], folder: Path, store: Store, done: Merg
     if not (here / "result.json").exists():
         holder = store.lease(cell_id).holder()
         if holder is not None:
-            done.skipped.append(f"{folder}: process {holder['pid']} on {holder['host']} is running this cell into {store.root}; merge again when it is done")
+            done.skipped.append(
+                f"{folder}: process {holder['pid']} on {holder['host']} is running this cell into {store.root}; merge again when it is done"
+            )
             return
         if here.exists():
             _set_aside(here, store)
@@ -115,7 +117,9 @@ def _merge_result(result: dict[str, Any], folder: Path, store: Store, done: Merg
         done.duplicates += 1
         return
     cell = result["cell"]
-    what = ", ".join(f"{name} {_short(mine.get(name))} here, {_short(result.get(name))} there" if name != "correct.npy" else name for name in differing[:3])
+    what = ", ".join(
+        f"{name} {_short(mine.get(name))} here, {_short(result.get(name))} there" if name != "correct.npy" else name for name in differing[:3]
+    )
     name = f"{cell['label']} {cell['teacher']['label']} {cell['bits']} seed {cell['seed']}"
     done.conflicts.append(f"{folder}: {name}: same device and versions, another result: {what}; nothing was changed")
 

@@ -20,7 +20,9 @@ class PerImage:
         for result in reading.results:
             packed = reading.correct(result)
             if packed is None:
-                self.missing.append(f"{reading.store.folder(result['id']) / 'correct.npy'}: missing, or not this result's: the cell is in no comparison")
+                self.missing.append(
+                    f"{reading.store.folder(result['id']) / 'correct.npy'}: missing, or not this result's: the cell is in no comparison"
+                )
             else:
                 groups.setdefault(_set_of(result), []).append((result["id"], packed))
         self._place: dict[str, tuple[tuple[str, int], int]] = {}

@@ -24,7 +24,7 @@ PANELS = 6  # on one page
 LEGEND_CHARACTERS = 42  # a column's width of legend text
 FORMATS = ("png", "pdf", "svg")
 DPI = 200
-SETTINGS: dict[str, Any] = {
+SETTINGS: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,

@@ -103,7 +103,7 @@ def published(drawn: Drawn) -> list[Figure]:
     if not points:
         notes = sorted({note for block in drawn.blocks for note in block.notes if "published number" in note})
         raise NothingToDraw("; ".join(notes) or "no published number is about a method that was measured here")
-    labels = list(dict.fromkeys(row.label for _, row, _, _ in points)) + ["as published"]
+    labels = [*dict.fromkeys(row.label for _, row, _, _ in points), "as published"]
     ((figure, ((ax, _),)),) = pages("", [None], 2.9, labels)
     handles: dict[str, Any] = {}
     for block, row, width, entry in points:
@@ -111,7 +111,13 @@ def published(drawn: Drawn) -> list[Figure]:
         assert claim is not None
         middle = (claim.low + claim.high) / 2
         handles[row.label] = ax.errorbar(
-            [middle], [entry.mean], xerr=[[middle - claim.low], [claim.high - middle]], yerr=_reach([entry]), color=style.color, marker=style.marker, ls=""
+            [middle],
+            [entry.mean],
+            xerr=[[middle - claim.low], [claim.high - middle]],
+            yerr=_reach([entry]),
+            color=style.color,
+            marker=style.marker,
+            ls="",
         )
         name = width.upper() if len({b.teacher for b, *_ in points}) == 1 else f"{block.teacher} {width.upper()}"
         ax.annotate(name, (middle, entry.mean), (4, -7), textcoords="offset points", fontsize=6, color="#444444")
@@ -139,7 +145,9 @@ def cost(drawn: Drawn) -> list[Figure]:
                     if not front or -minus > front[-1][1]:
                         front.append((max(seconds, 1e-3), -minus))
                 right = max(max(seconds for seconds, _, _ in there), 1e-3)
-                ax.step([x for x, _ in front] + [right * 1.3], [y for _, y in front] + [front[-1][1]], where="post", color="#bbbbbb", lw=0.8, zorder=1)
+                ax.step(
+                    [x for x, _ in front] + [right * 1.3], [y for _, y in front] + [front[-1][1]], where="post", color="#bbbbbb", lw=0.8, zorder=1
+                )
                 ends[width.upper()] = (right * 1.3, front[-1][1])
                 for seconds, minus, label in there:
                     style = drawn.look[label]
@@ -166,7 +174,9 @@ def _name_ends(ax: Axes, ends: dict[str, tuple[float, float]]) -> None:
 
 def curves(drawn: Drawn) -> list[Figure]:
     """Accuracy while training: the last epoch is a dot, the best on test a ring, the line between them the gap."""
-    return _curves(drawn, "top1", drawn.top1.split(",")[0], "no cell was evaluated between its epochs: set `evaluate_every` in the config and run it again")
+    return _curves(
+        drawn, "top1", drawn.top1.split(",")[0], "no cell was evaluated between its epochs: set `evaluate_every` in the config and run it again"
+    )
 
 
 def losses(drawn: Drawn) -> list[Figure]:
@@ -272,7 +282,9 @@ def ablation(drawn: Drawn) -> list[Figure]:
     """What settings that differ from a method's own change, against the method as it is: paired over test images and seeds."""
     panels = [(block, base, others) for block in drawn.blocks for base, others in _ablations(block)]
     if not panels:
-        raise NothingToDraw("no method was run both as it is and with other settings under one budget: give some in the config, like {METHOD: {SETTING: 0}}")
+        raise NothingToDraw(
+            "no method was run both as it is and with other settings under one budget: give some in the config, like {METHOD: {SETTING: 0}}"
+        )
     figures = []
     most = max(len(others) for _, _, others in panels)
     widths = list(dict.fromkeys(width for block, _, _ in panels for width in block.widths))
@@ -304,7 +316,9 @@ def ablation(drawn: Drawn) -> list[Figure]:
 def _ablations(block: Block) -> Iterator[tuple[Row, list[Row]]]:
     """(the method as it is, its other settings under the same budget)"""
     for base in (row for row in block.rows if not row.changed):
-        others = [r for r in block.rows if r.method == base.method and r.changed and (r.steps, r.batch, r.mark) == (base.steps, base.batch, base.mark)]
+        others = [
+            r for r in block.rows if r.method == base.method and r.changed and (r.steps, r.batch, r.mark) == (base.steps, base.batch, base.mark)
+        ]
         if others:
             yield base, sorted(others, key=lambda row: row.label)
 

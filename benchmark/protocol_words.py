@@ -29,7 +29,8 @@ def in_words(rules: dict[str, Any]) -> str:
     granularity = {"per-channel": "with one range per output channel", "per-tensor": "with one range per layer"}
     symmetric = "on a symmetric grid around 0" if rules.get("weight_symmetric") else "on an asymmetric grid"
     sentences = [
-        f"Weights are quantized {granularity.get(rules.get('weight_granularity', ''), '')}, {symmetric}; the first layer has {_bits(rules.get('first_bits'))}, the last {_bits(rules.get('last_bits'))}.",
+        f"Weights are quantized {granularity.get(rules.get('weight_granularity', ''), '')}, {symmetric}; "
+        f"the first layer has {_bits(rules.get('first_bits'))}, the last {_bits(rules.get('last_bits'))}.",
         PLACEMENT.get(rules.get("placement", ""), ""),
         f"The network's input {'stays float' if rules.get('input_bits') is None else 'has ' + _bits(rules['input_bits'])}.",
         f"Activation ranges come from {RANGES.get(rules.get('ranges', ''), rules.get('ranges'))}; "

@@ -40,7 +40,9 @@ def recipe(result: dict[str, Any]) -> str:
     if "${TEACHER_WEIGHTS}" in str(config):
         lines.append(f"export TEACHER_WEIGHTS={record['teacher']['weights']}   # hash {record['teacher']['weights_sha256'][:16]}")
     if "${EVALUATION_SET}" in str(config):
-        lines.append(f"export EVALUATION_SET=path/to/images   # {record['evaluation']['images']} images, digest {record['identity']['evaluation'][:16]}")
+        lines.append(
+            f"export EVALUATION_SET=path/to/images   # {record['evaluation']['images']} images, digest {record['identity']['evaluation'][:16]}"
+        )
     text = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=150).replace("'{seed}'", "{seed}").replace("'{bits}'", "{bits}")
     lines += ["cat > cell.yaml <<'END'", text.rstrip(), "END"]
     plugin = str(record.get("plugin", ""))

@@ -88,7 +88,9 @@ class Reading:
 
 def read_store(store: Store, wanted: set[str] | None = None) -> Reading:
     """All finished and failed cells, or those among `wanted`."""
-    results, skipped, failures = [], [], []
+    results: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    failures: list[dict[str, Any]] = []
     for folder, names in _folders(store, skipped):
         cell_id = folder.name
         if wanted is not None and cell_id not in wanted:

@@ -60,7 +60,8 @@ def _summary(reading: Reading, drawn: Drawn, rule: Rule) -> str:
     methods = {r["cell"]["method"] for r in reading.results}
     teachers = {r["cell"]["teacher"]["weights_sha256"] for r in reading.results}
     said = [
-        f"{len(reading.results)} finished cells: {_count(len(methods), 'method')}, {_count(len(teachers), 'teacher')}, {_count(len(drawn.blocks), 'block')} that can be compared within.",
+        f"{len(reading.results)} finished cells: {_count(len(methods), 'method')}, {_count(len(teachers), 'teacher')}, "
+        f"{_count(len(drawn.blocks), 'block')} of what can be compared.",
         "Reported is the last epoch." if rule == "last" else "Reported is the best epoch on the test set, which is a choice made with test labels.",
     ]
     if reading.failures:
@@ -80,8 +81,9 @@ def _comparisons(drawn: Drawn) -> Iterator[str]:
     """Each row against the best of its column."""
     if any(e.against_best for b in drawn.blocks for row in b.rows for e in row.entries.values()):
         yield (
-            "<p>Each row against the best of its column: difference with its 95 % interval (paired bootstrap over test images and seeds), p after Holm's correction "
-            "within the column; and for the lowest common seed McNemar's exact test, with the images that only the one and only the other got right.</p>"
+            "<p>Each row against the best of its column: difference with its 95 % interval (paired bootstrap over test images and seeds), p after "
+            "Holm's correction within the column; and for the lowest common seed McNemar's exact test, with the images that only the one and only the "
+            "other got right.</p>"
         )
     for block in drawn.blocks:
         parts = [part for width in block.widths if (part := _against_best(drawn, block, width))]
@@ -109,9 +111,12 @@ def _against_best(drawn: Drawn, block: Block, width: str) -> str:
             f"{test.only_first} / {test.only_second}" if test else "-",
         ]
         lines.append(f"<tr><td>{html.escape(row.label)}</td>" + "".join(f'<td class="number">{cell}</td>' for cell in cells) + "</tr>")
-    heads = "".join(f'<th scope="col" class="number">{name}</th>' for name in ("difference", "95 % interval", "p (Holm)", "p (McNemar)", "only it / only best"))
+    heads = "".join(
+        f'<th scope="col" class="number">{name}</th>' for name in ("difference", "95 % interval", "p (Holm)", "p (McNemar)", "only it / only best")
+    )
     return (
-        f'<h3>{width.upper()}, best: {html.escape(best)}</h3><div class="scroll"><table class="sortable"><thead><tr><th scope="col">method</th>{heads}</tr></thead>'
+        f'<h3>{width.upper()}, best: {html.escape(best)}</h3><div class="scroll"><table class="sortable">'
+        f'<thead><tr><th scope="col">method</th>{heads}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -205,7 +210,9 @@ class _Data:
             "provenance": self._share(provenance),
             "recipe": self._share(recipe(r)),
             "log": _tail(folder / "log.txt"),
-            "images": self._sheet(folder / "samples.png", f"{cell['label']}, {cell['teacher']['label']} on {cell['evaluation']['name']}, seed {cell['seed']}"),
+            "images": self._sheet(
+                folder / "samples.png", f"{cell['label']}, {cell['teacher']['label']} on {cell['evaluation']['name']}, seed {cell['seed']}"
+            ),
             "replicates": [_replicate(other, r) for other in self.reading.replicates.get(r["id"], [])],
         }
 
@@ -248,7 +255,16 @@ class _Data:
 
 def _table_order(r: dict[str, Any]) -> tuple[Any, ...]:
     cell = r["cell"]
-    return cell["teacher"]["label"], cell["evaluation"]["name"], cell["protocol"], cell["precision"], cell["label"], cell["bits"], cell["seed"], r["id"]
+    return (
+        cell["teacher"]["label"],
+        cell["evaluation"]["name"],
+        cell["protocol"],
+        cell["precision"],
+        cell["label"],
+        cell["bits"],
+        cell["seed"],
+        r["id"],
+    )
 
 
 def _rounded(value: Any) -> Any:

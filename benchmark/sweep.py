@@ -60,7 +60,9 @@ class Sweep(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluate_every: int | None = Field(None, ge=1, description="epochs between evaluations; null: only at the end")
     plugins: list[str] = Field([], description="Python files that register more methods")
-    tracking: Tracking | None = Field(None, description="W&B: wandb, or {wandb: online or offline, project: ..., entity: ...}; never changes a result")
+    tracking: Tracking | None = Field(
+        None, description="W&B: wandb, or {wandb: online or offline, project: ..., entity: ...}; never changes a result"
+    )
 
     @field_validator("evaluate", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from benchmark.tables import Block, Entry, Ranking, Row
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text as Rich
 
 LEFT = ("method", "follows")
 NARROWEST = 16
@@ -36,10 +37,15 @@ def grid(block: Block) -> tuple[list[str], list[list[Text]]]:
         ("seeds", lambda row: Text(row.seeds)),
     ]
     for width in block.widths:
-        columns += [(width, partial(_of_entry, width, lambda e: Text(str(e), e.best))), ("drop", partial(_of_entry, width, lambda e: Text(f"{e.drop:.2f}".replace("-0.00", "0.00"))))]
+        columns += [
+            (width, partial(_of_entry, width, lambda e: Text(str(e), e.best))),
+            ("drop", partial(_of_entry, width, lambda e: Text(f"{e.drop:.2f}".replace("-0.00", "0.00")))),
+        ]
         if any(width in row.entries and row.entries[width].published for row in block.rows):
             columns.append(("published", partial(_of_entry, width, lambda e: Text(claim_of(e)))))
-    columns.append((f"{block.time}/cell".replace("seconds", "s"), lambda row: Text(f"{row.seconds:.0f}" if row.seconds >= 10 else f"{row.seconds:.2g}")))
+    columns.append(
+        (f"{block.time}/cell".replace("seconds", "s"), lambda row: Text(f"{row.seconds:.0f}" if row.seconds >= 10 else f"{row.seconds:.2g}"))
+    )
     return [head for head, _ in columns], [[text_of(row) for _, text_of in columns] for row in block.rows]
 
 
@@ -67,7 +73,7 @@ def ranking_lines(ranking: Ranking) -> list[str]:
 
 
 def print_blocks(found: list[Block], ranking: Ranking | None, console: Console) -> None:
-    """In a narrow terminal long settings wrap and columns are left out, by name; a number is never cut. A file gets lines as long as they need to be."""
+    """In a narrow terminal long settings wrap and columns are left out, by name; a number is never cut. A file's lines are as long as need be."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text as Rich
@@ -111,7 +117,7 @@ def _width(heads: list[str], rows: list[list[Text]]) -> int:
     return sum(max(len(head), *(len(cell.text) + 4 * cell.bold for cell in cells)) + 2 for head, *cells in columns)
 
 
-def _in_terminal(cell: Text, is_terminal: bool) -> object:
+def _in_terminal(cell: Text, is_terminal: bool) -> Rich:
     from rich.text import Text as Rich
 
     if not cell.bold:

@@ -23,7 +23,7 @@ ALPHA = 0.05
 
 @dataclass
 class Comparison:
-    """A row against the best of its column: the difference (p is Holm-adjusted within the column), and the ids of both cells of the lowest common seed."""
+    """A row against the best of its column: the difference (p Holm-adjusted within the column), and both cells' ids at the lowest common seed."""
 
     difference: Estimate
     pair: tuple[str, str] | None
@@ -33,8 +33,8 @@ class Comparison:
 class Entry:
     """One row at one bit width. Accuracies in percent.
 
-    sd: standard deviation over seeds, None for one. seconds: a cell's mean cost. estimate: the mean with its interval over test images and seeds, None where per-image results are
-    missing. error: one standard error. best: the best of its column, or not distinguishable from it.
+    sd: standard deviation over seeds, None for one. error: one standard error. seconds: a cell's mean cost. estimate: the mean with its interval
+    over test images and seeds, None where per-image results are missing. best: the best of its column, or not distinguishable from it.
     """
 
     ids: list[str]
@@ -152,7 +152,7 @@ def blocks(
         return []
     frame = load_frame(results)
     rules = [r["cell"]["identity"]["protocol"] for r in results]
-    frame["result"] = results
+    frame["result"] = pd.Series(results, dtype=object)
     frame["rules"] = [str(sorted(given.items())) for given in rules]
     # a set is what its content says, a teacher its weights and task, a protocol its rules: names are only what somebody called them
     frame["teacher_key"] = [fingerprint([r["cell"]["identity"].get("teacher"), r["cell"]["teacher"]["weights_sha256"]]) for r in results]
@@ -193,7 +193,7 @@ class _Builder:
         title = f"{first.teacher} on {first.evaluation} ({first.images} images): teacher {first.teacher_top1:.2f} %, protocol {first.protocol}"
         widths = sorted(group.bits.unique(), reverse=True)
         marks = self._marks()
-        same: dict[str, list[dict[str, Any]]] = {}
+        same: dict[str, list[Any]] = {}
         for cell in group.to_dict("records"):
             same.setdefault(cell["settings"], []).append(cell)
         rows = [self._row(cells, widths, marks) for cells in same.values()]
@@ -297,7 +297,7 @@ class _Builder:
         error = max(binomial_error(v, block.images) for v in self.group.top1)
         notes = [
             f"top-1 in %, rule '{self.rule}': {about}",
-            f"± is the standard deviation over seeds; one standard error from the size of the test set is at most {error:.2f}; drop: below the teacher",
+            f"± is the standard deviation over seeds; one standard error from the test set's size is at most {error:.2f}; drop: below the teacher",
         ]
         if any(entry.best for row in block.rows for entry in row.entries.values()):
             once = any(entry.n == 1 for row in block.rows for entry in row.entries.values())
@@ -319,7 +319,8 @@ class _Builder:
             notes.append("follows 'abstract': reconstructed, details of the method are not public")
         if block.has_claims:
             notes.append(
-                "published: what papers claim (a range where sources disagree), and the distance in our standard errors; one figure each, mostly best-on-test"
+                "published: what papers claim (a range where sources disagree), and how far we are from it in our standard errors; "
+                "papers print one figure each, most of them the best epoch on the test set"
             )
         notes += sorted(why for why in self.why_no_claims if why) if not block.has_claims else []
         return notes

@@ -35,8 +35,8 @@ class Tracking(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     wandb: Literal["online", "offline"] = "online"
-    project: str = Field("dfqbench", pattern=r"^[A-Za-z0-9_.-]{1,100}$")
-    entity: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]+$", description="a W&B user or team; default: the one that is logged in")
+    project: str = Field(default="dfqbench", pattern=r"^[A-Za-z0-9_.-]{1,100}$")
+    entity: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$", description="a W&B user or team; default: the one that is logged in")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,7 @@
 """Talking to W&B beside a run: a process that is told what happens through a pipe which nobody waits for. No torch here.
 
-Run as `python -m benchmark.tracking_process`, a JSON object with root, sweep and tracking as argument, lines `epoch ID`, `done ID`, `failed ID` as input.
+Run as `python -m benchmark.tracking_process`, a JSON object with root, sweep and tracking as argument, lines `epoch ID`, `done ID` and `failed ID`
+as input.
 """
 
 from __future__ import annotations

@@ -72,7 +72,10 @@ def write_cell(store: Store, cell: Cell, images: int = 1000, evaluated: bool = T
     top1 = float(correct.mean() * 100)
     folder = store.folder(cell.id)
     curve = top1 - 15 * np.exp(-np.arange(1, EPOCHS + 1) / 8) + random.normal(0, 0.3, EPOCHS)
-    rows = [{"epoch": e, "phase": "train", "loss": round(2 * 0.9**e + 0.1, 5), "student_lr": 1e-4, "top1": round(float(curve[e - 1]), 2)} for e in range(1, EPOCHS + 1)]
+    rows = [
+        {"epoch": e, "phase": "train", "loss": round(2 * 0.9**e + 0.1, 5), "student_lr": 1e-4, "top1": round(float(curve[e - 1]), 2)}
+        for e in range(1, EPOCHS + 1)
+    ]
     rows[-1]["top1"] = top1
     if not evaluated:
         rows = [{k: v for k, v in row.items() if k != "top1"} for row in rows[:-1]] + rows[-1:]
@@ -101,7 +104,7 @@ def write_cell(store: Store, cell: Cell, images: int = 1000, evaluated: bool = T
         "teacher": {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], **scores},
         "student_state": f"{int(cell.id, 16):064x}",
         "left_float": [],
-        "seconds": {"own": 0.1 if cell.method == "round" else 100.0 + 10 * SKILL[cell.method], "shared": 0.0 if cell.method == "round" else 200.0, "bundle": [cell.id]},
+        "seconds": {"own": 0.1 if cell.method == "round" else 100.0 + 10 * SKILL[cell.method], "shared": 200.0 * (cell.method != "round"), "bundle": []},
         "provenance": {
             "git": "0" * 40, "packages": {"torch": "2.14.1"}, "python": "3.11.7", "device": "cuda", "device_name": "a GPU", "threads": 1,
             "cpu_capability": "AVX512", "cores": 2, "host": "00000000", "slurm_job": None,

@@ -18,10 +18,14 @@ from benchmark.protocol import PROTOCOLS, Bits
 from benchmark.store import Store
 
 FOLDER = PLACES[-1]
+HEAD = "dataset,model,w_bits,a_bits,method,top1,fp_top1,source\n"
 
 
 def claim(**changes: Any) -> Claim:
-    return Claim(**{"dataset": "CIFAR-10", "network": "ResNet-20", "bits": "w4a4", "method": "GDFQ", "top1": 90.0, "full_precision": 93.9, "source": "a paper"} | changes)
+    return Claim(
+        **{"dataset": "CIFAR-10", "network": "ResNet-20", "bits": "w4a4", "method": "GDFQ", "top1": 90.0, "full_precision": 93.9, "source": "a paper"}
+        | changes
+    )
 
 
 def with_claims(*claims: Claim) -> Ledger:
@@ -79,8 +83,8 @@ def test_the_distance_is_from_the_nearest_claim() -> None:
 
 @pytest.mark.parametrize(("file", "text", "said"), [
     ("published.csv", "a,b\n", "the columns dataset, model"),
-    ("published.csv", "dataset,model,w_bits,a_bits,method,top1,fp_top1,source\nCIFAR-10,ResNet-20,4,4,GDFQ,high,,x\n", "published.csv:2: could not convert"),
-    ("published.csv", "dataset,model,w_bits,a_bits,method,top1,fp_top1,source\nCIFAR-10,ResNet-20,4\n", "published.csv:2: 8 values"),
+    ("published.csv", HEAD + "CIFAR-10,ResNet-20,4,4,GDFQ,high,,x\n", "published.csv:2: could not convert"),
+    ("published.csv", HEAD + "CIFAR-10,ResNet-20,4\n", "published.csv:2: 8 values"),
     ("published-names.csv", "kind,name,here\nmethods,GDFQ,gdfq\n", "published-names.csv:2: 'methods' is none of dataset, network, method"),
 ])  # fmt: skip
 def test_a_broken_file_is_one_line_with_its_place(tmp_path: Path, file: str, text: str, said: str) -> None:
@@ -91,13 +95,14 @@ def test_a_broken_file_is_one_line_with_its_place(tmp_path: Path, file: str, tex
         load_ledger(tmp_path)
 
 
-def papers_cell(tmp_path: Path, name: str = "cifar10", images: int = 10_000, teacher_top1: float = 94.03, protocol: str = "lineage", **changed: Any) -> dict[str, Any]:
+def papers_cell(
+    tmp_path: Path, name: str = "cifar10", images: int = 10_000, teacher_top1: float = 94.03, protocol: str = "lineage", **changed: Any
+) -> dict[str, Any]:
     """GDFQ on what the papers used, with some things changed."""
     first = next(iter(cells(1)))
     teacher = dataclasses.replace(first.teacher, model="pytorchcv:resnet20_cifar10", weights="zoo")
-    cell = Cell(
-        "gdfq", 1, {"batch_size": 200, **changed}, teacher, EvaluationCard(name, "ab" * 32, 10, images), PROTOCOLS[protocol], Bits(4, 4), 0, "fp32", changed=changed
-    )  # fmt: skip
+    card = EvaluationCard(name, "ab" * 32, 10, images)
+    cell = Cell("gdfq", 1, {"batch_size": 200, **changed}, teacher, card, PROTOCOLS[protocol], Bits(4, 4), 0, "fp32", changed=changed)
     result = write_cell(Store(tmp_path), cell, images)
     result["teacher"]["top1"] = teacher_top1
     return result

@@ -88,7 +88,11 @@ def test_what_was_not_measured_is_said_with_what_would_measure_it(tmp_path: Path
         if not cell.changed:
             write_cell(store, cell, evaluated=False)
     drawn = prepare(read_store(store))
-    for kind, said in (("published", "no published number is about this test set"), ("curves", "evaluate_every"), ("ablation", "{METHOD: {SETTING: 0}}")):
+    for kind, said in (
+        ("published", "no published number is about this test set"),
+        ("curves", "evaluate_every"),
+        ("ablation", "{METHOD: {SETTING: 0}}"),
+    ):
         with pytest.raises(NothingToDraw) as why:
             draw(kind, drawn)
         assert said in str(why.value)
@@ -101,7 +105,7 @@ def test_measured_against_published_is_drawn_where_claims_fit(tmp_path: Path) ->
     papers_cell(tmp_path)
     drawn = prepare(read_store(Store(tmp_path)))
     # the store's file says 92 % for the teacher, which is another one than the papers'
-    with pytest.raises(NothingToDraw, match="a teacher of 93.89 or 94.03"):
+    with pytest.raises(NothingToDraw, match=r"a teacher of 93\.89 or 94\.03"):
         draw("published", drawn)
     reading = read_store(Store(tmp_path))
     reading.results[0]["teacher"]["top1"] = 94.0

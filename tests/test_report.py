@@ -87,7 +87,10 @@ def test_failures_and_skipped_files_are_listed(tmp_path: Path) -> None:
     store = make_store(tmp_path / "r", 5)
     first = store.ids()[0]
     (store.folder(first) / "result.json").write_text("{")
-    write_json(store.folder("000000000001") / "failed.json", {"kind": "Diverged", "message": "the loss is nan in epoch 3", "traceback": "Traceback x", "time": 0})
+    write_json(
+        store.folder("000000000001") / "failed.json",
+        {"kind": "Diverged", "message": "the loss is nan in epoch 3", "traceback": "Traceback x", "time": 0},
+    )
     text = page(read_store(store), "t")
     assert "the loss is nan in epoch 3" in text
     assert "Traceback x" in text
@@ -98,7 +101,10 @@ def test_failures_and_skipped_files_are_listed(tmp_path: Path) -> None:
 def test_the_recipe_of_a_cell_spans_exactly_that_cell(sweep_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the report tells people to run has the same id, so it is the same experiment."""
     config = sweep_file(
-        methods=["gdfq", {"acq": {"matching_weight": 0.5}}, "gznq", "round"], protocol={"base": "lineage", "first_bits": 8}, precision="bf16", seeds=[3]
+        methods=["gdfq", {"acq": {"matching_weight": 0.5}}, "gznq", "round"],
+        protocol={"base": "lineage", "first_bits": 8},
+        precision="bf16",
+        seeds=[3],
     )
     loaded = load_sweep(config, cache_folder())
     assert len(loaded.cells) == 8
@@ -106,7 +112,12 @@ def test_the_recipe_of_a_cell_spans_exactly_that_cell(sweep_file: Callable[..., 
     for cell in loaded.cells:
         record = cell.record()
         provenance = {"git": "abc", "device": "cpu", "threads": 2}
-        text = recipe({"cell": record, "provenance": provenance}).replace("{id}", cell.id).replace("{bits}", str(cell.bits)).replace("{seed}", str(cell.seed))
+        text = (
+            recipe({"cell": record, "provenance": provenance})
+            .replace("{id}", cell.id)
+            .replace("{bits}", str(cell.bits))
+            .replace("{seed}", str(cell.seed))
+        )
         (tmp_path / "cell.yaml").write_text(text.split("<<'END'\n")[1].split("\nEND")[0])
         (again,) = load_sweep(tmp_path / "cell.yaml", cache_folder()).cells
         assert again.identity() == cell.identity()
@@ -151,8 +162,22 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    words = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    for word in [*words, "--disable-sync", "--disable-dev-shm-usage", "--window-size=1280,900", f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+    words = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]
+    for word in [
+        *words,
+        "--disable-sync",
+        "--disable-dev-shm-usage",
+        "--window-size=1280,900",
+        f"--user-data-dir={tmp_path_factory.mktemp('chromium')}",
+    ]:
         options.add_argument(word)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     found = webdriver.Chrome(options=options, service=Service(driver))

@@ -143,7 +143,14 @@ def compared(tmp_path: Path, methods: dict[str, float], images: int = 2000) -> B
 
     store = Store(tmp_path / "r")
     for cell in cells(10_000):
-        if cell.method in methods and not cell.changed and str(cell.bits) == "w4a4" and cell.protocol.name == "lineage" and cell.teacher.label == "resnet20" and cell.precision == "fp32":
+        if (
+            cell.method in methods
+            and not cell.changed
+            and str(cell.bits) == "w4a4"
+            and cell.protocol.name == "lineage"
+            and cell.teacher.label == "resnet20"
+            and cell.precision == "fp32"
+        ):
             found = write_cell(store, cell, images)
             random = np.random.default_rng(cell.seed)
             correct = np.sort(random.random(images) * 0.02) + np.arange(images) / images < methods[cell.method] / 100

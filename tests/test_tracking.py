@@ -118,7 +118,19 @@ def test_a_run_leaves_one_offline_run_per_cell_and_the_same_numbers_as_without(s
 
 def test_a_run_that_was_stopped_and_went_on_is_one_run_with_all_epochs(sweep_file: SweepFile, tmp_path: Path) -> None:
     config = sweep_file(bits=["w4a4"], budget={"epochs": 6, "iterations": 10, "batch_size": 8})
-    words = [sys.executable, "-m", "benchmark.cli", "run", str(config), "--results", str(tmp_path / "r"), "--wandb", "offline", "--checkpoint-every", "0"]
+    words = [
+        sys.executable,
+        "-m",
+        "benchmark.cli",
+        "run",
+        str(config),
+        "--results",
+        str(tmp_path / "r"),
+        "--wandb",
+        "offline",
+        "--checkpoint-every",
+        "0",
+    ]
     first = subprocess.Popen(words, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 200
     while not list(tmp_path.glob("r/runs/*/history.csv")) and time.monotonic() < deadline:
@@ -210,10 +222,16 @@ def heard(tmp_path: Path, lines: list[str], **environment: str) -> list[dict[str
     """What the process asks of W&B when it is told these lines."""
     calls = tmp_path / "calls"
     calls.unlink(missing_ok=True)
-    env = stand_in(tmp_path, RECORDING) if not (tmp_path / "stand-in").exists() else {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "stand-in"), str(Path(__file__).parent.parent)])}
+    env = (
+        stand_in(tmp_path, RECORDING)
+        if not (tmp_path / "stand-in").exists()
+        else {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "stand-in"), str(Path(__file__).parent.parent)])}
+    )
     settings = json.dumps({"root": str(tmp_path / "r"), "sweep": "mine", "tracking": Tracking().model_dump()})
     command = [sys.executable, "-P", "-m", "benchmark.tracking_process", settings]
-    done = subprocess.run(command, input="\n".join(lines), env={**env, "CALLS": str(calls), **environment}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, input="\n".join(lines), env={**env, "CALLS": str(calls), **environment}, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
 
@@ -272,7 +290,11 @@ def test_tracking_is_given_in_words_or_a_mapping_and_never_changes_an_id(sweep_f
 
 
 def test_a_mistake_in_tracking_is_one_line_with_its_key(sweep_file: SweepFile, tmp_path: Path) -> None:
-    for given, said in (({"wandb": "sometimes"}, "tracking.wandb: 'sometimes'"), ({"project": "a/b"}, "tracking.project: 'a/b'"), ("tensorboard", "tracking: 'tensorboard'")):
+    for given, said in (
+        ({"wandb": "sometimes"}, "tracking.wandb: 'sometimes'"),
+        ({"project": "a/b"}, "tracking.project: 'a/b'"),
+        ("tensorboard", "tracking: 'tensorboard'"),
+    ):
         done = dfqbench("plan", sweep_file(tracking=given), "--results", tmp_path / "r")
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
         assert said in done.stderr

@@ -39,7 +39,14 @@ def contents(path: Path) -> dict[str, Any]:
         kind = record.WhichOneof("record_type")
         if kind == "run" and "id" not in found:
             run = record.run
-            found |= {"id": run.run_id, "project": run.project, "group": run.run_group, "job_type": run.job_type, "tags": list(run.tags), "name": run.display_name}
+            found |= {
+                "id": run.run_id,
+                "project": run.project,
+                "group": run.run_group,
+                "job_type": run.job_type,
+                "tags": list(run.tags),
+                "name": run.display_name,
+            }
             found["config"] |= {item.key: json.loads(item.value_json) for item in run.config.update}
         elif kind == "history":
             found["history"].append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item})
