@@ -82,8 +82,8 @@ def _comparisons(drawn: Drawn) -> Iterator[str]:
     if any(e.against_best for b in drawn.blocks for row in b.rows for e in row.entries.values()):
         yield (
             "<p>Each row against the best of its column: difference with its 95 % interval (paired bootstrap over test images and seeds), p after "
-            "Holm's correction within the column; and for the lowest common seed McNemar's exact test, with the images that only the one and only the "
-            "other got right.</p>"
+            "Holm's correction within the column; and for the lowest common seed McNemar's exact test, with the images that only the one and "
+            "only the other got right.</p>"
         )
     for block in drawn.blocks:
         parts = [part for width in block.widths if (part := _against_best(drawn, block, width))]
