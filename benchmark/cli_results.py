@@ -140,18 +140,20 @@ def plot(
     for name in output or []:
         one_of("--format", name, FORMATS)
     reading = read_cells(config, results, plugin)
-    from benchmark.figures import prepare, write_figures
+    from benchmark.figures import drawn_kinds, prepare
+    from benchmark.store import write_atomically
 
     folder = out or results / "figures"
-    drawn = prepare(reading, checked)
-    for name in kind or KINDS:
-        try:
-            for path in write_figures(drawn, folder, name, output or FORMATS):
-                print(path)
-        except NothingToDraw as why:
+    for name, found in drawn_kinds(prepare(reading, checked), kind or KINDS, output or FORMATS):
+        if isinstance(found, NothingToDraw):
             if kind:
-                raise UserError(f"{name}: {why}") from None
-            print(f"not drawn: {name}: {why}", file=sys.stderr)
+                raise UserError(f"{name}: {found}")
+            print(f"not drawn: {name}: {found}", file=sys.stderr)
+            continue
+        try:
+            for file, content in found:
+                write_atomically(folder / file, content)
+                print(folder / file)
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}") from None
 

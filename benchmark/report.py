@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmark.figures import files, prepare
+from benchmark.figures import drawn_kinds, prepare
 from benchmark.plots import KINDS, Drawn, NothingToDraw
 from benchmark.protocol_words import in_words
 from benchmark.recipe import recipe
@@ -122,11 +122,10 @@ def _against_best(drawn: Drawn, block: Block, width: str) -> str:
 
 
 def _plots(drawn: Drawn) -> Iterator[str]:
-    for kind, (caption, _) in KINDS.items():
-        try:
-            pages = list(files(drawn, kind, ["svg"]))
-        except NothingToDraw as why:
-            yield f"<p><b>{html.escape(caption[0].upper() + caption[1:])}</b>: {html.escape(str(why))}.</p>"
+    for kind, pages in drawn_kinds(drawn, KINDS, ["svg"]):
+        caption = KINDS[kind][0]
+        if isinstance(pages, NothingToDraw):
+            yield f"<p><b>{html.escape(caption[0].upper() + caption[1:])}</b>: {html.escape(str(pages))}.</p>"
             continue
         for number, (_, content) in enumerate(pages, 1):
             words = caption[0].upper() + caption[1:] + (f" ({number} of {len(pages)})" if len(pages) > 1 else "")
