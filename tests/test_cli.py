@@ -328,8 +328,8 @@ def test_help_and_table_do_not_import_torch(finished: tuple[Path, Path]) -> None
     assert without_torch("table", "--results", str(results)) == []
     assert without_torch("table", str(config), "--results", str(results)) == []
     out = str(results.parent / "out")
-    assert without_torch("plot", str(config), "--results", str(results), "--out", out, "--format", "svg") == ["matplotlib"]
-    assert without_torch("report", str(config), "--results", str(results), "--out", f"{out}/report.html") == ["matplotlib"]
+    assert without_torch("plot", str(config), "--results", str(results), "--out", out, "--format", "svg") in ([], ["matplotlib"])
+    assert without_torch("report", str(config), "--results", str(results), "--out", f"{out}/report.html") in ([], ["matplotlib"])
     assert without_torch("merge", str(results), "--results", f"{out}/merged") == []
 
 
