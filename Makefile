@@ -1,4 +1,4 @@
-# make install | demo | test | lint | clean
+# make install | demo | results | test | lint | clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,6 +19,18 @@ $(TEACHER): | install
 demo: install $(TEACHER)
 	$(BIN)/dfqbench run quickstart
 	$(BIN)/dfqbench table quickstart
+	$(BIN)/dfqbench plot quickstart
+
+# tables, plots and report of every reference store, from its files alone; the same files give the same bytes
+results: install
+	@set -e; for store in $(patsubst %/runs,%,$(wildcard results/reference/*/runs)); do \
+		mkdir -p $$store/tables; \
+		for format in markdown:table.md latex:table.tex csv:cells.csv csv-means:means.csv; do \
+			$(BIN)/dfqbench table --results $$store --format $${format%%:*} > $$store/tables/$${format#*:}; \
+		done; \
+		$(BIN)/dfqbench plot --results $$store; \
+		$(BIN)/dfqbench report --results $$store; \
+	done
 
 test: install
 	$(BIN)/pytest --numprocesses auto --ignore tests/slurm
@@ -33,4 +45,4 @@ clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: install demo test lint clean
+.PHONY: install demo results test lint clean

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from benchmark import cli_results
 from benchmark.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,10 +42,13 @@ def run(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
     checkpoint_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 300.0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
+    wandb: Annotated[str | None, typer.Option(help="online, offline or off; default: as the config says.")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Run every cell of a sweep that is not done yet; Ctrl-C saves, the same command goes on."""
     console = _console()
+    if wandb is not None:
+        cli_results.one_of("--wandb", wandb, ("online", "offline", "off"))
     store, loaded = _load(config, results, plugin, writable=True)
     import torch
 
@@ -56,7 +60,7 @@ def run(
     progress = make_progress(console)
     try:
         with StopFlag().installed() as stop:
-            summary = run_sweep(loaded, store, Options(device, checkpoint_every, retry_failed), progress, stop)
+            summary = run_sweep(loaded, store, Options(device, checkpoint_every, retry_failed, wandb=wandb), progress, stop)
     finally:
         progress.stop()
     parts = [f"{summary.done} done", f"{summary.failed} failed" if summary.failed else "", f"{summary.left} left" if summary.left else ""]
@@ -167,39 +171,11 @@ def cancel(config: Config, results: Results = DEFAULT_RESULTS) -> None:
     commands.cancel(config, results)
 
 
-@app.command()
-def table(
-    config: Annotated[str | None, typer.Argument(help="Only this sweep's cells; default: all of the store.")] = None,
-    results: Results = DEFAULT_RESULTS,
-    rule: Annotated[str, typer.Option(help="last, or best-on-test (chosen on the test labels).")] = "last",
-    output: Annotated[str, typer.Option("--format", help="text, markdown or csv.")] = "text",
-    plugin: Plugins = None,
-) -> None:
-    """Print the table of finished cells."""
-    if rule not in ("last", "best-on-test"):
-        raise UserError(f"--rule {rule!r}: last or best-on-test")
-    if output not in ("text", "markdown", "csv"):
-        raise UserError(f"--format {output!r}: text, markdown or csv")
-    from benchmark.store import Store
-    from benchmark.tables import blocks, load_frame, markdown
-
-    store = Store(results)
-    found, damaged = store.results()
-    for line in damaged:
-        print(f"skipped: {line}", file=sys.stderr)
-    wanted = _cells_of(config, store, plugin) if config else None
-    if wanted is not None:
-        found = [r for r in found if r["id"] in wanted]
-        if len(found) < len(wanted):
-            print(f"{len(wanted) - len(found)} of {len(wanted)} cells are not done: dfqbench plan {config}", file=sys.stderr)
-    if not found:
-        raise UserError(f"nothing is finished in {store.root / 'runs'}" + (f" of {config}: dfqbench run {config}" if config else ""))
-    if output == "csv":
-        load_frame(found).to_csv(sys.stdout, index=False)
-    elif output == "markdown":
-        print(markdown(blocks(found, rule)), end="")  # type: ignore[arg-type]
-    else:
-        _print_blocks(blocks(found, rule))  # type: ignore[arg-type]
+app.command()(cli_results.table)
+app.command()(cli_results.plot)
+app.command()(cli_results.report)
+app.command()(cli_results.merge)
+app.add_typer(cli_results.wandb_app, name="wandb")
 
 
 @methods_app.callback()
@@ -372,33 +348,6 @@ def _load(config: str, results: Path, plugins: list[str] | None, writable: bool 
     store = Store(results)
     loaded = load_sweep(path, cache_folder(), plugins)
     return Store(results, writable=True) if writable else store, loaded
-
-
-def _cells_of(config: str, store: Store, plugins: list[str] | None) -> set[str]:
-    from benchmark.config_text import noted_cells
-
-    noted = noted_cells(config, store.root)
-    return set(noted) if noted is not None else {cell.id for cell in _load(config, store.root, plugins)[1].cells}
-
-
-def _print_blocks(found: list) -> None:  # type: ignore[type-arg]
-    from rich.table import Table
-    from rich.text import Text
-
-    console = _console()
-    for block in found:
-        frame = block.frame.reset_index()
-        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for column in frame.columns:
-            # in a narrow terminal long settings wrap; a number is never cut
-            shown.add_column(column, justify="left" if column in ("method", "follows") else "right", no_wrap=column != "method", overflow="fold")
-        for row in frame.itertuples(index=False):
-            shown.add_row(*(str(v) for v in row))
-        console.print()
-        console.print(Text(block.title, style="bold"), soft_wrap=True)
-        console.print(shown)
-        for note in block.notes:
-            console.print(Text(f"  {note}", style="dim"), soft_wrap=True)
 
 
 def main() -> None:

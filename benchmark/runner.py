@@ -32,8 +32,9 @@ from benchmark.samples import png, sample_grid
 from benchmark.status import Status, statuses
 from benchmark.store import Store, read_json, write_atomically, write_json
 from benchmark.student import Student
-from benchmark.sweep import LoadedSweep
+from benchmark.sweep import LoadedSweep, tracking_of
 from benchmark.teachers import TeacherCard, load
+from benchmark.tracking_process import Observer, observer
 
 SAMPLES = 64
 PROGRESS_EVERY_S = 5.0
@@ -49,6 +50,7 @@ class Options:
     retry_failed: bool = False
     stop_at_failure: bool = False  # after the bundle in which a cell failed, so that the rest gets a fresh process
     evaluation_batch: int = 500
+    wandb: str | None = None  # online, offline or off instead of what the config says
 
 
 class StopFlag:
@@ -107,7 +109,8 @@ def run_cells(loaded: LoadedSweep, cells: list[Cell], store: Store, options: Opt
     skipped = {Status.DONE, Status.RUNNING} | (set() if options.retry_failed else {Status.FAILED})
     todo = bundles(cell for cell in cells if states[cell.id].status not in skipped)
     summary = Summary(left=sum(states[cell.id].status in skipped - {Status.DONE} for cell in cells))
-    worker = _Worker(loaded, store, device, options, progress, stop)
+    watching = observer(store.root, loaded.sweep.name, tracking_of(loaded.sweep, options.wandb))
+    worker = _Worker(loaded, store, device, options, progress, stop, watching)
     progress.start(sum(len(b.cells) for b in todo), len(cells))
     for number, bundle in enumerate(todo):
         if stop.signal is not None:
@@ -123,14 +126,18 @@ def run_cells(loaded: LoadedSweep, cells: list[Cell], store: Store, options: Opt
             if mine:
                 worker.run(Bundle(mine), summary)
     progress.stop()
+    watching.close(progress.say, hurry=summary.interrupted)
     return summary
 
 
 class _Worker:
     """Runs bundles one after the other, keeping the evaluation images and the last teacher in memory."""
 
-    def __init__(self, loaded: LoadedSweep, store: Store, device: torch.device, options: Options, progress: Progress, stop: StopFlag):
+    def __init__(
+        self, loaded: LoadedSweep, store: Store, device: torch.device, options: Options, progress: Progress, stop: StopFlag, watching: Observer
+    ):
         self.loaded, self.store, self.device, self.options, self.progress, self.stop = loaded, store, device, options, progress, stop
+        self.watching = watching
         git_revision()  # as it is now, when the code is loaded, not when a cell ends
         self._images: dict[str, Images] = {}
         self._teacher: tuple[TeacherCard, Teacher] | None = None
@@ -148,6 +155,7 @@ class _Worker:
     def _run(self, bundle: Bundle, summary: Summary) -> None:
         for cell in bundle.cells:
             self.store.write_cell(cell.record())
+            self.watching.begun(cell.id)
         try:
             lockstep = self._train(bundle)
         except Interrupted:
@@ -188,7 +196,7 @@ class _Worker:
             return result
 
         work = self.store.bundle_folder(bundle.id)
-        watcher = _Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop)
+        watcher = _Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop, self.watching)
         lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, self.loaded.sweep.evaluate_every, work)
         state, why_not = load_checkpoint(watcher.path, [cell.id for cell in bundle.cells])
         if state is not None:
@@ -293,19 +301,21 @@ class _Worker:
         }
         self.store.append_log(cell.id, f"done: top-1 {evaluation.top1:.2f} % at epoch {last['epoch']}")
         self.store.write_result(cell.id, result)
+        self.watching.finished(cell.id)
         self.progress.done(cell, evaluation.top1, float(result["teacher"]["top1"]))
 
     def _failed(self, cell: Cell, kind: str, message: str, trace: str) -> None:
         self.store.append_log(cell.id, f"failed: {kind}: {message}")
         self.store.write_failure(cell.id, kind, message, trace)
+        self.watching.failed(cell.id)
         self.progress.failed(cell, f"{kind}: {message.splitlines()[0]}")
 
 
 class _Watcher:
     """Shows progress and saves: every so many seconds, and at the end of the step in which a signal came."""
 
-    def __init__(self, store: Store, path: Path, options: Options, progress: Progress, stop: StopFlag):
-        self.store, self.path, self.options, self.progress, self.stop = store, path, options, progress, stop
+    def __init__(self, store: Store, path: Path, options: Options, progress: Progress, stop: StopFlag, watching: Observer):
+        self.store, self.path, self.options, self.progress, self.stop, self.watching = store, path, options, progress, stop, watching
         self.saved_at = time.monotonic()
         self.noted: dict[str, Any] = {}
         self.lockstep: Lockstep | None = None
@@ -344,6 +354,7 @@ class _Watcher:
     def epoch(self, lockstep: Lockstep, phase: Phase) -> None:
         for trainee in lockstep.trainees:
             self.store.write_history(trainee.cell.id, trainee.history)
+            self.watching.epoch(trainee.cell.id)
         self.progress.epoch(lockstep.epoch, len(lockstep.epochs), {t.name: t.history[-1] for t in lockstep.trainees})
 
 

@@ -21,6 +21,7 @@ from benchmark.method import Method, MethodConfig
 from benchmark.protocol import Bits, Protocol, find_protocol
 from benchmark.registry import find_method, load_plugin
 from benchmark.teachers import TeacherCard, TeacherSpec, describe, parse_teacher
+from benchmark.tracking import Tracking
 
 
 class Budget(BaseModel):
@@ -69,6 +70,9 @@ class Sweep(BaseModel):
     evaluate_every: int | None = Field(None, ge=1, description="epochs between evaluations; null: only at the end")
     selection: Selection | None = Field(None, description="for `dfqbench select`; no part of any cell")
     plugins: list[str] = Field([], description="Python files that register more methods")
+    tracking: Tracking | None = Field(
+        None, description="W&B: wandb, or {wandb: online or offline, project: ..., entity: ...}; never changes a result"
+    )
 
     @field_validator("evaluate", mode="before")
     @classmethod
@@ -95,6 +99,13 @@ class LoadedSelection:
 
     cells: list[Cell]
     count: int
+
+
+def tracking_of(sweep: Sweep, given: str | None) -> Tracking | None:
+    """What a run tracks: as the config says, unless `given` (online, offline or off) says otherwise."""
+    if given is None:
+        return sweep.tracking
+    return None if given == "off" else (sweep.tracking or Tracking()).model_copy(update={"wandb": given})
 
 
 def load_sweep(path: Path, cache: Path, plugins: list[str] | None = None) -> LoadedSweep:

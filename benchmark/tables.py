@@ -1,116 +1,329 @@
-"""Tables of finished cells. One block per teacher, evaluation set, protocol and precision: these are never mixed. No torch here."""
+"""Tables of finished cells. One block per teacher, evaluation set, protocol and precision: these are never mixed. No torch here.
+
+What the tables mean is decided here; how they look in a terminal, in markdown, LaTeX or HTML is decided in table_formats.py.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 
+from benchmark.cell import fingerprint
+from benchmark.ledger import METHODS_OWN, Ledger, Published
+from benchmark.per_image import PerImage
+from benchmark.stats import Estimate, binomial_error, holm
+
 Rule = Literal["last", "best-on-test"]
+ALPHA = 0.05
 
 
-@dataclass(frozen=True)
-class Block:
-    """Results that can be compared with each other.
+@dataclass
+class Comparison:
+    """A row against the best of its column: the difference (p Holm-adjusted within the column), and both cells' ids at the lowest common seed."""
 
-    frame: one row per method and settings, one column per bit width (widest first), cells "mean ± sd" over seeds, or "" where nothing is done.
+    difference: Estimate
+    pair: tuple[str, str] | None
+
+
+@dataclass
+class Entry:
+    """One row at one bit width. Accuracies in percent.
+
+    sd: standard deviation over seeds, None for one. error: one standard error. seconds: a cell's mean cost. estimate: the mean with its interval
+    over test images and seeds, None where per-image results are missing. best: the best of its column, or not distinguishable from it.
     """
 
+    ids: list[str]
+    seeds: list[int]
+    mean: float
+    sd: float | None
+    drop: float
+    error: float
+    seconds: float
+    estimate: Estimate | None = None
+    best: bool = False
+    against_best: Comparison | None = None
+    published: Published | None = None
+
+    @property
+    def n(self) -> int:
+        return len(self.ids)
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f}" if self.sd is None else f"{self.mean:.2f} ± {self.sd:.2f}"
+
+
+@dataclass
+class Row:
+    """One method with its settings and budget. `label` is unique within its block; `mark` refers to a note."""
+
+    label: str
+    method: str
+    changed: dict[str, Any]
+    fidelity: str
+    steps: int
+    batch: int
+    seconds: float
+    entries: dict[str, Entry]
+    mark: str = ""
+
+    @property
+    def budget(self) -> str:
+        return f"{self.steps} x {self.batch}" if self.steps else "none"
+
+    @property
+    def seeds(self) -> str:
+        counts = sorted({entry.n for entry in self.entries.values()})
+        return str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean([entry.mean for entry in self.entries.values()]))
+
+
+@dataclass
+class Block:
+    """Results that can be compared with each other: rows from worst to best, widths from wide to narrow."""
+
     title: str
-    frame: pd.DataFrame
-    notes: list[str]
+    teacher: str
+    teacher_top1: float
+    evaluation: str
+    images: int
+    protocol: str
+    precision: str
+    widths: list[str]
+    rows: list[Row]
+    time: str  # what a second is: of a GPU, of a CPU, or of several kinds
+    notes: list[str] = field(default_factory=list)
+
+    def row(self, label: str) -> Row:
+        return next(row for row in self.rows if row.label == label)
+
+    @property
+    def has_claims(self) -> bool:
+        return any(entry.published for row in self.rows for entry in row.entries.values())
 
 
-def load_frame(results: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row per finished cell, accuracies in percent, seconds of its own and its share-free total (own + shared)."""
-    return pd.DataFrame(
-        {
-            "id": r["id"],
-            "method": r["cell"]["label"],
-            "fidelity": r["cell"]["fidelity"],
-            "teacher": r["cell"]["teacher"]["label"],
-            "weights": r["cell"]["teacher"]["weights_sha256"],
-            "teacher_top1": r["teacher"]["top1"],
-            "evaluation": r["cell"]["evaluation"]["name"],
-            "digest": r["cell"]["identity"]["evaluation"],
-            "images": r["images"],
-            "protocol": r["cell"]["protocol"],
-            "rules": str(sorted(r["cell"]["identity"]["protocol"].items())),
-            "precision": r["cell"]["precision"],
-            "bits": r["cell"]["bits"],
-            "seed": r["cell"]["seed"],
-            "top1": r["top1"],
-            "best": r["best"]["top1"],
-            "evaluations": r["evaluations"],
-            "steps": r["steps"],
-            "batch": r["cell"]["identity"]["config"].get("batch_size"),
-            "seconds": r["seconds"]["own"] + r["seconds"]["shared"],
-            "device": r["provenance"]["device_name"],
-        }
-        for r in results
-    )
+def load_frame(results: Iterable[dict[str, Any]]) -> pd.DataFrame:
+    """One row per finished cell: accuracies and drop in percent, seconds of its own and its share-free total (own + shared)."""
+    return pd.DataFrame([_record(r) for r in results])
 
 
-def blocks(results: list[dict[str, Any]], rule: Rule = "last") -> list[Block]:
-    """Tables of top-1 accuracy under one reporting rule."""
-    frame = load_frame(results)
-    if frame.empty:
+def _record(r: dict[str, Any]) -> dict[str, Any]:
+    cell, identity = r["cell"], r["cell"]["identity"]
+    return {
+        "id": r["id"],
+        "method": cell["label"],
+        "plain_method": cell.get("method", cell["label"]),
+        "fidelity": cell["fidelity"],
+        "teacher": cell["teacher"]["label"],
+        "weights": cell["teacher"]["weights_sha256"],
+        "teacher_top1": r["teacher"]["top1"],
+        "evaluation": cell["evaluation"]["name"],
+        "digest": identity["evaluation"],
+        "images": r["images"],
+        "protocol": cell["protocol"],
+        "precision": cell["precision"],
+        "bits": cell["bits"],
+        "seed": cell["seed"],
+        "top1": r["top1"],
+        "best": r["best"]["top1"],
+        "drop": round(r["teacher"]["top1"] - r["top1"], 10),
+        "evaluations": r["evaluations"],
+        "steps": r["steps"],
+        "batch": int(identity["config"].get("batch_size") or 0),
+        "seconds": round(r["seconds"]["own"] + r["seconds"]["shared"], 3),
+        "device": r["provenance"]["device_name"],
+        "device_kind": r["provenance"].get("device", "cpu"),
+        "commit": r["provenance"].get("git"),
+    }
+
+
+def blocks(
+    results: list[dict[str, Any]], rule: Rule = "last", *, ledger: Ledger | None = None, per_image: PerImage | None = None, notes: bool = True
+) -> list[Block]:
+    """Tables of top-1 accuracy under one reporting rule. Without `per_image` nothing is compared, without `ledger` nothing is matched."""
+    if not results:
         return []
-    value = "top1" if rule == "last" else "best"
-    # a set is what its content says, and a teacher its weights: names are only what somebody called them
-    keys = ["weights", "digest", "protocol", "precision"]
-    return [_block(group.reset_index(drop=True), value, rule) for _, group in frame.groupby(keys, sort=True)]
+    frame = load_frame(results)
+    rules = [r["cell"]["identity"]["protocol"] for r in results]
+    frame["result"] = pd.Series(results, dtype=object)
+    frame["rules"] = [str(sorted(given.items())) for given in rules]
+    # a set is what its content says, a teacher its weights and task, a protocol its rules: names are only what somebody called them
+    frame["teacher_key"] = [fingerprint([r["cell"]["identity"].get("teacher"), r["cell"]["teacher"]["weights_sha256"]]) for r in results]
+    frame["shared_rules"] = [str(sorted((k, v) for k, v in given.items() if k not in METHODS_OWN)) for given in rules]
+    frame["settings"] = [_settings(r) for r in results]
+    keys = ["evaluation", "digest", "teacher", "teacher_key", "protocol", "shared_rules", "precision"]
+    names = frame.groupby("digest", sort=False).evaluation.first()
+    frame["evaluation"] = frame.digest.map(names)  # one set under two names is one block
+    teachers = frame.groupby("teacher_key", sort=False).teacher.first()
+    frame["teacher"] = frame.teacher_key.map(teachers)
+    groups = [group for _, group in frame.groupby(keys, sort=True)]
+    found = [_Builder(group.reset_index(drop=True), rule, ledger, per_image).block(notes) for group in groups]
+    titles = [block.title for block in found]
+    for block, group in zip(found, groups, strict=True):
+        if titles.count(block.title) > 1:
+            first = group.iloc[0]
+            block.title += f" [teacher {first.teacher_key[:8]}, images {first.digest[:8]}, rules {fingerprint(first.shared_rules)[:8]}]"
+    return found
 
 
-def _block(group: pd.DataFrame, value: str, rule: Rule) -> Block:
-    first = group.iloc[0]
-    on = f"{first.teacher} on {first.evaluation} ({first.images} images)"
-    title = f"{on}: teacher {first.teacher_top1:.2f} %, protocol {first.protocol}, {first.precision}"
-    # what a method declares about ranges or BN changes the protocol's rules for its own rows: they are marked, not mixed silently
-    usual = group.rules.mode()[0]
-    marks = {rules: "" if rules == usual else "*" * (i + 1) for i, rules in enumerate(r for r in group.rules.unique() if r != usual)} | {usual: ""}
-    group = group.assign(row=group.method + group.rules.map(marks), batch=group.batch.fillna(0).astype(int))
-    widths = sorted(group.bits.unique(), reverse=True)
-    by_method = group.groupby(["row", "steps", "batch"], sort=True)
-    rows = []
-    for (name, steps, batch), cells in by_method:
-        row = {"method": name, "follows": cells.fidelity.iloc[0], "steps x batch": f"{steps} x {batch}" if steps else "none", "seeds": _seeds(cells)}
-        for width in widths:
-            row[width] = _mean_sd(cells[cells.bits == width][value])
-        row["seconds/cell"] = f"{cells.seconds.mean():.0f}"
-        rows.append((cells[value].mean(), row))
-    ordered = pd.DataFrame([row for _, row in sorted(rows, key=lambda pair: pair[0])]).set_index("method")
-    return Block(title, ordered, _notes(group, rule, marks))
+def _settings(result: dict[str, Any]) -> str:
+    """What makes two cells the same row: everything in their identity but bits and seed."""
+    identity = {k: v for k, v in result["cell"]["identity"].items() if k not in ("bits", "seed")}
+    return fingerprint([result["cell"]["label"], identity, result["steps"]])
 
 
-def _seeds(cells: pd.DataFrame) -> str:
-    counts = sorted(cells.groupby("bits").seed.nunique().unique())
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+class _Builder:
+    """Makes one block of the cells that belong into it."""
 
+    def __init__(self, group: pd.DataFrame, rule: Rule, ledger: Ledger | None, per_image: PerImage | None):
+        self.group, self.rule, self.ledger = group, rule, ledger
+        self.per_image = per_image if rule == "last" else None  # only the last epoch's per-image results are stored
+        self.why_no_claims: set[str] = set()
+        self.uncompared = 0
 
-def _mean_sd(values: pd.Series[float]) -> str:
-    if values.empty:
-        return "-"
-    return f"{values.mean():.2f} ± {values.std():.2f}" if len(values) > 1 else f"{values.mean():.2f}"
+    def block(self, with_notes: bool) -> Block:
+        group, first = self.group, self.group.iloc[0]
+        title = f"{first.teacher} on {first.evaluation} ({first.images} images): teacher {first.teacher_top1:.2f} %, protocol {first.protocol}"
+        widths = sorted(group.bits.unique(), reverse=True)
+        marks = self._marks()
+        same: dict[str, list[Any]] = {}
+        for cell in group.to_dict("records"):
+            same.setdefault(cell["settings"], []).append(cell)
+        rows = [self._row(cells, widths, marks) for cells in same.values()]
+        rows.sort(key=lambda row: (row.mean, row.label, row.budget))
+        self._make_unique(rows)
+        if self.per_image:
+            for width in widths:
+                self._compare(rows, width)
+        kinds = set(group.device_kind)
+        time = {frozenset({"cuda"}): "GPU-seconds", frozenset({"cpu"}): "CPU-seconds"}.get(frozenset(kinds), "seconds")
+        block = Block(
+            title=f"{title}, {first.precision}",
+            teacher=first.teacher,
+            teacher_top1=float(first.teacher_top1),
+            evaluation=first.evaluation,
+            images=int(first.images),
+            protocol=first.protocol,
+            precision=first.precision,
+            widths=widths,
+            rows=rows,
+            time=time,
+        )
+        if with_notes:
+            block.notes = self._notes(block, marks)
+        return block
 
+    def _marks(self) -> dict[str, str]:
+        """What a method declares about ranges or BN changes the protocol's rules for its own rows: they are marked, not mixed silently."""
+        usual = self.group.rules.mode()[0]
+        own = [rules for rules in self.group.rules.unique() if rules != usual]
+        return {usual: ""} | {rules: "*" * (i + 1) for i, rules in enumerate(own)}
 
-def _notes(group: pd.DataFrame, rule: Rule, marks: dict[str, str]) -> list[str]:
-    about = {
-        "last": "the last epoch's accuracy, as a user without test labels would get it",
-        "best-on-test": "the best of all evaluated epochs, chosen on the test labels (optimistic; at most as many choices as evaluations)",
-    }[rule]
-    error = (group.top1 / 100 * (1 - group.top1 / 100) / group.images).pow(0.5).max() * 100
-    notes = [
-        f"top-1 in %, rule '{rule}': {about}",
-        f"± is the standard deviation over seeds; one standard error from the size of the test set is at most {error:.2f}",
-        f"seconds/cell on {', '.join(sorted(group.device.unique()))}, images included",
-    ]
-    usual = next(rules for rules, mark in marks.items() if not mark)
-    for rules, mark in marks.items():
-        if mark:
-            notes.append(f"{mark} the method's own rules: {_difference(rules, usual)}")
-    return notes
+    def _row(self, cells: list[dict[str, Any]], widths: list[str], marks: dict[str, str]) -> Row:
+        first = cells[0]
+        cells = sorted(cells, key=lambda cell: int(cell["seed"]))
+        by_width = {width: [cell for cell in cells if cell["bits"] == width] for width in widths}
+        return Row(
+            label=first["method"],
+            method=first["plain_method"],
+            changed=first["result"]["cell"].get("changed", {}),
+            fidelity=first["fidelity"],
+            steps=int(first["steps"]),
+            batch=int(first["batch"]),
+            seconds=float(np.mean([cell["seconds"] for cell in cells])),
+            entries={width: self._entry(there) for width, there in by_width.items() if there},
+            mark=marks[first["rules"]],
+        )
+
+    def _entry(self, cells: list[dict[str, Any]]) -> Entry:
+        first = cells[0]
+        values = np.array([cell["top1" if self.rule == "last" else "best"] for cell in cells], float)
+        ids = [cell["id"] for cell in cells]
+        mean, sd = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
+        estimate = self.per_image.mean(ids) if self.per_image else None
+        error = estimate.error if estimate else (binomial_error(mean, first["images"]) ** 2 + (sd or 0.0) ** 2 / len(values)) ** 0.5
+        seconds = float(np.mean([cell["seconds"] for cell in cells]))
+        entry = Entry(ids, [int(cell["seed"]) for cell in cells], mean, sd, first["teacher_top1"] - mean, error, seconds, estimate)
+        if self.ledger:
+            entry.published, why = self.ledger.published(first["result"])
+            self.why_no_claims.add(why)
+        return entry
+
+    @staticmethod
+    def _make_unique(rows: list[Row]) -> None:
+        """Rows whose labels and budgets agree differ in something that neither shows: they are numbered, so that nothing is taken for the same."""
+        seen: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            seen.setdefault((row.label, row.budget), []).append(row)
+        for (label, _), same in seen.items():
+            for number, row in enumerate(same, 1):
+                row.label = label if len(same) == 1 else f"{label} [{number}]"
+        labels = [row.label for row in rows]
+        for row in rows:
+            if labels.count(row.label) > 1:
+                row.label += f" {row.steps}x{row.batch}"
+
+    def _compare(self, rows: list[Row], width: str) -> None:
+        """Marks the best of a column and all that cannot be told from it."""
+        assert self.per_image is not None
+        there = [row.entries[width] for row in rows if width in row.entries]
+        known = [entry for entry in there if entry.estimate is not None]
+        self.uncompared += len(there) - len(known)
+        top = max(there, key=lambda entry: entry.mean)
+        if len(known) < 2 or top.estimate is None:
+            return
+        others = [entry for entry in known if entry is not top]
+        differences = [self.per_image.difference(entry.ids, top.ids) for entry in others]
+        top.best = True
+        for entry, difference, p in zip(others, differences, holm([d.p for d in differences]), strict=True):
+            entry.best = p >= ALPHA
+            common = sorted(set(entry.seeds) & set(top.seeds))
+            pair = (entry.ids[entry.seeds.index(common[0])], top.ids[top.seeds.index(common[0])]) if common else None
+            adjusted = Estimate(difference.value, difference.error, difference.low, difference.high, p)
+            entry.against_best = Comparison(adjusted, pair)
+
+    def _notes(self, block: Block, marks: dict[str, str]) -> list[str]:
+        about = {
+            "last": "the last epoch's accuracy, as a user without test labels would get it",
+            "best-on-test": "the best of all evaluated epochs, chosen on the test labels (optimistic; at most as many choices as evaluations)",
+        }[self.rule]
+        error = max(binomial_error(v, block.images) for v in self.group.top1)
+        notes = [
+            f"top-1 in %, rule '{self.rule}': {about}",
+            f"± is the standard deviation over seeds; one standard error from the test set's size is at most {error:.2f}; drop: below the teacher",
+        ]
+        if any(entry.best for row in block.rows for entry in row.entries.values()):
+            once = any(entry.n == 1 for row in block.rows for entry in row.entries.values())
+            notes.append(
+                "bold: the best of a column with all that cannot be told from it (paired bootstrap over test images and seeds, Holm, 5 %)"
+                + ("; where there is one seed, over test images alone" if once else "")
+            )
+        elif self.rule != "last":
+            notes.append("nothing is bold: per-image results are stored for the last epoch only")
+        if self.uncompared:
+            notes.append(f"{self.uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged")
+        notes.append(f"{block.time} per cell, images included, on {', '.join(sorted(self.group.device.unique()))}")
+        for rules, mark in marks.items():
+            if mark:
+                notes.append(f"{mark} the method's own rules: {_difference(rules, next(r for r, m in marks.items() if not m))}")
+        if any("[" in row.label for row in block.rows):
+            notes.append("[1], [2]: same name and budget, but other settings or versions; the report shows them per cell")
+        if any(row.fidelity == "abstract" for row in block.rows):
+            notes.append("follows 'abstract': reconstructed, details of the method are not public")
+        if block.has_claims:
+            notes.append(
+                "published: what papers claim (a range where sources disagree), and how far we are from it in our standard errors; "
+                "papers print one figure each, most of them the best epoch on the test set"
+            )
+        notes += sorted(why for why in self.why_no_claims if why) if not block.has_claims else []
+        return notes
 
 
 def _difference(rules: str, usual: str) -> str:
@@ -121,12 +334,39 @@ def _difference(rules: str, usual: str) -> str:
     return ", ".join(f"{key} {own[key]} (protocol: {theirs[key]})" for key in own if own[key] != theirs[key])
 
 
-def markdown(found: list[Block]) -> str:
-    """GitHub tables, each under its title, notes below."""
-    parts = []
-    for block in found:
-        frame = block.frame.reset_index()
-        head = "| " + " | ".join(frame.columns) + " |\n|" + "|".join("---" if c in ("method", "follows") else "---:" for c in frame.columns) + "|"
-        body = "\n".join("| " + " | ".join(str(v) for v in row) + " |" for row in frame.itertuples(index=False))
-        parts.append(f"**{block.title}**\n\n{head}\n{body}\n\n" + "\n".join(f"- {note}" for note in block.notes))
-    return "\n\n".join(parts) + "\n"
+@dataclass
+class Ranking:
+    """Average ranks (1 is best) of the rows that are in every column of every block. left_out: rows that are not."""
+
+    labels: list[str]
+    average: list[float]
+    columns: int
+    p: float
+    critical_difference: float
+    left_out: list[str]
+
+
+def ranking(found: list[Block]) -> Ranking | None:
+    """None where there are fewer than three columns or fewer than two common rows: ranks over two columns say nothing."""
+    columns = [
+        {(row.label, row.budget): row.entries[width].mean for row in block.rows if width in row.entries} for block in found for width in block.widths
+    ]
+    if len(columns) < 3:
+        return None
+    every = {key for column in columns for key in column}
+    common = sorted(key for key in every if all(key in column for column in columns))
+    if len(common) < 2:
+        return None
+    from benchmark.stats import average_ranks
+
+    ranked = average_ranks(np.array([[column[key] for key in common] for column in columns]))
+    order = np.argsort(ranked.average, kind="stable")
+    labels = [label for label, _ in common]
+    return Ranking(
+        labels=[labels[i] if labels.count(labels[i]) == 1 else " ".join(common[i]) for i in order],
+        average=[ranked.average[i] for i in order],
+        columns=len(columns),
+        p=ranked.p,
+        critical_difference=ranked.critical_difference,
+        left_out=sorted({label for label, _ in every - set(common)}),
+    )

@@ -190,7 +190,15 @@ def test_mistakes_are_told_on_standard_error_with_exit_code_2_and_nothing_is_wri
         (["run", "nowhere.yaml"], "no config 'nowhere.yaml'"),
         (["table", "--results", "empty"], "nothing is finished in empty/runs"),
         (["table", "--rule", "first"], "--rule 'first': last or best-on-test"),
-        (["table", "--format", "pdf"], "--format 'pdf': text, markdown or csv"),
+        (["table", "--format", "pdf"], "--format 'pdf': text, markdown, latex, html, csv or csv-means"),
+        (["plot", "--kind", "acuracy"], "did you mean 'accuracy'?"),
+        (["plot", "--format", "gif"], "--format 'gif': png, pdf or svg"),
+        (["plot", "--results", "empty"], "nothing is finished in empty/runs"),
+        (["report", "--results", "empty"], "nothing is finished in empty/runs"),
+        (["report", "--rule", "first"], "--rule 'first': last or best-on-test"),
+        (["merge", "nowhere"], "nowhere: no results folder (it has no runs/)"),
+        (["run", "quickstart", "--wandb", "on"], "--wandb 'on': online, offline or off"),
+        (["wandb", "sync", "--results", "empty"], "nothing is finished in empty/runs"),
         (["models", "resnot999"], "no network matches 'resnot999'"),
         (["methods", "show", "gdqf"], "did you mean 'gdfq'?"),
         (["pretrain", "digits", "--out", "x.bin"], "x.bin"),
@@ -244,12 +252,12 @@ def test_table_shows_rows_by_method_and_columns_by_bits(dfqbench: Run, finished:
     code, out, err = dfqbench("table", config, "--results", results)
     assert (code, err) == (0, "")
     assert "tiny on digits (599 images): teacher " in out
-    header, *rows = (line.split() for line in out.splitlines()[2:5])
-    assert header[-3:] == ["w8a8", "w4a4", "seconds/cell"]
+    header, *rows = (line.replace("*", "").split() for line in out.splitlines()[2:5])
+    assert header[-5:] == ["w8a8", "drop", "w4a4", "drop", "CPU-s/cell"]
     assert {row[0] for row in rows} == {"round", "round(n=2)"}
     by_bits = {(r["cell"]["label"], r["cell"]["bits"]): f"{r['top1']:.2f}" for r in results_of(results)}
     for row in rows:
-        assert row[-3:-1] == [by_bits[row[0], "w8a8"], by_bits[row[0], "w4a4"]]
+        assert [row[-5], row[-3]] == [by_bits[row[0], "w8a8"], by_bits[row[0], "w4a4"]]
     assert "rule 'last'" in out
 
 
@@ -267,7 +275,39 @@ def test_table_names_damaged_files_and_goes_on(dfqbench: Run, finished: tuple[Pa
     code, out, err = dfqbench("table", "--results", tmp_path / "r")
     assert code == 0
     assert f"skipped: {victim}" in err
+    assert "1 skipped, nothing was changed" in err
     assert "tiny on digits" in out
+
+
+def test_what_was_not_run_is_named_with_the_command_that_runs_it(dfqbench: Run, finished: tuple[Path, Path], sweep_file: SweepFile) -> None:
+    import yaml
+
+    content = yaml.safe_load(finished[0].read_text())
+    more = sweep_file(
+        **{key: content[key] for key in ("teachers", "evaluate")}, budget=None, methods=["round", {"round": {"n": [2.0, 4.0]}}], bits=["w8a8"]
+    )
+    out = finished[1].parent / "figures"
+    code, printed, err = dfqbench("plot", more, "--results", finished[1], "--out", out, "--kind", "accuracy")
+    assert code == 0
+    assert f"1 of 3 cells are not done, dfqbench run {more} --results {finished[1]} runs them:\n  round(n=4) tiny digits w8a8 seed 0" in err
+    assert {line.rpartition("/")[2] for line in printed.splitlines()} == {"accuracy.png", "accuracy.pdf", "accuracy.svg"}
+    code, printed, err = dfqbench("plot", more, "--results", finished[1], "--out", out, "--kind", "curves")
+    assert (code, printed) == (2, "")
+    assert "curves: no cell was evaluated between its epochs: set `evaluate_every` in the config" in err
+    code, _, err = dfqbench("table", sweep_file(methods=["zeroq"]), "--results", finished[1])
+    assert code == 2
+    assert "nothing is finished in" in err.splitlines()[-1]
+    assert "dfqbench run" in err.splitlines()[-1]
+
+
+def test_merge_reports_and_exits_with_1_on_a_conflict(dfqbench: Run, finished: tuple[Path, Path], tmp_path: Path) -> None:
+    assert dfqbench("merge", finished[1], "--results", tmp_path / "all")[:2] == (0, f"4 new ({tmp_path / 'all'})\n")
+    shutil.copytree(finished[1], tmp_path / "other")
+    victim = next((tmp_path / "other").glob("runs/*/result.json"))
+    victim.write_text(victim.read_text().replace('"student_state": "', '"student_state": "0'))
+    code, out, err = dfqbench("merge", tmp_path / "other", "--results", tmp_path / "all")
+    assert (code, out) == (1, f"3 already here, 1 conflicts ({tmp_path / 'all'})\n")
+    assert err.startswith(f"conflict: {victim.parent}: round")
 
 
 def without_torch(*words: str) -> list[str]:
@@ -288,6 +328,10 @@ def test_help_and_table_do_not_import_torch(finished: tuple[Path, Path]) -> None
     assert without_torch("run", "--help") == []
     assert without_torch("table", "--results", str(results)) == []
     assert without_torch("table", str(config), "--results", str(results)) == []
+    out = str(results.parent / "out")
+    assert without_torch("plot", str(config), "--results", str(results), "--out", out, "--format", "svg") in ([], ["matplotlib"])
+    assert without_torch("report", str(config), "--results", str(results), "--out", f"{out}/report.html") in ([], ["matplotlib"])
+    assert without_torch("merge", str(results), "--results", f"{out}/merged") == []
 
 
 def test_methods_are_listed_and_shown(dfqbench: Run) -> None:

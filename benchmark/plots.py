@@ -1,0 +1,354 @@
+"""Plots of finished cells. Each kind takes the tables' blocks and gives figures, or the reason why there is nothing to draw. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmark.per_image import PerImage
+from benchmark.plot_style import COLUMN, SETTINGS, Style, add_legend, pages, panel_title, styles, wrapped
+from benchmark.records import Reading, read_history
+from benchmark.tables import Block, Entry, Row, Rule
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH_MARKERS = "osD^vPX"
+ALL_WIDTHS = 12  # curve panels; with more, only the narrowest width of each block is drawn
+MAP_COLUMNS = 14  # of a heat map; more networks go on another page
+HIGH, LOW = 2.25, 1.2  # inches
+
+
+class NothingToDraw(Exception):
+    """Why a kind of plot is empty for these cells, and what would fill it."""
+
+
+@dataclass
+class Drawn:
+    """Everything that plots are drawn from."""
+
+    reading: Reading
+    blocks: list[Block]
+    per_image: PerImage
+    rule: Rule = "last"
+    look: dict[str, Style] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.look = self.look or styles(self.blocks)
+
+    @property
+    def top1(self) -> str:
+        return "top-1 (%)" if self.rule == "last" else "top-1 (%), best on test"
+
+    def rows(self) -> list[Row]:
+        """One per label, best first."""
+        best = {row.label: row for block in self.blocks for row in block.rows}
+        return sorted(best.values(), key=lambda row: -row.mean)
+
+
+def draw(kind: str, drawn: Drawn) -> list[Figure]:
+    """Figures of one kind (see KINDS), a page each. Raises NothingToDraw."""
+    from matplotlib import rc_context
+
+    with rc_context(SETTINGS):
+        return KINDS[kind][1](drawn)
+
+
+def accuracy(drawn: Drawn) -> list[Figure]:
+    """Accuracy against bits, with intervals over test images and seeds."""
+    figures = []
+    labels = [row.label for row in drawn.rows()] + ["teacher"]
+    for figure, axes in pages("", drawn.blocks, HIGH, labels):
+        handles: dict[str, Any] = {}
+        for ax, block in axes:
+            widths = block.widths[::-1]
+            for i, row in enumerate(block.rows[::-1]):
+                there = [w for w in widths if w in row.entries]
+                entries = [row.entries[w] for w in there]
+                x = np.array([widths.index(w) for w in there]) + _dodge(i, len(block.rows))
+                style = drawn.look[row.label]
+                handles[row.label] = ax.errorbar(
+                    x, [e.mean for e in entries], yerr=_reach(entries), color=style.color, marker=style.marker, ls=style.dashes, elinewidth=0.8
+                )
+            handles["teacher"] = ax.axhline(block.teacher_top1, color="#555555", lw=0.9, ls=(0, (5, 2)))
+            ax.set_xticks(range(len(widths)), [w.upper() for w in widths])
+            ax.set_xlim(-0.5, len(widths) - 0.5)
+            ax.set_ylabel(drawn.top1)
+            ax.set_title(panel_title(block, drawn.blocks))
+        handles = {label: handles[label] for label in labels if label in handles}
+        add_legend(figure, handles, 1 if len(axes) == 1 else 2)
+        figures.append(figure)
+    return figures
+
+
+def _dodge(i: int, n: int) -> float:
+    """Side by side, so that error bars do not hide each other."""
+    return 0.0 if n == 1 else (i / (n - 1) - 0.5) * min(0.06 * n, 0.4)
+
+
+def _reach(entries: list[Entry]) -> list[list[float]]:
+    """Below and above the mean: the interval where per-image results are known, two standard errors elsewhere."""
+    low = [e.mean - e.estimate.low if e.estimate else 2 * e.error for e in entries]
+    high = [e.estimate.high - e.mean if e.estimate else 2 * e.error for e in entries]
+    return [low, high]
+
+
+def published(drawn: Drawn) -> list[Figure]:
+    """Measured against published."""
+    points = [(block, row, width, entry) for block, row, width, entry in _entries(drawn) if entry.published]
+    if not points:
+        notes = sorted({note for block in drawn.blocks for note in block.notes if "published number" in note})
+        raise NothingToDraw("; ".join(notes) or "no published number is about a method that was measured here")
+    labels = [*dict.fromkeys(row.label for _, row, _, _ in points), "as published"]
+    ((figure, ((ax, _),)),) = pages("", [None], 2.9, labels)
+    handles: dict[str, Any] = {}
+    for block, row, width, entry in points:
+        style, claim = drawn.look[row.label], entry.published
+        assert claim is not None
+        middle = (claim.low + claim.high) / 2
+        handles[row.label] = ax.errorbar(
+            [middle],
+            [entry.mean],
+            xerr=[[middle - claim.low], [claim.high - middle]],
+            yerr=_reach([entry]),
+            color=style.color,
+            marker=style.marker,
+            ls="",
+        )
+        name = width.upper() if len({b.teacher for b, *_ in points}) == 1 else f"{block.teacher} {width.upper()}"
+        ax.annotate(name, (middle, entry.mean), (4, -7), textcoords="offset points", fontsize=6, color="#444444")
+    values = [v for _, _, _, e in points if e.published for v in (e.mean, e.published.low, e.published.high)]
+    margin = max((max(values) - min(values)) * 0.12, 1.0)
+    ends = [min(values) - margin, max(values) + margin]
+    handles["as published"] = ax.plot(ends, ends, color="#999999", lw=0.8, zorder=0)[0]
+    ax.set(xlim=ends, ylim=ends, xlabel="published top-1 (%)", ylabel=f"measured {drawn.top1}")
+    add_legend(figure, handles, 1)
+    return [figure]
+
+
+def cost(drawn: Drawn) -> list[Figure]:
+    """Accuracy against seconds, with the front of what nothing beats in both, per width."""
+    figures = []
+    labels = [row.label for row in drawn.rows()]
+    for figure, axes in pages("", drawn.blocks, HIGH + 0.15, labels):
+        handles: dict[str, Any] = {}
+        for ax, block in axes:
+            ends: dict[str, tuple[float, float]] = {}
+            for width in block.widths:
+                there = sorted((row.entries[width].seconds, -row.entries[width].mean, row.label) for row in block.rows if width in row.entries)
+                front: list[tuple[float, float]] = []
+                for seconds, minus, _ in there:
+                    if not front or -minus > front[-1][1]:
+                        front.append((max(seconds, 1e-3), -minus))
+                right = max(max(seconds for seconds, _, _ in there), 1e-3)
+                ax.step(
+                    [x for x, _ in front] + [right * 1.3], [y for _, y in front] + [front[-1][1]], where="post", color="#bbbbbb", lw=0.8, zorder=1
+                )
+                ends[width.upper()] = (right * 1.3, front[-1][1])
+                for seconds, minus, label in there:
+                    style = drawn.look[label]
+                    handles[label] = ax.plot(max(seconds, 1e-3), -minus, color=style.color, marker=style.marker, ls="", zorder=2)[0]
+            ax.set_xscale("log")
+            low, high = ax.get_xlim()
+            ax.set_xlim(low, high * (high / low) ** 0.1)
+            _name_ends(ax, ends)
+            ax.set(xlabel=f"{block.time} per cell", ylabel=drawn.top1)
+            ax.set_title(panel_title(block, drawn.blocks))
+        add_legend(figure, {label: handles[label] for label in labels if label in handles}, 1 if len(axes) == 1 else 2)
+        figures.append(figure)
+    return figures
+
+
+def _name_ends(ax: Axes, ends: dict[str, tuple[float, float]]) -> None:
+    """Writes names to the right of line ends, moved apart where they would overlap."""
+    low, high = ax.get_ylim()
+    gap, last = (high - low) * 0.055, -np.inf
+    for name, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
+        last = max(y, last + gap)
+        ax.annotate(name, (x, last), (2, 0), textcoords="offset points", va="center", fontsize=6, color="#555555")
+
+
+def curves(drawn: Drawn) -> list[Figure]:
+    """Accuracy while training: the last epoch is a dot, the best on test a ring, the line between them the gap."""
+    return _curves(
+        drawn, "top1", drawn.top1.split(",")[0], "no cell was evaluated between its epochs: set `evaluate_every` in the config and run it again"
+    )
+
+
+def losses(drawn: Drawn) -> list[Figure]:
+    """The students' training loss."""
+    return _curves(drawn, "loss", "training loss", "no cell has a training loss: nothing was trained")
+
+
+def _curves(drawn: Drawn, column: str, name: str, why_not: str) -> list[Figure]:
+    panels = [(block, width) for block in drawn.blocks for width in block.widths]
+    if len(panels) > ALL_WIDTHS:
+        panels = [(block, block.widths[-1]) for block in drawn.blocks]
+    lines = {(block.title, width): list(_history(drawn, block, width, column)) for block, width in panels}
+    panels = [(block, width) for block, width in panels if lines[block.title, width]]
+    if not panels:
+        raise NothingToDraw(why_not)
+    labels = [row.label for row in drawn.rows() if any(row.label == label for there in lines.values() for label, _, _ in there)]
+    figures = []
+    for figure, axes in pages("", panels, HIGH, labels):
+        handles: dict[str, Any] = {}
+        for ax, (block, width) in axes:
+            for label, epochs, values in lines[block.title, width]:
+                style = drawn.look[label]
+                handles[label] = ax.plot(epochs, values, color=style.color, ls=style.dashes)[0]
+                if column == "top1":
+                    best = int(np.argmax(values))
+                    ax.plot([epochs[-1]] * 2, [values[-1], values[best]], color=style.color, lw=0.6)
+                    ax.plot(epochs[-1], values[-1], color=style.color, marker="o", ms=3)
+                    ax.plot(epochs[best], values[best], color=style.color, marker="o", ms=5, mfc="none", mew=0.8)
+            ax.set(xlabel="epoch", ylabel=name)
+            ax.set_title(f"{panel_title(block, drawn.blocks)}, {width.upper()}")
+        add_legend(figure, {label: handles[label] for label in labels if label in handles}, 1 if len(axes) == 1 else 2)
+        figures.append(figure)
+    return figures
+
+
+def _history(drawn: Drawn, block: Block, width: str, column: str) -> Iterator[tuple[str, list[float], list[float]]]:
+    """(label, epochs, mean over seeds) of rows whose cells have at least two values, over the epochs that all seeds have."""
+    for row in block.rows:
+        if width not in row.entries:
+            continue
+        series = []
+        for cell_id in row.entries[width].ids:
+            found = read_history(drawn.reading.store.folder(cell_id) / "history.csv")
+            pairs = zip(found.get("epoch", []), found.get(column, []), strict=True)
+            series.append({float(e): float(v) for e, v in pairs if isinstance(e, float) and isinstance(v, float)})
+        epochs = sorted(set.intersection(*(set(s) for s in series)))
+        if len(epochs) > 1:
+            yield row.label, epochs, [float(np.mean([s[e] for s in series])) for e in epochs]
+
+
+def drop(drawn: Drawn) -> list[Figure]:
+    """Heat map of what is lost against the teacher: methods x (network, bits), never mixing protocols, precisions or evaluation sets."""
+    groups: dict[tuple[str, str, str], list[Block]] = {}
+    for block in drawn.blocks:
+        groups.setdefault((block.evaluation, block.protocol, block.precision), []).append(block)
+    worst = max(1e-9, *(entry.drop for _, _, _, entry in _entries(drawn)))
+    figures = []
+    for (evaluation, protocol, precision), group in groups.items():
+        page: list[Block] = []
+        for block in group:
+            if page and sum(len(b.widths) for b in [*page, block]) > MAP_COLUMNS:
+                figures.append(_map(page, f"drop in points on {evaluation}, {protocol}, {precision}", worst))
+                page = []
+            page.append(block)
+        figures.append(_map(page, f"drop in points on {evaluation}, {protocol}, {precision}", worst))
+    return figures
+
+
+def _map(group: list[Block], title: str, worst: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    columns = [(block, width) for block in group for width in block.widths]
+    labels = list(dict.fromkeys(row.label for row in sorted((r for b in group for r in b.rows), key=lambda row: -row.mean)))
+    values = np.full((len(labels), len(columns)), np.nan)
+    for j, (block, width) in enumerate(columns):
+        for row in block.rows:
+            if width in row.entries:
+                values[labels.index(row.label), j] = row.entries[width].drop
+    names = [wrapped(label, 26) for label in labels]
+    tall = max(sum(name.count("\n") + 1 for name in names), len(names) * 1.3)
+    figure = Figure(figsize=(max(COLUMN, 1.6 + 0.38 * len(columns)), 0.9 + 0.19 * tall), layout="constrained")
+    ax = figure.subplots()
+    ax.grid(False)
+    ax.imshow(values, cmap="YlOrBr", vmin=0, vmax=worst, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        text = "-" if np.isnan(value) else f"{value + 0.0:.1f}".replace("-0.0", "0.0")
+        ax.text(j, i, text, ha="center", va="center", fontsize=6.5, color="white" if value > 0.6 * worst else "black")
+    ax.set_yticks(range(len(labels)), names)
+    ax.set_xticks(range(len(columns)), [width.upper() for _, width in columns])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    first = 0
+    for block in group:
+        ax.text(first + (len(block.widths) - 1) / 2, -0.62, block.teacher, ha="center", va="bottom", fontsize=7)
+        first += len(block.widths)
+        if first < len(columns):
+            ax.axvline(first - 0.5, color="white", lw=2.5)
+    ax.set_title(wrapped(title, 46 if len(columns) < 8 else 100), pad=14)
+    return figure
+
+
+def ablation(drawn: Drawn) -> list[Figure]:
+    """What settings that differ from a method's own change, against the method as it is: paired over test images and seeds."""
+    panels = [(block, base, others) for block in drawn.blocks for base, others in _ablations(block)]
+    if not panels:
+        raise NothingToDraw(
+            "no method was run both as it is and with other settings under one budget: give some in the config, like {METHOD: {SETTING: 0}}"
+        )
+    figures = []
+    most = max(len(others) for _, _, others in panels)
+    widths = list(dict.fromkeys(width for block, _, _ in panels for width in block.widths))
+    for figure, axes in pages("", panels, LOW + 0.3 * most, [w.upper() for w in widths]):
+        handles: dict[str, Any] = {}
+        for ax, (block, base, others) in axes:
+            style = drawn.look[base.label]
+            for i, row in enumerate(others):
+                there = [w for w in block.widths if w in row.entries and w in base.entries]
+                for k, width in enumerate(there):
+                    ours, theirs = row.entries[width], base.entries[width]
+                    value, reach = _difference(drawn, ours, theirs)
+                    marker = WIDTH_MARKERS[widths.index(width) % len(WIDTH_MARKERS)]
+                    y = i + (k - (len(there) - 1) / 2) * 0.7 / max(len(there), 1)
+                    ax.errorbar([value], [y], xerr=reach, color=style.color, marker=marker, mfc="white" if k % 2 else style.color, elinewidth=0.9)
+            ax.axvline(0, color="#555555", lw=0.8)
+            ax.set_yticks(range(len(others)), [wrapped(_settings(row), 24) for row in others])
+            ax.set_ylim(len(others) - 0.45, -0.55)
+            ax.set_xlabel(f"points of top-1 against {base.label} as it is")
+            ax.set_title(panel_title(block, drawn.blocks))
+        for k, width in enumerate(widths):
+            marker = WIDTH_MARKERS[k % len(WIDTH_MARKERS)]
+            handles[width.upper()] = axes[0][0].plot([], [], color="#444444", marker=marker, mfc="white" if k % 2 else "#444444", ls="")[0]
+        add_legend(figure, handles, 1 if len(axes) == 1 else 2)
+        figures.append(figure)
+    return figures
+
+
+def _ablations(block: Block) -> Iterator[tuple[Row, list[Row]]]:
+    """(the method as it is, its other settings under the same budget)"""
+    for base in (row for row in block.rows if not row.changed):
+        others = [
+            r for r in block.rows if r.method == base.method and r.changed and (r.steps, r.batch, r.mark) == (base.steps, base.batch, base.mark)
+        ]
+        if others:
+            yield base, sorted(others, key=lambda row: row.label)
+
+
+def _settings(row: Row) -> str:
+    return row.label.removeprefix(f"{row.method}(").removesuffix(")")
+
+
+def _difference(drawn: Drawn, ours: Entry, theirs: Entry) -> tuple[float, list[list[float]]]:
+    """The difference and its reach below and above."""
+    if drawn.rule == "last" and ours.estimate and theirs.estimate:
+        found = drawn.per_image.difference(ours.ids, theirs.ids)
+        return found.value, [[found.value - found.low], [found.high - found.value]]
+    error = 2 * (ours.error**2 + theirs.error**2) ** 0.5
+    return ours.mean - theirs.mean, [[error], [error]]
+
+
+def _entries(drawn: Drawn) -> Iterator[tuple[Block, Row, str, Entry]]:
+    for block in drawn.blocks:
+        for row in block.rows:
+            for width, entry in row.entries.items():
+                yield block, row, width, entry
+
+
+KINDS: dict[str, tuple[str, Callable[[Drawn], list[Figure]]]] = {
+    "accuracy": ("accuracy against bits", accuracy),
+    "published": ("measured against published", published),
+    "cost": ("accuracy against seconds", cost),
+    "curves": ("accuracy while training, last and best epoch", curves),
+    "losses": ("training loss", losses),
+    "drop": ("drop against the teacher", drop),
+    "ablation": ("what single settings change", ablation),
+}

@@ -1,0 +1,126 @@
+"""A store of any size in the store's own format, made up: for tests of tables, plots and the report, and to measure how long they take.
+
+python tests/synthetic_store.py FOLDER CELLS IMAGES
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmark.cell import Cell, EvaluationCard
+from benchmark.protocol import PROTOCOLS, Bits
+from benchmark.store import Store, write_atomically, write_json
+from benchmark.task import Task
+from benchmark.teachers import TeacherCard
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("gdfq", {}),
+    ("round", {}),
+    ("acq", {}),
+    ("acq", {"matching_weight": 0.0}),
+    ("acq", {"adversarial_weight": 0.0}),
+    ("acq", {"condition": "none", "consistency_weight": 0.0}),
+    ("zaq", {}),
+    ("lrq", {}),
+    ("gznq", {}),
+    ("zeroq", {}),
+]
+WIDTHS = ("w8a8", "w6a6", "w5a5", "w4a4", "w3a3")
+SEEDS = 5
+EPOCHS = 40
+SKILL = {"gdfq": 1.0, "round": -4.0, "acq": 1.5, "zaq": -1.0, "lrq": 1.2, "gznq": -2.0, "zeroq": -3.0}
+
+
+def teacher_card(number: int) -> TeacherCard:
+    task = Task(classes=10, channels=3, size=32, mean=(0.5,) * 3, std=(0.25,) * 3)
+    name = f"resnet{20 + 12 * number}"
+    return TeacherCard(name, f"cifar:{name}", f"{name}.safetensors", f"{number:064x}", None, task, 270_000)
+
+
+def cells(count: int) -> Iterator[Cell]:
+    """Spans methods, widths and seeds first, then teachers, then protocols and precisions."""
+    made = 0
+    for number, ((protocol, precision), teacher) in enumerate(product(product(("lineage", "hardware"), ("fp32", "bf16")), range(10))):
+        card = EvaluationCard("made-up", f"{number:064x}", 10, 1000)
+        for (method, changed), width, seed in product(VARIANTS, WIDTHS, range(SEEDS)):
+            if made == count:
+                return
+            made += 1
+            config = {"epochs": EPOCHS, "iterations": 200, "batch_size": 64, "milestones": [100, 200], **changed}
+            yield Cell(
+                method, 1, config, teacher_card(teacher), card, PROTOCOLS[protocol], Bits.parse(width), seed, precision,  # type: ignore[arg-type]
+                shares_synthesis=True, changed=changed, fidelity="code", plugin="built in 000000000000",
+            )  # fmt: skip
+
+
+def write_cell(store: Store, cell: Cell, images: int = 1000, evaluated: bool = True, **changes: Any) -> dict[str, Any]:
+    """All files of one finished cell; accuracies depend on the cell alone, so that a store can be made twice."""
+    random = np.random.default_rng(int(cell.id, 16))
+    teacher_top1 = 92.0
+    bits = cell.bits.weights
+    loss = {8: 0.2, 6: 1.0, 5: 3.0, 4: 8.0, 3: 20.0}[bits] - SKILL[cell.method] * (8 - bits) * 0.4 + 2 * len(cell.changed)
+    share = np.clip((teacher_top1 - loss + random.normal(0, 0.4)) / 100, 0.1, 1)
+    easy = np.random.default_rng(0).random(images)  # what is hard is hard for all
+    correct = easy + random.normal(0, 0.05, images) < share
+    top1 = float(correct.mean() * 100)
+    folder = store.folder(cell.id)
+    curve = top1 - 15 * np.exp(-np.arange(1, EPOCHS + 1) / 8) + random.normal(0, 0.3, EPOCHS)
+    rows = [
+        {"epoch": e, "phase": "train", "loss": round(2 * 0.9**e + 0.1, 5), "student_lr": 1e-4, "top1": round(float(curve[e - 1]), 2)}
+        for e in range(1, EPOCHS + 1)
+    ]
+    rows[-1]["top1"] = top1
+    if not evaluated:
+        rows = [{k: v for k, v in row.items() if k != "top1"} for row in rows[:-1]] + rows[-1:]
+    if cell.method != "round":
+        text = ",".join(rows[-1]) + "\n" + "".join(",".join(str(row.get(k, "")) for k in rows[-1]) + "\n" for row in rows)
+        write_atomically(folder / "history.csv", text)
+    buffer = io.BytesIO()
+    np.save(buffer, np.packbits(correct))
+    write_atomically(folder / "correct.npy", buffer.getvalue())
+    write_atomically(folder / "log.txt", f"2026-01-01 00:00:00 started\n2026-01-01 01:00:00 done: top-1 {top1:.2f} %\n")
+    write_json(folder / "cell.json", cell.record())
+    best = max(rows, key=lambda row: row.get("top1", 0)) if cell.method != "round" else {"epoch": 0, "top1": top1}
+    scores = {"top1": teacher_top1, "top5": 99.0, "correct": 920, "images": images, "loss": 0.3}
+    result = {
+        "id": cell.id,
+        "cell": cell.record(),
+        "top1": top1,
+        "top5": min(99.5, top1 + 10),
+        "correct": int(correct.sum()),
+        "images": images,
+        "loss": 1.0,
+        "best": {"epoch": best["epoch"], "top1": best["top1"]},
+        "evaluations": EPOCHS,
+        "last_epoch": 0 if cell.method == "round" else EPOCHS,
+        "steps": 0 if cell.method == "round" else EPOCHS * 200,
+        "teacher": {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], **scores},
+        "student_state": f"{int(cell.id, 16):064x}",
+        "left_float": [],
+        "seconds": {"own": 0.1 if cell.method == "round" else 100 + 10 * SKILL[cell.method], "shared": 200 * (cell.method != "round"), "bundle": []},
+        "provenance": {
+            "git": "0" * 40, "packages": {"torch": "2.14.1"}, "python": "3.11.7", "device": "cuda", "device_name": "a GPU", "threads": 1,
+            "cpu_capability": "AVX512", "cores": 2, "host": "00000000", "slurm_job": None,
+        },
+        "finished": 1.7e9,
+    } | changes  # fmt: skip
+    write_json(folder / "result.json", result)
+    return result
+
+
+def make_store(root: Path, count: int, images: int = 1000) -> Store:
+    store = Store(root, writable=True)
+    for cell in cells(count):
+        write_cell(store, cell, images)
+    return store
+
+
+if __name__ == "__main__":
+    make_store(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
