@@ -127,6 +127,7 @@ def _record(r: dict[str, Any]) -> dict[str, Any]:
         "evaluation": cell["evaluation"]["name"],
         "digest": identity["evaluation"],
         "images": r["images"],
+        "finished": r.get("finished", 0.0),
         "protocol": cell["protocol"],
         "precision": cell["precision"],
         "bits": cell["bits"],
@@ -159,9 +160,10 @@ def blocks(
     frame["shared_rules"] = [str(sorted((k, v) for k, v in given.items() if k not in METHODS_OWN)) for given in rules]
     frame["settings"] = [_settings(r) for r in results]
     keys = ["evaluation", "digest", "teacher", "teacher_key", "protocol", "shared_rules", "precision"]
-    names = frame.groupby("digest", sort=False).evaluation.first()
-    frame["evaluation"] = frame.digest.map(names)  # one set under two names is one block
-    teachers = frame.groupby("teacher_key", sort=False).teacher.first()
+    newest_last = frame.sort_values("finished", kind="stable")
+    names = newest_last.groupby("digest", sort=False).evaluation.last()
+    frame["evaluation"] = frame.digest.map(names)  # one set under two names is one block, called as it was last
+    teachers = newest_last.groupby("teacher_key", sort=False).teacher.last()
     frame["teacher"] = frame.teacher_key.map(teachers)
     groups = [group for _, group in frame.groupby(keys, sort=True)]
     found = [_Builder(group.reset_index(drop=True), rule, ledger, per_image).block(notes) for group in groups]
