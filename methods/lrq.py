@@ -36,27 +36,50 @@ from methods.parts.losses import batch_norm_loss, decoupled_loss
 class LRQ(Method):
     """Long-range zero-shot generative quantization (Luo et al., Neural Networks 2023)."""
 
+    needs = {"statistics", "features", "labels"}
     quick = {"images": 8, "synthesis_batch": 4, "synthesis_iterations": 3, "calibration_epochs": 1}
 
     class Config(TrainingConfig):
-        epochs: int = Field(151, ge=0, description="epochs in all, calibration included; the making of images comes before")
+        source = "the authors' code"
+
+        epochs: int = Field(151, ge=0, unit="epochs", description="training in all, calibration included; the making of images comes before")
         batch_size: int = Field(256, ge=2)
-        milestones: list[int] = Field([20, 40, 60], description="epochs from which on the student's learning rate is multiplied by lr_decay")
-        images: int = Field(5120, ge=1, description="stored images")
-        synthesis_batch: int = Field(256, ge=1, description="images optimised together")
-        synthesis_iterations: int = Field(1000, ge=1)
+        milestones: list[int] = Field(
+            [20, 40, 60], unit="epochs", description="epochs from which on the student's learning rate is multiplied by lr_decay"
+        )
+        images: int = Field(5120, ge=1, unit="images", description="stored images")
+        synthesis_batch: int = Field(256, ge=1, unit="images", description="images optimised together")
+        synthesis_iterations: int = Field(1000, ge=1, unit="steps", description="steps on each batch of images")
         image_lr: float = Field(0.5, gt=0, description="Adam's learning rate on the pixels")
-        target_low: float = Field(0.95, ge=0, le=1, description="eps_t: half of the images have a target probability between it and 1")
-        margin: float = Field(0.5, ge=0, description="m: radians added to the angle between a feature and its class's centre")
-        closest: float = Field(0.05, ge=0, description="lam_l: smallest distance to the centre that costs nothing")
-        farthest: float = Field(0.8, ge=0, description="lam_u: largest distance to the centre that costs nothing")
-        smallest_crop: float = Field(0.5, gt=0, le=1, description="smallest area of a random crop")
-        calibration_epochs: int = Field(4, ge=1, description="epochs in which the generator trains and ranges are tracked")
-        latent_dim: int = Field(100, ge=1)
-        conditioning: Literal["embedding", "batch-norm"] = "embedding"
+        target_low: float = Field(
+            0.95,
+            ge=0,
+            le=1,
+            description="eps_t: half of the images have a target probability between it and 1",
+            source="IntraQ's code, CIFAR-10: theirs is not public",
+        )
+        margin: float = Field(0.5, ge=0, unit="radians", description="m: added to the angle between a feature and its class's centre")
+        closest: float = Field(
+            0.05,
+            ge=0,
+            unit="1 - cosine",
+            description="lam_l: smallest distance to the centre that costs nothing",
+            source="IntraQ's code, CIFAR-10: theirs is not public",
+        )
+        farthest: float = Field(
+            0.8,
+            ge=0,
+            unit="1 - cosine",
+            description="lam_u: largest distance to the centre that costs nothing",
+            source="IntraQ's code, CIFAR-10: theirs is not public",
+        )
+        smallest_crop: float = Field(0.5, gt=0, le=1, unit="share of the area", description="smallest area of a random crop")
+        calibration_epochs: int = Field(4, ge=1, unit="epochs", description="epochs in which the generator trains and ranges are tracked")
+        latent_dim: int = Field(100, ge=1, description="width of the generator's noise")
+        conditioning: Literal["embedding", "batch-norm"] = Field("embedding", description="how the class enters the generator")
         attention: Literal["before", "after"] = Field("before", description="place of the attention block around the first convolution")
         bn_weight: float = Field(0.1, ge=0, description="the generator's weight of the BN-statistics loss")
-        generator_lr: float = Field(1e-3, gt=0)
+        generator_lr: float = Field(1e-3, gt=0, description="learning rate of the generator's Adam")
         target_weight: float = Field(1.0, ge=0, description="alpha: weight of the target class's distillation")
         other_weight: float = Field(8.0, ge=0, description="beta: weight of the other classes' distillation")
         train_on_generator: bool = Field(False, description="each step also trains on a batch from the generator")
