@@ -53,9 +53,11 @@ class Protocol(BaseModel):
     last_bits: int | None = Field(
         default=None, ge=2, le=8, description="weight (and, with layer-inputs, input) bits of the last layer; null: as all others"
     )
-    weight_granularity: Literal["per-channel", "per-tensor"] = "per-channel"
+    weight_granularity: Literal["per-channel", "per-tensor"] = Field(
+        default="per-channel", description="one grid for each output channel of a weight, or one for all of it"
+    )
     weight_symmetric: bool = Field(default=False, description="weights on -(2^(k-1)-1)..2^(k-1)-1 with zero point 0")
-    activation_symmetric: bool = False
+    activation_symmetric: bool = Field(default=False, description="activations on a grid around zero, as symmetric weights are")
     zero_in_range: bool = Field(default=False, description="activation ranges are widened to contain zero, so that padding is exact")
     gradient: Literal["identity", "clipped"] = Field(
         default="identity", description="straight-through gradient: identity everywhere, or zero where a value was clipped to the range"
