@@ -70,8 +70,8 @@ def register(name: str, *, paper: str, fidelity: Fidelity, shares_synthesis: boo
         if unknown:
             raise UserError(f"method {name}: needs {unknown[0]!r}: {nearest(unknown[0], NEEDS)}")
         file, known = Path(inspect.getfile(cls)), _methods.get(name)
-        if known is not None and Path(inspect.getfile(known)).resolve() != file.resolve():
-            _clashes[name] = f"two methods are called {name!r}: {inspect.getfile(known)} and {file}"
+        if known is not None and (where := _two_places(known, cls)):
+            _clashes[name] = f"two methods are called {name!r}: {where}"
             raise UserError(_clashes[name])
         source = plugins.origin(cls, file)
         cls.info = MethodInfo(
@@ -89,6 +89,14 @@ def register(name: str, *, paper: str, fidelity: Fidelity, shares_synthesis: boo
         return cls
 
     return add
+
+
+def _two_places(one: type, other: type) -> str:
+    """Where two classes stand; "" where the other is the one, defined again."""
+    first, second = (Path(inspect.getfile(cls)) for cls in (one, other))
+    if first.resolve() != second.resolve():
+        return f"{first} and {second}"
+    return f"{one.__qualname__} and {other.__qualname__} in {first}" if one.__qualname__ != other.__qualname__ else ""
 
 
 @functools.cache
