@@ -43,6 +43,7 @@ class SmallNetwork(nn.Module):
 
 
 def small_task(channels: int = 3, classes: int = 10, size: int = 32) -> Task:
+    """A task of so many channels, classes and pixels a side."""
     return Task(classes, channels, size, (0.5,) * channels, (0.25,) * channels)
 
 
