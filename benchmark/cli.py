@@ -27,8 +27,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_methods.app, name="methods")
-app.command()(cli_lists.sets)
-app.command()(cli_lists.protocols)
 
 Config = Annotated[str, typer.Argument(help="A sweep: a YAML file, or the name of a shipped one (quickstart, cifar10, ...).")]
 Results = Annotated[Path, typer.Option("--results", envvar="DFQBENCH_RESULTS", help="The results folder.")]
@@ -208,6 +206,10 @@ def models(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'pytorc
     if not found:
         raise UserError(f"no network matches {pattern!r}: {nearest(pattern, list_models())}")
     print("\n".join(found))
+
+
+app.command()(cli_lists.sets)
+app.command()(cli_lists.protocols)
 
 
 def _console(stderr: bool = False) -> Console:
