@@ -21,7 +21,8 @@ demo: install $(TEACHER)
 	$(BIN)/dfqbench table quickstart
 
 test: install
-	$(BIN)/pytest --numprocesses auto
+	$(BIN)/pytest --numprocesses auto --ignore tests/slurm
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder tests/slurm
 
 lint: install
 	$(BIN)/ruff check .

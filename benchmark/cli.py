@@ -131,6 +131,43 @@ def select(
 
 
 @app.command()
+def submit(
+    config: Config,
+    profile: Annotated[str, typer.Option(help="How to run jobs: a YAML file, or a shipped profile (gpu, cpu, preemptible, test-cluster).")],
+    results: Results = DEFAULT_RESULTS,
+    local: Annotated[bool, typer.Option("--local", help="Run the same plan in processes of this machine.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the sbatch scripts and the expected hours; submit nothing.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also the cells that failed.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Submit what a sweep still lacks to Slurm, and return at once; again: only what is missing and not queued or running."""
+    from slurm import commands
+
+    commands.submit(config, profile, results, local=local, dry_run=dry_run, retry_failed=retry_failed, plugins=plugin or [])
+
+
+@app.command()
+def status(
+    config: Config,
+    results: Results = DEFAULT_RESULTS,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep showing it until nothing moves any more; Ctrl-C ends it.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Show each cell of a sweep: done, running (how far, how fast, where), queued, pre-empted, failed, lost or missing."""
+    from slurm import commands
+
+    commands.status(config, results, watch=watch, plugins=plugin or [])
+
+
+@app.command()
+def cancel(config: Config, results: Results = DEFAULT_RESULTS) -> None:
+    """End the Slurm jobs of a sweep, and only those; what they have done is kept."""
+    from slurm import commands
+
+    commands.cancel(config, results)
+
+
+@app.command()
 def table(
     config: Annotated[str | None, typer.Argument(help="Only this sweep's cells; default: all of the store.")] = None,
     results: Results = DEFAULT_RESULTS,
@@ -163,6 +200,71 @@ def table(
         print(markdown(blocks(found, rule)), end="")  # type: ignore[arg-type]
     else:
         _print_blocks(blocks(found, rule))  # type: ignore[arg-type]
+
+
+@app.command()
+def speed(
+    methods: Annotated[str, typer.Option(help="Names with commas between.")] = "gdfq,acq,zaq,lrq,gznq",
+    network: Annotated[str, typer.Option(help="resnet20, 32, 44 or 56, for 32 x 32 images of 10 classes.")] = "resnet20",
+    batch_size: Annotated[int, typer.Option(min=2)] = 200,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
+    precisions: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
+    rounds: Annotated[int, typer.Option(min=1, help="How often all contenders take their turn.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0, help="About how long a turn is.")] = 5.0,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here too; `auto`: results/speed/DEVICE.json.")] = None,
+) -> None:
+    """Measure steps per second of methods, next to a textbook loop, a competent eager loop and the device's floor."""
+    from benchmark.errors import nearest
+
+    wanted = methods.split(",")
+    given = precisions.split(",")
+    for precision in given:
+        if precision not in ("fp32", "bf16"):
+            raise UserError(f"--precisions {precision!r}: {nearest(precision, ('fp32', 'bf16'))}")
+    import torch
+
+    from benchmark import speed as stopwatch
+    from benchmark.engine import check_device
+    from benchmark.provenance import provenance
+    from benchmark.registry import find_method
+    from benchmark.store import write_json
+    from benchmark.task import Task
+    from benchmark.teachers.cifar import cifar_resnet
+    from methods.textbook import loops
+
+    for name in wanted:
+        find_method(name)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = check_device(device)
+    torch.manual_seed(0)
+    stand = stopwatch.Stand(cifar_resnet(network), Task(10, 3, 32, (0.5,) * 3, (0.25,) * 3), batch_size, where)
+    say = _console(stderr=True).print
+    rows = list(stopwatch.measure(wanted, loops(), stand, given, rounds, seconds, say))
+    found = provenance(where)
+    _print_speeds(rows)
+    if out is not None:
+        path = Path("results/speed") / f"{stopwatch.file_name(found)}.json" if str(out) == "auto" else out
+        write_json(path, stopwatch.record(rows, stand, " ".join(["dfqbench", *sys.argv[1:]]), found))
+        print(f"written to {path}")
+
+
+def _print_speeds(rows: list) -> None:  # type: ignore[type-arg]
+    from rich.table import Table
+
+    shown = Table(box=None, pad_edge=False)
+    for heading in ("method", "phase", "loop", "", "widths", "steps/s", "x textbook", "of floor", "spread"):
+        shown.add_column(heading, justify="right" if heading in ("widths", "steps/s", "x textbook", "of floor", "spread") else "left", no_wrap=True)
+    for r in rows:
+        against = f"{r.against:.2f}" if r.against else "-"
+        floor = f"{r.floor / r.seconds:.0%}" if r.floor else "-"
+        shown.add_row(r.method, r.phase, r.contender, r.precision, str(r.widths), f"{1 / r.seconds:.2f}", against, floor, f"{r.spread:.2f}")
+    console = _console()
+    console.print(shown)
+    console.print(
+        "steps/s: of each bit width; x textbook: times the speed of the textbook loop; of floor: least possible seconds / seconds", highlight=False
+    )
 
 
 @app.command()
@@ -231,22 +333,10 @@ def _load(config: str, results: Path, plugins: list[str] | None, writable: bool 
 
 
 def _cells_of(config: str, store: Store, plugins: list[str] | None) -> set[str]:
-    """The ids of a sweep's cells: as its last run noted them, or, if the config has changed since, worked out anew (which needs torch)."""
-    import yaml
+    from benchmark.config_text import noted_cells
 
-    from benchmark.config_text import find_config, text_digest
-    from benchmark.store import read_json
-
-    path = find_config(config)
-    try:
-        name = yaml.safe_load(path.read_text())["name"]
-        noted = read_json(store.root / "sweeps" / f"{name}.json")
-        if noted and noted["config"] == text_digest(path):
-            return set(noted["cells"])
-    except (yaml.YAMLError, ValueError, KeyError, TypeError):
-        pass  # whatever is wrong with it, loading it says so
-    _, loaded = _load(config, store.root, plugins)
-    return {cell.id for cell in loaded.cells}
+    noted = noted_cells(config, store.root)
+    return set(noted) if noted is not None else {cell.id for cell in _load(config, store.root, plugins)[1].cells}
 
 
 def _print_blocks(found: list) -> None:  # type: ignore[type-arg]

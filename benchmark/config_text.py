@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from benchmark.errors import UserError, nearest
 
@@ -31,3 +35,26 @@ def text_digest(path: Path) -> str:
     text = path.read_text()
     variables = {name: os.environ.get(name) for name in sorted(set(VARIABLE.findall(text)))}
     return hashlib.sha256(f"{text}\n{variables}".encode()).hexdigest()
+
+
+def sweep_name(path: Path) -> str:
+    """The name of the sweep in a config file. Raises UserError where there is none."""
+    try:
+        name: Any = yaml.safe_load(path.read_text())["name"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{path}: no `name:` can be read from it: is it a sweep?")
+    return name
+
+
+def noted_cells(config: str, results: Path) -> dict[str, str] | None:
+    """A sweep's cells, label by id, as its last run or submission noted them; None if the config has changed since (or never ran)."""
+    path = find_config(config)
+    try:
+        noted = json.loads((results / "sweeps" / f"{sweep_name(path)}.json").read_text())
+        if noted["config"] == text_digest(path):
+            return {cell: str(noted.get("labels", {}).get(cell, "")) for cell in noted["cells"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
+        pass  # whatever is wrong with it, loading the sweep says so
+    return None

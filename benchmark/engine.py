@@ -160,9 +160,9 @@ class Lockstep:
         while self.epoch < len(self.epochs) and self.active:
             phase, index = self.epochs[self.epoch]
             calibrating = index < phase.calibration_epochs
-            self._begin_epoch(phase, calibrating)
+            self.begin_epoch(phase, calibrating)
             while self.iteration < self.iterations_of(phase):
-                self._step(phase, calibrating)
+                self.step(phase, calibrating)
                 self.iteration += 1
                 watcher.step(self, phase)
             self._end_epoch(phase)
@@ -174,7 +174,8 @@ class Lockstep:
             trainee.student.check_ranges()
             trainee.evaluation = self.evaluate(trainee.student)
 
-    def _begin_epoch(self, phase: Phase, calibrating: bool) -> None:
+    def begin_epoch(self, phase: Phase, calibrating: bool) -> None:
+        """Learning rates and modes of an epoch."""
         epoch = sum(phase.step is None for phase, _ in self.epochs[: self.epoch])  # a milestone never counts the making of images
         for optimizer, milestones, decay in self.method._schedules:
             for group in optimizer.param_groups:
@@ -183,7 +184,8 @@ class Lockstep:
             trainee.student.training_mode(phase.distill)
             trainee.student.track_ranges(calibrating)
 
-    def _step(self, phase: Phase, calibrating: bool) -> None:
+    def step(self, phase: Phase, calibrating: bool) -> None:
+        """One step of a phase: images, then every student."""
         with self.watch.of(self.SHARED), self.autocast:
             if phase.step is not None:
                 phase.step()

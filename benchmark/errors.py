@@ -30,3 +30,8 @@ def nearest(word: object, choices: Iterable[str], all_below: int = 20) -> str:
     if len(names) < all_below:
         said.append("known: " + ", ".join(names) if names else "none is known")
     return " ".join(said) or f"{len(names)} are known"
+
+
+def counted(number: int, word: str) -> str:
+    """`1 job`, `2 jobs`, `2 processes`."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}{'es' if word.endswith('s') else 's'}"

@@ -237,7 +237,8 @@ class Log:
             self.scope = self.SHARED
 
     def add(self, name: str, value: Tensor | float) -> None:
-        value = value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+        value = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+        value = value if value.dtype == torch.float64 else value.float()
         entry = self.sums.setdefault(self.scope, {}).setdefault(name, [torch.zeros_like(value), 0])
         entry[0] += value
         entry[1] += 1

@@ -18,8 +18,9 @@ PLAIN_EVERY_S = 10.0
 class Progress:
     """Plain lines: one when something begins or ends, and at most one every ten seconds in between."""
 
-    def __init__(self, console: Console):
-        self.console = console
+    def __init__(self, console: Console, name: str = ""):
+        """name: what every line begins with, where several processes write side by side."""
+        self.console, self.name = console, name
         self.steps = self.step_number = self.first_step = 0
         self.began = self.said = time.monotonic()
 
@@ -38,7 +39,7 @@ class Progress:
         if now - self.said >= PLAIN_EVERY_S:
             rate = (self.step_number - self.first_step) / max(now - self.began, 1e-9)
             left = (self.steps - self.step_number) / rate
-            self.say(f"  {phase}: step {self.step_number}/{self.steps}, {rate:.2f} steps/s, {_duration(left)} left")
+            self.say(f"  {phase}: step {self.step_number}/{self.steps}, {rate:.2f} steps/s, {duration(left)} left")
 
     def evaluating(self) -> None:
         """Test images are running through a student."""
@@ -57,7 +58,7 @@ class Progress:
 
     def say(self, line: str, style: str = "") -> None:
         self.said = time.monotonic()
-        self.console.print(Text(line, style=style), soft_wrap=True)
+        self.console.print(Text(self.name + line, style=style), soft_wrap=True)
 
     def stop(self) -> None:
         """Nothing follows."""
@@ -111,7 +112,8 @@ def make_progress(console: Console) -> Progress:
     return LiveProgress(console) if console.is_terminal else Progress(console)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 20 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

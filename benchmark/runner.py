@@ -36,6 +36,7 @@ from benchmark.sweep import LoadedSweep
 from benchmark.teachers import TeacherCard, load
 
 SAMPLES = 64
+PROGRESS_EVERY_S = 5.0
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -46,6 +47,7 @@ class Options:
     device: str = "auto"
     checkpoint_every_s: float = 300.0
     retry_failed: bool = False
+    stop_at_failure: bool = False  # after the bundle in which a cell failed, so that the rest gets a fresh process
     evaluation_batch: int = 500
 
 
@@ -84,21 +86,35 @@ class Summary:
 
 
 def run_sweep(loaded: LoadedSweep, store: Store, options: Options, progress: Progress, stop: StopFlag) -> Summary:
-    """Runs every cell of the sweep that is not done. One that fails is recorded and does not keep the others from running."""
+    """Runs every cell of the sweep that is not done, and notes which cells it spans."""
+    note_sweep(loaded, store)
+    return run_cells(loaded, loaded.cells, store, options, progress, stop)
+
+
+def note_sweep(loaded: LoadedSweep, store: Store) -> None:
+    """Which cells a config stands for, so that `table` and `status` need not work it out again."""
+    cells = {cell.id: str(cell) for cell in loaded.cells}
+    write_json(store.root / "sweeps" / f"{loaded.sweep.name}.json", {"config": loaded.text_sha256, "cells": list(cells), "labels": cells})
+
+
+def run_cells(loaded: LoadedSweep, cells: list[Cell], store: Store, options: Options, progress: Progress, stop: StopFlag) -> Summary:
+    """Runs those of a sweep's cells that are not done. One that fails is recorded and does not keep the others from running."""
     device = check_device(options.device)
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
-    write_json(store.root / "sweeps" / f"{loaded.sweep.name}.json", {"config": loaded.text_sha256, "cells": [cell.id for cell in loaded.cells]})
-    states = statuses(loaded.cells, store)
+    states = statuses(cells, store)
     skipped = {Status.DONE, Status.RUNNING} | (set() if options.retry_failed else {Status.FAILED})
-    todo = bundles(cell for cell in loaded.cells if states[cell.id].status not in skipped)
-    summary = Summary(left=sum(states[cell.id].status in skipped - {Status.DONE} for cell in loaded.cells))
+    todo = bundles(cell for cell in cells if states[cell.id].status not in skipped)
+    summary = Summary(left=sum(states[cell.id].status in skipped - {Status.DONE} for cell in cells))
     worker = _Worker(loaded, store, device, options, progress, stop)
-    progress.start(sum(len(b.cells) for b in todo), len(loaded.cells))
+    progress.start(sum(len(b.cells) for b in todo), len(cells))
     for number, bundle in enumerate(todo):
         if stop.signal is not None:
             summary.interrupted = True
+            summary.left += sum(len(b.cells) for b in todo[number:])
+            break
+        if options.stop_at_failure and summary.failed:
             summary.left += sum(len(b.cells) for b in todo[number:])
             break
         with store.leases([cell.id for cell in bundle.cells]) as held:
@@ -164,6 +180,7 @@ class _Worker:
 
         def evaluate_student(student: Student) -> Evaluation:
             self.progress.evaluating()
+            watcher.evaluating()
             before = state_hash(student)
             result = self._evaluate(student, first, images)
             if state_hash(student) != before:
@@ -171,14 +188,14 @@ class _Worker:
             return result
 
         work = self.store.bundle_folder(bundle.id)
+        watcher = _Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop)
         lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, self.loaded.sweep.evaluate_every, work)
-        path = work / "checkpoint.pt"
-        state, why_not = load_checkpoint(path, [cell.id for cell in bundle.cells])
+        state, why_not = load_checkpoint(watcher.path, [cell.id for cell in bundle.cells])
         if state is not None:
             lockstep.restore(state)
         self.progress.bundle(bundle, lockstep.steps, lockstep.steps_done)
         self._say_about(lockstep, resumed=state is not None, why_not=why_not)
-        watcher = _Watcher(self.store, path, self.options, self.progress, self.stop)
+        watcher.start(lockstep)
         try:
             lockstep.run(watcher)
         except Interrupted:
@@ -290,9 +307,30 @@ class _Watcher:
     def __init__(self, store: Store, path: Path, options: Options, progress: Progress, stop: StopFlag):
         self.store, self.path, self.options, self.progress, self.stop = store, path, options, progress, stop
         self.saved_at = time.monotonic()
+        self.noted: dict[str, Any] = {}
+        self.lockstep: Lockstep | None = None
+
+    def start(self, lockstep: Lockstep) -> None:
+        self.lockstep, self.began, self.first_step = lockstep, time.monotonic(), lockstep.steps_done
+        self._note("starting")
+
+    def evaluating(self) -> None:
+        self._note("evaluating")
+
+    def _note(self, phase: str) -> None:
+        """How far the bundle is, for `dfqbench status`."""
+        if self.lockstep is None:
+            return
+        done, seconds = self.lockstep.steps_done, time.monotonic() - self.began
+        rate = (done - self.first_step) / seconds if seconds > 0 else 0.0
+        self.noted = {"phase": phase, "step": done, "steps": self.lockstep.steps, "rate": round(rate, 3), "time": time.time()}
+        for trainee in self.lockstep.trainees:
+            self.store.write_progress(trainee.cell.id, self.noted)
 
     def step(self, lockstep: Lockstep, phase: Phase) -> None:
         self.progress.step(phase.name)
+        if self.stop.signal is not None or time.time() - self.noted["time"] >= PROGRESS_EVERY_S:
+            self._note(phase.name)
         if self.stop.signal is not None:
             save_checkpoint(self.path, lockstep.state())
             raise Interrupted

@@ -7,6 +7,7 @@
                          correct.npy    packed bits, one per test image in the set's order
                          samples.png, log.txt
 <results>/runs/<cell id>/lease.json     some process works on it; its heartbeat is the file's time
+                         progress.json  how far it is, or was when its process ended
 <results>/bundles/<bundle id>/          the checkpoint of unfinished work
 <results>/teachers/<key>.json           a teacher's own accuracy
 <results>/sweeps/<name>.json            which cells a config's last run stood for
@@ -61,39 +62,117 @@ def read_json(path: Path) -> Any:
 
 
 class Lease:
-    """A claim on one cell, kept alive by a heartbeat. Another process takes it over once the heartbeat stops."""
+    """A claim, kept alive by a heartbeat. Another process, on any machine that shares the folder, takes it over once the heartbeat stops."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._mine = ""
 
     def holder(self) -> dict[str, Any] | None:
-        """Who works on it now; None if nobody does."""
+        """Who has it now: host, pid, and job where Slurm runs the process; None if nobody does."""
+        found = self._read()
+        return self._judge(*found) if found else None
+
+    def content(self) -> dict[str, Any]:
+        """Who had it last, whether or not it still runs. Raises OSError or ValueError where nothing can be read."""
+        return dict(json.loads(self.path.read_text()))
+
+    def _read(self) -> tuple[str, float] | None:
+        """Its text and the time of its last heartbeat."""
         try:
-            age = time.time() - self.path.stat().st_mtime
-            who: dict[str, Any] = json.loads(self.path.read_text())
+            return self.path.read_text(), self.path.stat().st_mtime
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):
-            return None if age > LEASE_EXPIRES_S else {"host": "?", "pid": 0}
-        if age > LEASE_EXPIRES_S or (who.get("host") == socket.gethostname() and not _alive(who)):
+
+    def _judge(self, text: str, beat: float, now: float | None = None) -> dict[str, Any] | None:
+        if (now or time.time()) - beat > LEASE_EXPIRES_S:
             return None
-        return who
+        try:
+            who: dict[str, Any] = json.loads(text)
+        except ValueError:
+            return {"host": "?", "pid": 0}
+        return None if who.get("host") == socket.gethostname() and not _alive(who) else who
 
     def acquire(self) -> bool:
         """Whether the claim is now ours."""
-        if self.holder() is not None:
-            return False
-        self.path.unlink(missing_ok=True)
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}
+        found = self._read()
+        if found is not None:
+            # clocks of machines differ: before a claim is taken from its holder, both times are those of the shared file system
+            if self._judge(*found) is not None or self._judge(*found, now=self._file_system_time()) is not None:
+                return False
+            if not self._put_aside(found[0]):
+                return False
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "since": time.time()}
+        text = json.dumps(me | ({"job": job} if (job := slurm_job()) else {}))
         try:
             with open(self.path, "x") as file:
-                json.dump(me, file)
+                file.write(text)
         except FileExistsError:
             return False
+        self._mine = text
         return True
 
+    def _file_system_time(self) -> float:
+        probe = self.path.with_name(f".{self.path.name}.{socket.gethostname()}.{os.getpid()}.now")
+        probe.unlink(missing_ok=True)
+        probe.touch()
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+
+    def _put_aside(self, stale: str) -> bool:
+        """Removes a claim that was found stale; False, and it stays, if another process has replaced it in the meantime."""
+        aside = self.path.with_name(f".{self.path.name}.{socket.gethostname()}.{os.getpid()}.stale")
+        try:
+            os.rename(self.path, aside)
+        except FileNotFoundError:
+            return True
+        try:
+            if aside.read_text() == stale:
+                return True
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, self.path)
+            return False
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def beat(self) -> None:
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
+
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+        """Gives it up, unless another process has taken it over."""
+        with contextlib.suppress(OSError):
+            if self.path.read_text() == self._mine:
+                self.path.unlink()
+
+
+@contextlib.contextmanager
+def kept_alive(leases: Iterable[Lease]) -> Iterator[None]:
+    """The heartbeat of claims that this process holds; they are released at the end."""
+    leases, stopped = list(leases), threading.Event()
+
+    def beat() -> None:
+        while not stopped.wait(HEARTBEAT_S):
+            for lease in leases:
+                lease.beat()
+
+    heart = threading.Thread(target=beat, daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        heart.join()
+        for lease in leases:
+            lease.release()
+
+
+def slurm_job() -> str:
+    """The Slurm job in which this process runs, `12` or, in an array, `12_3`; empty outside."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
 
 
 def _alive(who: dict[str, Any]) -> bool:
@@ -180,7 +259,8 @@ class Store:
     def write_result(self, cell_id: str, result: dict[str, Any]) -> None:
         """Last of a cell's files: with it the cell is done."""
         write_json(self.folder(cell_id) / "result.json", result)
-        (self.folder(cell_id) / "failed.json").unlink(missing_ok=True)
+        for name in ("failed.json", "progress.json"):
+            (self.folder(cell_id) / name).unlink(missing_ok=True)
 
     def write_failure(self, cell_id: str, kind: str, message: str, trace: str) -> None:
         write_json(self.folder(cell_id) / "failed.json", {"kind": kind, "message": message, "traceback": trace, "time": time.time()})
@@ -193,6 +273,21 @@ class Store:
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.folder(cell_id) / "history.csv", text.getvalue())
+
+    def write_progress(self, cell_id: str, progress: dict[str, Any]) -> None:
+        """For those who watch; nothing depends on it."""
+        path = self.folder(cell_id) / "progress.json"
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(progress))
+            temporary.replace(path)
+
+    def progress(self, cell_id: str) -> dict[str, Any] | None:
+        """phase, step, steps, rate (steps per second), time; None if the cell was never begun or is done."""
+        with contextlib.suppress(ValueError, OSError):
+            found = read_json(self.folder(cell_id) / "progress.json")
+            return found if isinstance(found, dict) else None
+        return None
 
     def append_log(self, cell_id: str, line: str) -> None:
         with open(self.folder(cell_id) / "log.txt", "a") as file:
@@ -211,20 +306,5 @@ class Store:
             lease = self.lease(cell_id)
             if lease.acquire():
                 held[cell_id] = lease
-        stopped = threading.Event()
-
-        def beat() -> None:
-            while not stopped.wait(HEARTBEAT_S):
-                for lease in held.values():
-                    with contextlib.suppress(OSError):
-                        os.utime(lease.path)
-
-        heart = threading.Thread(target=beat, daemon=True)
-        heart.start()
-        try:
+        with kept_alive(held.values()):
             yield list(held)
-        finally:
-            stopped.set()
-            heart.join()
-            for lease in held.values():
-                lease.release()

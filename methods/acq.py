@@ -111,6 +111,7 @@ class ACQ(GDFQ):
             loss = loss + c.consistency_weight * distance if c.consistency_weight else loss
         self.steps += 1
         self.minimise(loss, self.optimizer)
+        self.log("generator_loss", loss)
         self.log("generator_ce", label_loss)
         self.log("generator_bns", statistics_loss)
         self.log("label_accuracy", (answer.logits.argmax(1) == labels).float().mean())

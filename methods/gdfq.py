@@ -66,7 +66,9 @@ class GDFQ(Method):
         images = self.generator(self.draw_noise(c.batch_size, c.latent_dim), labels)
         answer = self.teacher.observe(images)
         label_loss, statistics_loss = cross_entropy(answer.logits, labels), batch_norm_loss(answer)
-        self.minimise(label_loss + c.bn_weight * statistics_loss, self.optimizer)
+        loss = label_loss + c.bn_weight * statistics_loss
+        self.minimise(loss, self.optimizer)
+        self.log("generator_loss", loss)
         self.log("generator_ce", label_loss)
         self.log("generator_bns", statistics_loss)
         return Batch(images.detach(), labels, answer.logits.detach())

@@ -98,10 +98,11 @@ class GZNQ(Method):
         label_loss, statistics_loss = cross_entropy(answer.logits, self.labels), self.statistics_loss(answer)
         prior = c.roughness_weight * roughness(images) + c.size_weight * images.square().sum() / len(images)
         similarity = same_class_similarity(answer.features[-1].mean((2, 3)), self.labels)
-        self.minimise(label_loss + c.bn_weight * statistics_loss + prior + c.similarity_weight * similarity, self.optimizer)
+        loss = label_loss + c.bn_weight * statistics_loss + prior + c.similarity_weight * similarity
+        self.minimise(loss, self.optimizer)
         if not self.generator:
             clip_to_pixels(self.source, self.task)
-        for name, value in {"image_ce": label_loss, "image_bns": statistics_loss, "image_similarity": similarity}.items():
+        for name, value in {"image_loss": loss, "image_ce": label_loss, "image_bns": statistics_loss, "image_similarity": similarity}.items():
             self.log(name, value)
         self.iteration += 1
         if self.iteration == c.synthesis_iterations:

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmark.data import Images, find_set, images
+from benchmark.data import Images, find_set, images, sets
+from benchmark.data import pixels as pixel_files
 from benchmark.data.images import prepare
 from benchmark.errors import UserError
 from benchmark.task import Task
@@ -44,6 +45,46 @@ def refusal(text: str) -> str:
         find_set(text).digest()
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+# --- images kept in a file
+
+
+def test_a_large_set_is_decoded_once_into_a_file_that_is_mapped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixel_files, "WORTH_KEEPING", 1)
+    monkeypatch.setenv("DFQBENCH_PIXELS", str(tmp_path / "kept"))
+    plain = np.stack([np.asarray(noise(8, 8, seed)) for seed in (1, 0, 2, 3, 5, 4)])
+    found = find_set(f"imagefolder:{folder}")
+    first = found.decode(task(classes=3))
+    assert isinstance(first.pixels, np.memmap)
+    assert np.array_equal(first.pixels, plain)
+    assert [p.suffix for p in sorted((tmp_path / "kept").iterdir())] == [".sha256", ".uint8"]
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(sets, "prepare", forbidden)
+    again = found.decode(task(classes=3))
+    assert np.array_equal(np.concatenate([batch for batch, _ in again.batches(4)]), plain)
+    again.pixels[0] = 0  # type: ignore[index]
+    assert np.array_equal(found.decode(task(classes=3)).pixels, plain), "what is done with the array never reaches the file"  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="decoded again"):  # another task, another file
+        found.decode(task(classes=3, size=4))
+    (file,) = (tmp_path / "kept").glob("*.uint8")
+    content = bytearray(file.read_bytes())
+    content[5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="damaged: remove it"):
+        found.decode(task(classes=3))
+
+
+@pytest.mark.parametrize("place", ["off", "/proc/nowhere"])
+def test_without_a_place_for_them_images_are_decoded_into_memory(folder: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.setattr(pixel_files, "WORTH_KEEPING", 1)
+    monkeypatch.setenv("DFQBENCH_PIXELS", place)
+    decoded = find_set(f"imagefolder:{folder}").decode(task(classes=3))
+    assert decoded.pixels is not None
+    assert not isinstance(decoded.pixels, np.memmap)
 
 
 # --- folders

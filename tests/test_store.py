@@ -125,3 +125,50 @@ def test_a_results_folder_that_is_a_file_or_cannot_be_written_is_told(tmp_path: 
         Store(tmp_path / "file")
     with pytest.raises(UserError, match="cannot be written"):
         Store("/proc/results", writable=True)
+
+
+def test_a_claim_whose_machine_has_a_slow_clock_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine's clock runs minutes ahead of the file server's: the heartbeat looks old, and is not."""
+    path = tmp_path / "lease.json"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "5"}))
+    now = time.time() + 10 * LEASE_EXPIRES_S
+    monkeypatch.setattr(store_module.time, "time", lambda: now)
+    assert not Lease(path).acquire()
+    assert json.loads(path.read_text())["host"] == "elsewhere"
+
+
+def test_two_that_find_a_stale_claim_do_not_both_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one takes over between our judgement and our taking: its new claim stays."""
+    path = tmp_path / "lease.json"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "5"}))
+    os.utime(path, (0, 0))
+    fresh = json.dumps({"host": "another", "pid": 2, "started": "6"})
+    honest = Lease._file_system_time
+
+    def meanwhile(lease: Lease) -> float:
+        path.write_text(fresh)
+        return honest(lease)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Lease, "_file_system_time", meanwhile)
+        assert not Lease(path).acquire()
+    assert path.read_text() == fresh
+    assert [p.name for p in tmp_path.iterdir()] == ["lease.json"]
+
+
+def test_a_claim_that_was_taken_over_is_not_released_by_its_old_holder(tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    lease = Lease(path)
+    assert lease.acquire()
+    path.write_text(json.dumps({"host": "another", "pid": 2, "started": "6"}))
+    lease.release()
+    assert path.exists()
+
+
+def test_a_claim_names_its_slurm_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert Lease(tmp_path / "a.json").acquire()
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "11")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert Lease(tmp_path / "b.json").acquire()
+    assert [json.loads((tmp_path / f"{name}.json").read_text())["job"] for name in "ab"] == ["12", "11_3"]

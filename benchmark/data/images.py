@@ -28,12 +28,26 @@ class Images:
     `labels` is N; `pixels` is N x H x W x C uint8, or None where the images are streamed.
     """
 
-    def __init__(self, read: Callable[[int], Pixels], labels: Labels, shape: tuple[int, int, int], classes: int, in_memory: bool | None = None):
-        """`read(i)` gives image i as H x W x C of `shape`; `in_memory=None` looks at the memory that is available."""
+    def __init__(
+        self,
+        read: Callable[[int], Pixels],
+        labels: Labels,
+        shape: tuple[int, int, int],
+        classes: int,
+        in_memory: bool | None = None,
+        keep: Callable[[tuple[int, ...], Callable[[Pixels], None]], Pixels | None] | None = None,
+    ):
+        """`read(i)` gives image i as H x W x C of `shape`; `in_memory=None` looks at the memory that is available.
+
+        `keep(shape, decode)` may give all images from a file that is mapped into memory, which `decode` fills the first time.
+        """
         self.labels = labels
         self.classes = classes
         self.shape = shape
         self._read = read
+        self.pixels = keep((len(labels), *shape), self._decode_into) if keep else None
+        if self.pixels is not None:
+            return
         fits = len(labels) * int(np.prod(shape)) <= available_memory() * MEMORY_SHARE
         self.pixels = self._decode_all() if (fits if in_memory is None else in_memory) else None
 
@@ -50,7 +64,10 @@ class Images:
 
     def _decode_all(self) -> Pixels:
         pixels = np.empty((len(self), *self.shape), np.uint8)
+        self._decode_into(pixels)
+        return pixels
 
+    def _decode_into(self, pixels: Pixels) -> None:
         def decode(start: int) -> None:
             for index in range(start, min(start + CHUNK, len(self))):
                 pixels[index] = self._read(index)
@@ -61,7 +78,6 @@ class Images:
                 done.result()
         finally:  # after an error the rest is not worth decoding
             pool.shutdown(cancel_futures=True)
-        return pixels
 
     def _stream(self, batch_size: int) -> Iterator[tuple[Pixels, Labels]]:
         """Two batches are decoded ahead of the one that is in use."""

@@ -19,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from benchmark.data.images import Images, Labels, Pixels, open_image, prepare
+from benchmark.data.pixels import kept
 from benchmark.errors import UserError
-from benchmark.memo import remembered
+from benchmark.memo import cache_folder, remembered
 from benchmark.task import Task
 
 IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
@@ -58,7 +59,12 @@ class EvaluationSet(ABC):
         if task.classes != self.classes:
             raise UserError(f"evaluation set {self.name} has {self.classes} classes, the teacher {task.classes}")
         opened, labels = self._open(split)
-        return Images(lambda index: prepare(opened(index), task), labels, (task.size, task.size, task.channels), self.classes)
+
+        def keep(shape: tuple[int, ...], decode: Callable[[Pixels], None]) -> Pixels | None:
+            # the digest is of the test images: only they can be told apart by it
+            return kept(lambda: self.digest(cache_folder()), task, split, shape, decode) if split == "test" else None
+
+        return Images(lambda index: prepare(opened(index), task), labels, (task.size, task.size, task.channels), self.classes, keep=keep)
 
     def _no_split(self, split: str, known: str) -> UserError:
         return UserError(f"evaluation set {self.name} has no split {split!r}, only {known}")

@@ -47,7 +47,8 @@ class RangeEstimator(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> None:
-        new = torch.stack(self.of_batch(x.detach().float()))
+        x = x.detach()
+        new = torch.stack(self.of_batch(x if x.dtype == torch.float64 else x.float()))
         self.batches += 1
         if self.kind == "minmax":
             first = self.batches == 1

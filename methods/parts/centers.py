@@ -25,8 +25,8 @@ class ClassCenters(nn.Module):
     @torch.no_grad()
     def add(self, features: Tensor, labels: Tensor) -> None:
         """Takes in features (N x K) with their labels (N)."""
-        self.sums.index_add_(0, labels, features.float())
-        self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=torch.float32))
+        self.sums.index_add_(0, labels, features.to(self.sums.dtype))
+        self.counts.index_add_(0, labels, torch.ones_like(labels, dtype=self.counts.dtype))
 
     def bound_loss(self, features: Tensor, labels: Tensor, closest: float, farthest: float, margin: float = 0.0) -> Tensor:
         """[closest - d]_+ + [d - farthest]_+ with d = 1 - cos(angle + margin), averaged over the images whose class has a centre (scalar).

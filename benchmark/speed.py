@@ -1,0 +1,286 @@
+"""How fast each method trains here, next to yardsticks measured in the same run: the textbook loop, a competent eager loop, and the floor.
+
+Everything is measured in turn, round after round, so that what else the machine does falls on all alike; the median round counts. Ratios within one
+file can be trusted, seconds of two files cannot be compared unless the machine was idle.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmark.cell import Bundle, Cell, EvaluationCard
+from benchmark.engine import Lockstep
+from benchmark.evaluate import Evaluation
+from benchmark.method import Method, Phase
+from benchmark.network import Teacher
+from benchmark.protocol import PROTOCOLS, Bits
+from benchmark.registry import find_method
+from benchmark.task import Task
+from benchmark.teachers import TeacherCard
+
+WIDTHS = ("w5a5", "w4a4", "w3a3", "w2a2")
+MATRIX = 2048  # side of the matrices that the device's rate is measured with
+COPIED = 64 * 2**20  # floats copied to measure its bandwidth
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender. Seconds are those of one step of one bit width: a lockstep's time is divided by its widths.
+
+    against: textbook seconds / these; floor: the least seconds that arithmetic and bytes of this step could take; spread: slowest round / fastest.
+    """
+
+    method: str
+    phase: str
+    contender: str
+    precision: str
+    widths: int
+    seconds: float
+    spread: float
+    against: float | None
+    floor: float | None
+
+
+@dataclass
+class Contender:
+    name: str
+    precision: str
+    widths: int
+    steps: int  # in one go
+    run: Callable[[], None]
+    rounds: list[float]
+    floor: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.rounds)
+
+
+class _Bytes(TorchDispatchMode):
+    """Counts what convolutions and matrix products must at least read and write."""
+
+    NAMES = ("convolution", "addmm", "mm", "bmm", "scaled_dot_product")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if any(name in function.name() for name in self.NAMES):
+            given = [v for v in args if isinstance(v, Tensor)]
+            made = [v for v in (result if isinstance(result, tuple | list) else [result]) if isinstance(v, Tensor)]
+            self.total += sum(v.numel() * v.element_size() for v in given + made)
+        return result
+
+
+@dataclass(frozen=True)
+class Device:
+    """Measured: floating-point operations per second of a large matrix product, and bytes per second of a large copy (read and written)."""
+
+    flops: dict[str, float]
+    bandwidth: float
+
+    def floor(self, flops: float, moved: float, precision: str) -> float:
+        """Seconds below which no step with this arithmetic and these bytes can stay."""
+        return max(flops / self.flops[precision], moved / self.bandwidth)
+
+
+def measured_device(device: torch.device) -> Device:
+    """About a second."""
+    rates = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
+        rates[precision] = 2 * MATRIX**3 / _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+    source = torch.ones(COPIED, device=device)
+    target = torch.empty_like(source)
+    return Device(rates, 2 * 4 * COPIED / _best(lambda: target.copy_(source), device))
+
+
+def _best(call: Callable[[], Any], device: torch.device, times: int = 5) -> float:
+    call()
+    return min(_timed(call, device) for _ in range(times))
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Stand:
+    """A network, a task and settings on which contenders are set up.
+
+    settings: what every method gets where it has such a setting.
+    """
+
+    def __init__(self, network: nn.Module, task: Task, batch_size: int, device: torch.device):
+        self.network, self.task, self.batch_size, self.device = network, task, batch_size, device
+        self.settings: dict[str, Any] = {
+            "batch_size": batch_size,
+            "synthesis_batch": batch_size,
+            "images": batch_size,
+            "iterations": 1,
+            "epochs": 2,
+            "warmup_epochs": 1,
+        }
+        self.settings |= {"calibration_epochs": 1, "confidence": 0.0}
+
+    def config(self, method: type[Method], phase: str) -> Any:
+        """The phases before the measured one take a step each; while the making of images is measured, none is finished."""
+        making = 10**9 if phase == "images" else 1
+        wanted = self.settings | {"synthesis_iterations": making}
+        return method.Config(**{name: value for name, value in wanted.items() if name in method.Config.model_fields})
+
+    def lockstep(self, method: type[Method], phase: str, widths: tuple[str, ...], precision: str) -> tuple[Lockstep, Phase]:
+        """A lockstep that stands before a step of its phase: one that makes images, or one that trains students. None of its steps is evaluated."""
+        protocol = PROTOCOLS["lineage"].for_method(method.info.name, method.ranges, method.batch_norm)
+        card = TeacherCard("speed", "speed", "none", "0" * 64, None, self.task, 0)
+        cells = tuple(
+            Cell(
+                method=method.info.name,
+                method_version=method.version,
+                config=self.config(method, phase).model_dump(mode="json"),
+                teacher=card,
+                evaluation=EvaluationCard("none", "0" * 64, self.task.classes, 1),
+                protocol=protocol,
+                bits=Bits.parse(width),
+                seed=0,
+                precision=precision,  # type: ignore[arg-type]
+                shares_synthesis=method.info.shares_synthesis,
+            )
+            for width in widths
+        )
+        lockstep = Lockstep(
+            Bundle(cells), Teacher(self.network, self.task), self.device, lambda student: Evaluation(np.array([True]), 0.0, None, 0.0)
+        )
+        for planned in lockstep.phases:
+            if (planned.step is not None and phase == "images") or (planned.distill and phase == "train"):
+                lockstep.begin_epoch(planned, calibrating=planned.calibration_epochs > 0)
+                return lockstep, planned
+            lockstep.begin_epoch(planned, calibrating=planned.calibration_epochs > 0)
+            for _ in range(lockstep.iterations_of(planned)):
+                lockstep.step(planned, calibrating=planned.calibration_epochs > 0)
+        raise ValueError(f"{method.info.name} has no phase that makes images or trains: nothing to measure")
+
+
+def phases_of(method: type[Method], stand: Stand) -> list[str]:
+    """`images`, where a method optimises images before students train; `train`, where students do."""
+    planned = method(Teacher(stand.network, stand.task), stand.config(method, "train"), 0)
+    torch.manual_seed(0)
+    planned.setup()
+    found = planned.phases()
+    return ["images"] * any(p.step is not None for p in found) + ["train"] * any(p.distill for p in found)
+
+
+def contenders(name: str, phase: str, stand: Stand, textbook: type[Any] | None, precisions: list[str], widths: tuple[str, ...]) -> list[Contender]:
+    """This engine with one bit width and, where synthesis is shared, with several; and the loops to compare with."""
+    method, found = find_method(name), []
+    steps = int(getattr(stand.config(method, phase), "student_steps", 1))  # a whole turn, where students and generator take turns
+    several = [widths] if method.info.shares_synthesis and phase == "train" else []
+    for precision in precisions:
+        for chosen in [("w4a4",), *several]:
+            lockstep, planned = stand.lockstep(method, phase, chosen, precision)
+
+            def run(lockstep: Lockstep = lockstep, planned: Phase = planned) -> None:
+                for _ in range(steps):
+                    lockstep.step(planned, calibrating=planned.calibration_epochs > 0)
+
+            found.append(Contender("engine", precision, len(chosen), steps, run, []))
+    if textbook is None:
+        return found
+    for label in ("competent", "textbook"):
+        loop = textbook(stand.network, stand.task, 4, 0, stand.config(method, phase), stand.device)
+        if label == "competent":
+            loop.become_competent()
+        if phase == "train":
+            if "images" in phases_of(method, stand):
+                loop.step(False, False)
+            loop.step(True, False)
+
+        def plain(loop: Any = loop, distilling: bool = phase == "train") -> None:
+            for _ in range(steps):
+                loop.step(False, distilling)
+
+        found.append(Contender(label, "fp32", 1, steps, plain, []))
+    return found
+
+
+def floor_of(contender: Contender, device: Device) -> float:
+    """Seconds per step and bit width, from the operations that one step of it does."""
+    with FlopCounterMode(display=False) as flops, _Bytes() as moved:
+        contender.run()
+    return device.floor(flops.get_total_flops(), moved.total, contender.precision) / contender.steps / contender.widths
+
+
+def measure(
+    names: list[str],
+    textbooks: Mapping[str, type[Any]],
+    stand: Stand,
+    precisions: list[str],
+    rounds: int,
+    seconds: float,
+    say: Progress,
+    widths: tuple[str, ...] = WIDTHS,
+) -> Iterator[Row]:
+    """Rows, method after method. Every contender runs about `seconds` in each round."""
+    device = measured_device(stand.device)
+    rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {precision}" for precision, rate in device.flops.items())
+    say(f"this device: {rates}, {device.bandwidth / 1e9:.1f} GB/s")
+    for name in names:
+        for phase in phases_of(find_method(name), stand):
+            found = contenders(name, phase, stand, textbooks.get(name), precisions, widths)
+            repeats = []
+            for contender in found:
+                contender.run()  # warm
+                once = _timed(contender.run, stand.device)
+                repeats.append(max(1, round(seconds / once)))
+                contender.floor = floor_of(contender, device) if contender.name == "engine" else None
+            for number in range(rounds):
+                say(f"{name}, {phase}: round {number + 1} of {rounds}")
+                for contender, repeat in zip(found, repeats, strict=True):
+                    taken = _timed(lambda c=contender, n=repeat: [c.run() for _ in range(n)], stand.device)  # type: ignore[misc]
+                    contender.rounds.append(taken / repeat / contender.steps / contender.widths)
+            plain = next((c.seconds for c in found if c.name == "textbook"), None)
+            for contender in found:
+                yield Row(
+                    method=name,
+                    phase=phase,
+                    contender=contender.name,
+                    precision=contender.precision,
+                    widths=contender.widths,
+                    seconds=contender.seconds,
+                    spread=max(contender.rounds) / min(contender.rounds),
+                    against=plain / contender.seconds if plain else None,
+                    floor=contender.floor,
+                )
+
+
+def file_name(provenance: dict[str, Any]) -> str:
+    """The device's name in letters that files may have, with the threads of a CPU."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", provenance["device_name"]).strip("-").lower()
+    return f"{name}-{provenance['threads']}-threads" if provenance["device"] == "cpu" else name
+
+
+def record(rows: list[Row], stand: Stand, command: str, provenance: dict[str, Any]) -> dict[str, Any]:
+    """What results/speed/<device>.json holds."""
+    return {"command": command, "batch_size": stand.batch_size, "rows": [asdict(row) for row in rows], "provenance": provenance}
