@@ -136,7 +136,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(dfqbench: Run, monkeypatch:
 class Three(Method):
     """Makes images of three channels, whatever the task."""
 
-    quick = {"epochs": 2, "iterations": 1, "batch_size": 4}
+    quick = {"epochs": 2, "iterations": 1, "batch_size": 4, "student_lr": 0.01}
 
     class Config(TrainingConfig):
         pass
