@@ -9,8 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pydantic import Field as Field
-
+    from benchmark.errors import UserError as UserError
+    from benchmark.hosting import HostingConfig as HostingConfig
+    from benchmark.hosting import HostingMethod as HostingMethod
     from benchmark.method import Batch as Batch
     from benchmark.method import Method as Method
     from benchmark.method import MethodConfig as MethodConfig
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
     from benchmark.network import Observation as Observation
     from benchmark.network import Teacher as Teacher
     from benchmark.registry import register as register
+    from benchmark.settings import Field as Field
     from benchmark.student import Student as Student
     from benchmark.task import Task as Task
 
 _HOME = {
     "Batch": "benchmark.method",
-    "Field": "pydantic",
+    "Field": "benchmark.settings",
     "Method": "benchmark.method",
+    "HostingConfig": "benchmark.hosting",
+    "HostingMethod": "benchmark.hosting",
     "MethodConfig": "benchmark.method",
     "Observation": "benchmark.network",
     "Phase": "benchmark.method",
@@ -33,6 +37,7 @@ _HOME = {
     "Task": "benchmark.task",
     "Teacher": "benchmark.network",
     "TrainingConfig": "benchmark.method",
+    "UserError": "benchmark.errors",
     "register": "benchmark.registry",
 }
 __all__ = sorted(_HOME)

@@ -41,8 +41,8 @@ class EvaluationCard:
 class Cell:
     """Method and its complete settings, teacher, evaluation set, protocol, bits, seed and precision.
 
-    config holds every setting with its value; `changed` those that differ from the method's defaults (for labels only). `plugin` is provenance
-    of the method's code; only its declared `version` takes part in the identity.
+    config holds every setting with its value; `changed` those that differ from the method's defaults (for labels only). `plugin` and `source`
+    (package, version, file, sha256) are provenance of the method's code; only its declared `version` takes part in the identity.
     """
 
     method: str
@@ -58,6 +58,7 @@ class Cell:
     changed: dict[str, Any] = field(default_factory=dict)
     fidelity: str = ""
     plugin: str = ""
+    source: dict[str, str] = field(default_factory=dict)
 
     def identity(self) -> dict[str, Any]:
         """Everything that can change the number."""
@@ -116,6 +117,7 @@ class Cell:
             "changed": self.changed,
             "fidelity": self.fidelity,
             "plugin": self.plugin,
+            "source": self.source,
             "teacher": {**self.teacher.as_dict(), "weights": PurePath(self.teacher.weights).name},
             "evaluation": {"name": self.evaluation.name, "classes": self.evaluation.classes, "images": self.evaluation.images},
             "protocol": self.protocol.name,

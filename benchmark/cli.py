@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from benchmark import cli_results
+from benchmark import cli_lists, cli_methods, cli_results
+from benchmark.cli_methods import Plugins
 from benchmark.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,12 +26,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-methods_app = typer.Typer(help="List the methods, or show one with its settings.", invoke_without_command=True)
-app.add_typer(methods_app, name="methods")
+app.add_typer(cli_methods.app, name="methods")
 
 Config = Annotated[str, typer.Argument(help="A sweep: a YAML file, or the name of a shipped one (quickstart, cifar10, ...).")]
 Results = Annotated[Path, typer.Option("--results", envvar="DFQBENCH_RESULTS", help="The results folder.")]
-Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A Python file that registers more methods; may be given again.")]
 DEFAULT_RESULTS = Path("results")
 
 
@@ -178,52 +177,6 @@ app.command()(cli_results.merge)
 app.add_typer(cli_results.wandb_app, name="wandb")
 
 
-@methods_app.callback()
-def methods(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        list_methods("*")
-
-
-@methods_app.command("list")
-def list_methods(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'z*'.")] = "*") -> None:
-    """List methods: paper, what the implementation follows, whether bit widths share synthesis, where it comes from."""
-    from rich.table import Table
-
-    from benchmark import registry
-
-    shown = Table(box=None, pad_edge=False)
-    for heading in ("method", "paper", "follows", "lockstep", "from", ""):
-        shown.add_column(heading, no_wrap=heading != "")
-    for method in registry.list_methods(pattern):
-        info = method.info
-        shown.add_row(info.name, info.paper, info.fidelity, "yes" if info.shares_synthesis else "no", info.origin, info.summary)
-    _console().print(shown)
-    for plugin, why in registry.broken.items():
-        print(f"broken plug-in {plugin}: {why}", file=sys.stderr)
-
-
-@methods_app.command("show")
-def show_method(name: str) -> None:
-    """Show one method: what it is, and every setting with its default."""
-    from rich.table import Table
-
-    from benchmark.registry import find_method
-
-    method = find_method(name)
-    console = _console()
-    console.print(
-        f"{method.info.name}: {method.info.summary}\n{method.info.paper}, follows the {method.info.fidelity}, {method.info.origin}", highlight=False
-    )
-    shown = Table(box=None, pad_edge=False)
-    for heading in ("setting", "default", "meaning"):
-        shown.add_column(heading)
-    for setting, field in method.Config.model_fields.items():
-        shown.add_row(setting, str(field.default), field.description or "")
-    console.print(shown)
-    for preset, values in method.Config.presets.items():
-        console.print(f"preset {preset}: " + ", ".join(f"{k}={v}" for k, v in values.items()), highlight=False)
-
-
 @app.command()
 def speed(
     methods: Annotated[str, typer.Option(help="Names with commas between.")] = "gdfq,acq,zaq,lrq,gznq",
@@ -322,7 +275,7 @@ def pretrain(
 
 @app.command()
 def models(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'pytorchcv:resnet*_cifar10'.")] = "*") -> None:
-    """List the networks that can be teachers."""
+    """List the networks that can be teachers; `my_nets.py:*` and `my_package.nets:*` list a file's and a module's factories."""
     from benchmark.errors import nearest
     from benchmark.teachers import list_models
 
@@ -330,6 +283,10 @@ def models(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'pytorc
     if not found:
         raise UserError(f"no network matches {pattern!r}: {nearest(pattern, list_models())}")
     print("\n".join(found))
+
+
+app.command()(cli_lists.sets)
+app.command()(cli_lists.protocols)
 
 
 def _console(stderr: bool = False) -> Console:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from benchmark.cli_methods import Plugins
 from benchmark.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from benchmark.tables import Rule
 
 Results = Annotated[Path, typer.Option("--results", envvar="DFQBENCH_RESULTS", help="The results folder.")]
-Plugins = Annotated[list[str] | None, typer.Option("--plugin", help="A Python file that registers more methods; may be given again.")]
 OnlyConfig = Annotated[str | None, typer.Argument(help="Only this sweep's cells; default: all of the store.")]
 RuleOption = Annotated[str, typer.Option("--rule", help="last, or best-on-test (chosen on the test labels).")]
 DEFAULT_RESULTS = Path("results")

@@ -15,40 +15,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from benchmark.image_set import ImageSet
 from benchmark.protocol import BatchNormMode, RangeEstimatorName
+from benchmark.settings import Field
 from benchmark.task import Task
 
 if TYPE_CHECKING:
     from benchmark.network import Teacher
-    from benchmark.registry import MethodInfo
+    from benchmark.registry import MethodInfo, Needs
     from benchmark.student import Student
 
 
 class MethodConfig(BaseModel):
     """Settings of a method. Unknown keys are errors; every field takes part in a cell's identity.
 
-    `presets` names sets of other defaults: `presets = {"imagenet": dict(batch_size=16)}`.
+    `presets` names sets of other defaults: `presets = {"imagenet": dict(batch_size=16)}`. `source` says where the defaults come from, unless a
+    field's own `source` does.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ignored_types=(dict,), validate_default=True)
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    source: ClassVar[str] = "not given"
 
 
 class TrainingConfig(MethodConfig):
     """What every method that trains a student can be told. The defaults are the lineage's (spec section 1.4, CIFAR)."""
 
-    epochs: int = Field(400, ge=0, description="epochs in all, warm-up included")
-    iterations: int = Field(200, ge=1, description="steps per epoch")
-    batch_size: int = Field(200, ge=2, description="synthetic images per step")
+    source = "GDFQ's code, CIFAR"
+
+    epochs: int = Field(400, ge=0, unit="epochs", description="training in all, warm-up included")
+    iterations: int = Field(200, ge=1, unit="steps", description="steps per epoch")
+    batch_size: int = Field(200, ge=2, unit="images", description="synthetic images per step")
     student_lr: float = Field(1e-4, gt=0, description="learning rate of the student's SGD (Nesterov)")
-    student_momentum: float = Field(0.9, ge=0, lt=1)
-    student_weight_decay: float = Field(1e-4, ge=0)
-    milestones: list[int] = Field([100, 200, 300], description="epochs from which on learning rates are multiplied by lr_decay; never rescaled")
-    lr_decay: float = Field(0.1, gt=0, le=1)
+    student_momentum: float = Field(0.9, ge=0, lt=1, description="momentum of the student's SGD")
+    student_weight_decay: float = Field(1e-4, ge=0, description="weight decay of the student's SGD")
+    milestones: list[int] = Field(
+        [100, 200, 300], unit="epochs", description="epochs from which on learning rates are multiplied by lr_decay; never rescaled"
+    )
+    lr_decay: float = Field(0.1, gt=0, le=1, description="what learning rates are multiplied by at each milestone")
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,7 @@ class Method:
     A method without training overrides only `finish(student)`.
 
     Everything assigned to `self` in `setup` or later is checkpointed: modules, optimizers and whatever else has a
-    `state_dict`, tensors, random streams, numbers, strings, and lists, tuples and dicts of these. A module or optimizer must
+    `state_dict`, tensors, random streams, numbers, strings, other methods, and lists, tuples and dicts of these. A module or optimizer must
     exist after `setup`, so that its state can be loaded into it.
     """
 
@@ -109,7 +116,9 @@ class Method:
     ranges: ClassVar[RangeEstimatorName | None] = None  # None: the protocol's choice
     batch_norm: ClassVar[BatchNormMode | None] = None  # None: the protocol's choice
     uses_seed: ClassVar[bool] = True  # False: nothing is random, one cell serves all seeds
+    needs: ClassVar[set[Needs]] = set()  # beside the teacher's logits: "statistics" (BN), "features" (of stages), "labels"
     quick: ClassVar[dict[str, Any]] = {}  # settings with which the conformance checks take seconds, beside a small budget
+    expected_failures: ClassVar[dict[str, str]] = {}  # conformance checks that cannot hold, each with the reason
     info: ClassVar[MethodInfo]  # set by `register`
 
     config: Any
@@ -265,6 +274,8 @@ _GIVEN = {"teacher", "task", "config", "seed", "device", "_streams", "_schedules
 
 
 def _save(value: Any, name: str) -> Any:
+    if isinstance(value, Method):
+        return {"method": state_of(value)}
     if hasattr(value, "state_dict"):
         return {"state_dict": value.state_dict()}
     if isinstance(value, torch.Generator):
@@ -285,6 +296,9 @@ def _save(value: Any, name: str) -> Any:
 
 def _load(saved: dict[str, Any], current: Any, name: str) -> Any:
     ((kind, content),) = saved.items()
+    if kind == "method":
+        restore_state(current, content)
+        return current
     if kind in ("state_dict", "generator"):
         if current is None:
             raise TypeError(f"{name} was made after setup(), so it cannot be restored: make it in setup()")
@@ -314,7 +328,9 @@ def learning_rate(initial: float, milestones: Sequence[int], decay: float, epoch
 
 
 def modules_of(method: Method) -> Iterator[nn.Module]:
-    """The modules that a method made for itself."""
+    """The modules that a method, and the methods inside it, made for themselves."""
     for name, value in vars(method).items():
-        if name not in _GIVEN:
+        if isinstance(value, Method):
+            yield from modules_of(value)
+        elif name not in _GIVEN:
             yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, nn.Module))

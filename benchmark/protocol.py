@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from benchmark.errors import UserError, UserErrors, nearest
@@ -51,9 +53,11 @@ class Protocol(BaseModel):
     last_bits: int | None = Field(
         default=None, ge=2, le=8, description="weight (and, with layer-inputs, input) bits of the last layer; null: as all others"
     )
-    weight_granularity: Literal["per-channel", "per-tensor"] = "per-channel"
+    weight_granularity: Literal["per-channel", "per-tensor"] = Field(
+        default="per-channel", description="one grid for each output channel of a weight, or one for all of it"
+    )
     weight_symmetric: bool = Field(default=False, description="weights on -(2^(k-1)-1)..2^(k-1)-1 with zero point 0")
-    activation_symmetric: bool = False
+    activation_symmetric: bool = Field(default=False, description="activations on a grid around zero, as symmetric weights are")
     zero_in_range: bool = Field(default=False, description="activation ranges are widened to contain zero, so that padding is exact")
     gradient: Literal["identity", "clipped"] = Field(
         default="identity", description="straight-through gradient: identity everywhere, or zero where a value was clipped to the range"
@@ -98,11 +102,16 @@ PROTOCOLS = {
 
 
 def find_protocol(given: str | dict[str, Any]) -> Protocol:
-    """A built-in protocol by name, or a mapping that starts from one: `{base: lineage, first_bits: 8}`."""
+    """A built-in protocol by name, a YAML file with a mapping, or a mapping: it starts from a protocol, `{base: lineage, first_bits: 8}`.
+
+    Raises UserErrors with all that is wrong.
+    """
     if isinstance(given, str):
-        if given not in PROTOCOLS:
-            raise UserError(f"unknown protocol {given!r}: {nearest(given, PROTOCOLS)}")
-        return PROTOCOLS[given]
+        if given in PROTOCOLS:
+            return PROTOCOLS[given]
+        if Path(given).suffix in (".yaml", ".yml"):
+            return _from_file(Path(given).expanduser())
+        raise UserError(f"unknown protocol {given!r}: {nearest(given, PROTOCOLS)}; a file is written path/to/protocol.yaml")
     if not isinstance(given, dict):
         raise UserError(f"a protocol is a name or a mapping, not {given!r}: {nearest('', PROTOCOLS)}")
     changes = dict(given)
@@ -117,4 +126,28 @@ def find_protocol(given: str | dict[str, Any]) -> Protocol:
         problems += [f"protocol.{e['loc'][0]}: {e['input']!r}: {e['msg']}" for e in error.errors()]
     if problems:
         raise UserErrors(problems)
+    return protocol
+
+
+def _from_file(path: Path) -> Protocol:
+    """A file's protocol; it is called as the file is, unless it has a `name`."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"protocol {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"protocol {path}: {f'line {mark.line + 1}: ' if mark else ''}not valid YAML") from None
+    if not isinstance(content, dict):
+        raise UserError(f"protocol {path}: a mapping is expected, like 'base: lineage' and 'first_bits: 8', a line each")
+    if Path(str(content.get("base", ""))).suffix in (".yaml", ".yml"):
+        raise UserError(f"protocol {path}: base {content['base']!r}: {nearest(content['base'], PROTOCOLS)}")
+    try:
+        protocol = find_protocol({"name": path.stem, **content})
+    except UserErrors as errors:
+        raise UserErrors(f"{path}: {message}" for message in errors.messages) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    if protocol != PROTOCOLS.get(protocol.name, protocol):  # a table must not take one for the other
+        raise UserError(f"{path}: a built-in protocol with other rules is called {protocol.name!r}: give this one another `name`")
     return protocol

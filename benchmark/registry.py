@@ -4,31 +4,39 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 import pkgutil
-import sys
-import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
+from benchmark import plugins
 from benchmark.errors import UserError, nearest
+from benchmark.plugins import Origin
 
 if TYPE_CHECKING:
     from benchmark.method import Method
 
 Fidelity = Literal["code", "paper", "abstract"]
+Needs = Literal["statistics", "features", "labels"]
 ENTRY_POINTS = "dfqbench.methods"
+NEEDS: dict[Needs, str] = {
+    "statistics": "BN statistics: a teacher without BN layers will not do",
+    "features": "stage features (attention, relations, class centres)",
+    "labels": "class labels to make images from",
+}
+M = TypeVar("M", bound="type[Method]")
 
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What is known about a method beside its code. `origin` says where it came from: a package and version, or a file."""
+    """What is known about a method beside its code. `origin` says where it came from: built in, a package and version, or a file.
+
+    `source` says it in parts; `source_sha256` is of the file, or of all Python files of an installed package.
+    """
 
     name: str
     paper: str
@@ -37,13 +45,16 @@ class MethodInfo:
     origin: str
     source_sha256: str
     summary: str
+    needs: tuple[Needs, ...]
+    source: Origin
 
 
-_methods: dict[str, type[Method]] = {}
-broken: dict[str, str] = {}  # plug-in -> last line of its traceback; reported, never fatal to the others
+_methods: dict[str, type[Method]] = plugins.table()
+_clashes: dict[str, str] = {}  # a name that two places claim -> what is said about it
+broken = plugins.broken
 
 
-def register(name: str, *, paper: str, fidelity: Fidelity, shares_synthesis: bool = False) -> Callable[[type[Method]], type[Method]]:
+def register(name: str, *, paper: str, fidelity: Fidelity, shares_synthesis: bool = False) -> Callable[[M], M]:
     """Class decorator that makes a method known by `name`.
 
     paper: where it is published ("arXiv:2003.03603"). fidelity: what the implementation follows: the authors' `code`, the `paper`, or only an
@@ -54,19 +65,25 @@ def register(name: str, *, paper: str, fidelity: Fidelity, shares_synthesis: boo
     if fidelity not in ("code", "paper", "abstract"):
         raise UserError(f"method {name}: fidelity {fidelity!r} is none of code, paper, abstract")
 
-    def add(cls: type[Method]) -> type[Method]:
-        source = Path(inspect.getfile(cls))
-        known = _methods.get(name)
-        if known is not None and Path(inspect.getfile(known)).resolve() != source.resolve():
-            raise UserError(f"two methods are called {name!r}: {inspect.getfile(known)} and {source}")
+    def add(cls: M) -> M:
+        unknown = sorted(set(cls.needs) - set(NEEDS))
+        if unknown:
+            raise UserError(f"method {name}: needs {unknown[0]!r}: {nearest(unknown[0], NEEDS)}")
+        file, known = Path(inspect.getfile(cls)), _methods.get(name)
+        if known is not None and (where := _two_places(known, cls)):
+            _clashes[name] = f"two methods are called {name!r}: {where}"
+            raise UserError(_clashes[name])
+        source = plugins.origin(cls, file)
         cls.info = MethodInfo(
             name=name,
             paper=paper,
             fidelity=fidelity,
             shares_synthesis=shares_synthesis,
-            origin=_origin(cls, source),
-            source_sha256=hashlib.sha256(source.read_bytes()).hexdigest(),
+            origin=str(source),
+            source_sha256=source.sha256,
             summary=(inspect.getdoc(cls) or "").split("\n")[0],
+            needs=tuple(need for need in NEEDS if need in cls.needs),
+            source=source,
         )
         _methods[name] = cls
         return cls
@@ -74,60 +91,38 @@ def register(name: str, *, paper: str, fidelity: Fidelity, shares_synthesis: boo
     return add
 
 
-def _origin(cls: type, source: Path) -> str:
-    package = cls.__module__.split(".")[0]
-    if package == "methods":
-        return "built in"
-    if package.startswith("dfqbench_plugin_"):
-        return source.name
-    for distribution in importlib.metadata.packages_distributions().get(package, []):
-        return f"{distribution} {importlib.metadata.version(distribution)}"
-    return source.name
-
-
-def load_plugin(path: str | Path) -> None:
-    """Runs a plug-in file, so that what it registers is known. Raises UserError where it is missing or fails."""
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise UserError(f"plug-in {path}: no such file")
-    name = f"dfqbench_plugin_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, file)
-    if spec is None or spec.loader is None:
-        raise UserError(f"plug-in {path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"plug-in {path}: {_last_line(error)}") from error
-
-
-def _last_line(error: BaseException) -> str:
-    return traceback.format_exception_only(error)[-1].strip()
+def _two_places(one: type, other: type) -> str:
+    """Where two classes stand; "" where the other is the one, defined again."""
+    first, second = (Path(inspect.getfile(cls)) for cls in (one, other))
+    if first.resolve() != second.resolve():
+        return f"{first} and {second}"
+    return f"{one.__qualname__} and {other.__qualname__} in {first}" if one.__qualname__ != other.__qualname__ else ""
 
 
 @functools.cache
-def _discover() -> None:
-    """Imports the built-in methods and the installed plug-ins, once."""
+def discover() -> None:
+    """Imports the built-in methods and the installed plug-ins, once. What is broken is noted in `broken` and leaves nothing behind."""
     import methods
 
     for module in pkgutil.iter_modules(methods.__path__, "methods."):
         if not module.ispkg:
-            _import(module.name, functools.partial(importlib.import_module, module.name))
-    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        _import(f"{entry.name} ({entry.value})", entry.load)
+            plugins.guarded(module.name, functools.partial(importlib.import_module, module.name))
+    plugins.load_entry_points(ENTRY_POINTS)
 
 
-def _import(name: str, load: Callable[[], object]) -> None:
+def load_plugin(path: str | Path) -> None:
+    """Runs a plug-in file, so that the methods and evaluation sets that it registers are known. Raises UserError where it is missing or fails.
+
+    A name that is taken by a built-in method or an installed package is such a failure, whichever was asked for first.
+    """
+    discover()
+    clashes = dict(_clashes)
     try:
-        load()
-    except Exception as error:
-        broken[name] = _last_line(error)
+        plugins.run_file(path)
+    except UserError:
+        _clashes.clear()  # whoever asked for this file is told now; the method that had the name is still there
+        _clashes.update(clashes)
+        raise
 
 
 def built_in_names() -> list[str]:
@@ -138,8 +133,10 @@ def built_in_names() -> list[str]:
 
 
 def find_method(name: str) -> type[Method]:
-    """The method of that name. Raises UserError with the nearest known name."""
-    _discover()
+    """The method of that name. Raises UserError with the nearest known name, or with both places where two claim it."""
+    discover()
+    if name in _clashes:
+        raise UserError(f"{_clashes[name]}: rename one of them")
     if name not in _methods:
         hint = "".join(f"; broken plug-in {plugin}: {why}" for plugin, why in broken.items())
         raise UserError(f"unknown method {name!r}: {nearest(name, _methods)}{hint}")
@@ -148,5 +145,5 @@ def find_method(name: str) -> type[Method]:
 
 def list_methods(pattern: str = "*") -> Iterable[type[Method]]:
     """All methods whose names match the wildcard, sorted by name."""
-    _discover()
+    discover()
     return [_methods[name] for name in sorted(_methods) if fnmatch.fnmatchcase(name, pattern)]

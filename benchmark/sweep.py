@@ -69,7 +69,7 @@ class Sweep(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluate_every: int | None = Field(None, ge=1, description="epochs between evaluations; null: only at the end")
     selection: Selection | None = Field(None, description="for `dfqbench select`; no part of any cell")
-    plugins: list[str] = Field([], description="Python files that register more methods")
+    plugins: list[str] = Field([], description="Python files that register more methods or evaluation sets")
     tracking: Tracking | None = Field(
         None, description="W&B: wandb, or {wandb: online or offline, project: ..., entity: ...}; never changes a result"
     )
@@ -272,6 +272,7 @@ def _span(sweep: Sweep, parts: _Parts) -> list[Cell]:
             changed=changed,
             fidelity=method.info.fidelity,
             plugin=f"{method.info.origin} {method.info.source_sha256[:12]}",
+            source=method.info.source.as_dict(),
         )
         for teacher, (method, config, changed), seed, width in itertools.product(parts.teachers, parts.variants, sweep.seeds, parts.bits)
     ]

@@ -7,140 +7,46 @@ Everything runs on a small random network and random images; nothing is download
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from unittest.mock import patch
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from benchmark.cell import Bundle, Cell, EvaluationCard
 from benchmark.checkpoint import load_checkpoint, save_checkpoint
-from benchmark.data import Images
-from benchmark.engine import Interrupted, Lockstep
-from benchmark.evaluate import evaluate, state_hash
+from benchmark.engine import Interrupted
+from benchmark.errors import nearest
+from benchmark.evaluate import state_hash
 from benchmark.method import Method, Phase
-from benchmark.network import Teacher
-from benchmark.protocol import PROTOCOLS, Bits
+from benchmark.network import Observation, Teacher
+from benchmark.student import Student
 from benchmark.task import Task
-from benchmark.teachers import TeacherCard
+from benchmark.trial import BUDGET as BUDGET
+from benchmark.trial import StopAfter as StopAfter
+from benchmark.trial import Trial as Trial
+from benchmark.trial import ends_of as ends_of
+from benchmark.trial import small_images as small_images
+from benchmark.trial import small_task as small_task
+from benchmark.trial import small_teacher as small_teacher
 
-BUDGET = {"epochs": 3, "iterations": 3, "batch_size": 8}
 LARGEST_PIXEL = 50.0  # in standard deviations: beyond it an image is no normalised image any more
-
-
-class SmallNetwork(nn.Module):
-    """Two residual stages with BN and ReLU, for any task."""
-
-    def __init__(self, task: Task):
-        super().__init__()
-        self.stem, self.norm0 = nn.Conv2d(task.channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.conv1, self.norm1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.down, self.norm2 = nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.conv3, self.norm3 = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
-        self.relu, self.pool, self.head = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Linear(16, task.classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.norm0(self.stem(x)))
-        x = self.relu(self.norm1(self.conv1(x)) + x)
-        x = self.relu(self.norm2(self.down(x)))
-        x = self.relu(self.norm3(self.conv3(x)) + x)
-        logits: Tensor = self.head(self.pool(x).flatten(1))
-        return logits
-
-
-def small_task(channels: int = 3, classes: int = 10, size: int = 32) -> Task:
-    return Task(classes, channels, size, (0.5,) * channels, (0.25,) * channels)
-
-
-def small_teacher(task: Task) -> Teacher:
-    """A `SmallNetwork` whose weights and BN statistics are always the same."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        network = SmallNetwork(task)
-        for norm in (m for m in network.modules() if isinstance(m, nn.BatchNorm2d)):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.2)
-            assert norm.running_var is not None
-            nn.init.uniform_(norm.running_var, 0.5, 1.5)
-    return Teacher(network, task)
-
-
-def small_images(task: Task, poisoned: bool = False) -> Images:
-    """32 random test images; the poisoned ones are other noise with other labels."""
-    random = np.random.default_rng(1 + poisoned)
-    shape = (task.size, task.size, task.channels)
-    pixels, labels = random.integers(0, 256, (32, *shape), dtype=np.uint8), random.integers(0, task.classes, 32)
-    return Images(lambda index: pixels[index], labels.astype(np.int64), shape, task.classes, in_memory=True)
-
-
-class StopAfter:
-    """A watcher that interrupts after so many steps, or never."""
-
-    def __init__(self, stop_after: int | None = None):
-        self.stop_after = stop_after
-
-    def step(self, lockstep: Lockstep, phase: Phase) -> None:
-        if lockstep.steps_done == self.stop_after:
-            raise Interrupted
-
-    def epoch(self, lockstep: Lockstep, phase: Phase) -> None:
-        """Nothing to do."""
-
-
-class Trial:
-    """Runs one method with quick settings. `settings` come on top of the method's own `quick` ones."""
-
-    def __init__(self, method: type[Method], settings: dict[str, Any] | None = None):
-        self.method, self.settings = method, settings or {}
-        fields = method.Config.model_fields
-        small = {k: v for k, v in BUDGET.items() if k in fields}
-        self.config = method.Config(**{**small, **method.quick, **self.settings})
-
-    def start(self, bits: Iterable[str] = ("w4a4",), seed: int = 0, task: Task | None = None, poisoned: bool = False) -> Lockstep:
-        """A lockstep before its first step, evaluated after every epoch."""
-        task = task or small_task()
-        protocol = PROTOCOLS["lineage"].for_method(self.method.info.name, self.method.ranges, self.method.batch_norm)
-        card = TeacherCard("small", "small", "none", "0" * 64, None, task, 0)
-        cells = tuple(
-            Cell(
-                method=self.method.info.name,
-                method_version=self.method.version,
-                config=self.config.model_dump(mode="json"),
-                teacher=card,
-                evaluation=EvaluationCard("noise", "0" * 64, task.classes, 32),
-                protocol=protocol,
-                bits=Bits.parse(width),
-                seed=seed,
-                precision="fp32",
-                shares_synthesis=self.method.info.shares_synthesis,
-            )
-            for width in bits
-        )
-        images = small_images(task, poisoned)
-        return Lockstep(Bundle(cells), small_teacher(task), torch.device("cpu"), lambda s: evaluate(s, images, task), evaluate_every=1)
-
-    def end(self, **options: Any) -> Lockstep:
-        lockstep = self.start(**options)
-        lockstep.run(StopAfter())
-        return lockstep
-
-
-def ends_of(lockstep: Lockstep) -> dict[str, str]:
-    """The hash of each student's weights and ranges, by its bits."""
-    return {trainee.name: state_hash(trainee.student) for trainee in lockstep.trainees}
-
 
 # --- the checks: each takes a Trial and raises AssertionError with what to mend ---------------------------------------
 
 
 def defaults_are_valid(trial: Trial) -> None:
-    """The settings have defaults, and the plan is made of phases."""
+    """The settings have defaults, and the plan is made of phases.
+
+    Mend: give every setting a default that its own rules allow; return a list of Phase from phases().
+    """
     method = trial.method(small_teacher(small_task()), trial.method.Config(), seed=0)
     torch.manual_seed(0)
     method.setup()
@@ -148,7 +54,10 @@ def defaults_are_valid(trial: Trial) -> None:
 
 
 def unknown_settings_fail(trial: Trial) -> None:
-    """A misspelt setting is an error."""
+    """A misspelt setting is an error.
+
+    Mend: derive Config from MethodConfig or TrainingConfig, without model_config of its own.
+    """
     try:
         trial.method.Config(no_such_setting=1)  # type: ignore[call-arg]
     except ValidationError:
@@ -157,7 +66,11 @@ def unknown_settings_fail(trial: Trial) -> None:
 
 
 def students_end_evaluated_with_finite_weights(trial: Trial) -> None:
-    """Every quantizer has a range, weights are finite, and what trains has moved."""
+    """Every quantizer has a range, weights are finite, and what trains has moved.
+
+    Mend: a phase with calibration_epochs, or finish(), must give every quantizer a range; distill() must return a loss in
+    which every weight takes part; try a smaller learning rate where weights explode.
+    """
     lockstep = trial.start()
     student = lockstep.trainees[0].student
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
@@ -172,7 +85,10 @@ def students_end_evaluated_with_finite_weights(trial: Trial) -> None:
 
 
 def the_teacher_is_untouched(trial: Trial) -> None:
-    """No parameter or buffer of the teacher moves, and none gets a gradient."""
+    """No parameter or buffer of the teacher moves, and none gets a gradient.
+
+    Mend: never call train(), requires_grad_() or in-place functions on self.teacher; detach what you keep of its answers.
+    """
     lockstep = trial.start()
     before = state_hash(lockstep.teacher)
     lockstep.run(StopAfter())
@@ -182,7 +98,10 @@ def the_teacher_is_untouched(trial: Trial) -> None:
 
 
 def images_are_normalised_images(trial: Trial) -> None:
-    """Batches have the task's shape, are finite, not constant, and carry no autograd history."""
+    """Batches have the task's shape, are finite, not constant, and carry no autograd history.
+
+    Mend: return Batch(images.detach(), labels or None, logits.detach()) with images of shape self.task.image_shape, normalised.
+    """
     lockstep = trial.end()
     batch = lockstep.last_batch
     if batch is None:
@@ -201,7 +120,11 @@ def images_are_normalised_images(trial: Trial) -> None:
 
 
 def one_seed_repeats_and_two_differ(trial: Trial) -> None:
-    """All randomness comes from the seed, and only a method with uses_seed=False gives equal students for two."""
+    """All randomness comes from the seed, and only a method with uses_seed=False gives equal students for two.
+
+    Mend: draw from self.draw_noise, self.draw_labels or generator=self.random(NAME), not from torch's, NumPy's or Python's global
+    generators; set uses_seed = False where nothing is random.
+    """
     first, again, other = (trial.end(seed=seed) for seed in (0, 0, 1))
     assert ends_of(first) == ends_of(again), "the same seed gave other students: draw random numbers with generator=self.random(...)"
     if not trial.method.uses_seed:
@@ -211,7 +134,11 @@ def one_seed_repeats_and_two_differ(trial: Trial) -> None:
 
 
 def interrupted_equals_uninterrupted(trial: Trial) -> None:
-    """Stopped after any step and resumed from the file, the students end with the same bits."""
+    """Stopped after any step and resumed from the file, the students end with the same bits.
+
+    Mend: keep everything that later steps depend on in attributes of self (not in globals, closures or class attributes), and
+    make modules, optimizers and image sets in setup().
+    """
     whole = trial.end()
     for stop_after in sorted({1, whole.steps // 2, whole.steps} - {0}):
         if stop_after > whole.steps:
@@ -236,12 +163,19 @@ def interrupted_equals_uninterrupted(trial: Trial) -> None:
 
 
 def a_poisoned_evaluation_set_changes_nothing(trial: Trial) -> None:
-    """Weights and ranges are bit-identical whatever the evaluation set holds."""
+    """Weights and ranges are bit-identical whatever the evaluation set holds.
+
+    Mend: a method may look at nothing but the teacher and its own random streams.
+    """
     assert ends_of(trial.end()) == ends_of(trial.end(poisoned=True)), "the students depend on the evaluation set"
 
 
 def shared_synthesis_is_true_to_its_word(trial: Trial) -> None:
-    """With shares_synthesis, a student in lockstep has the bits that it has alone."""
+    """With shares_synthesis, a student in lockstep has the bits that it has alone.
+
+    Mend: synthesize() and what it uses must not depend on a student; draw nothing shared in distill(); or register with
+    shares_synthesis=False.
+    """
     if not trial.method.info.shares_synthesis:
         return
     assert trial.method.adversary is Method.adversary, "adversary() is never called with shares_synthesis=True"
@@ -250,7 +184,10 @@ def shared_synthesis_is_true_to_its_word(trial: Trial) -> None:
 
 
 def any_task_works(trial: Trial) -> None:
-    """1 and 3 channels, 10 and 1000 classes, 32 and 64 pixels."""
+    """1 and 3 channels, 10 and 1000 classes, 32 and 64 pixels.
+
+    Mend: take channels, classes and size from self.task, never as constants.
+    """
     fields = trial.method.Config.model_fields
     short = Trial(trial.method, trial.settings | {k: v for k, v in {"epochs": 2, "iterations": 2}.items() if k in fields})
     for channels, classes, size in ((1, 10, 32), (3, 1000, 32), (3, 10, 64)):
@@ -260,47 +197,147 @@ def any_task_works(trial: Trial) -> None:
             raise AssertionError(f"{channels} channels, {classes} classes, {size} pixels: {type(error).__name__}: {error}") from error
 
 
+class WatchedObservation(Observation):
+    """Notes what is read of it."""
+
+    USES = {"features": "features", "bn_inputs": "statistics", "batch_norms": "statistics", "statistics": "statistics"}
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in WatchedObservation.USES and "used" in object.__getattribute__(self, "__dict__"):
+            object.__getattribute__(self, "used").add(WatchedObservation.USES[name])
+        return super().__getattribute__(name)
+
+
+class WatchedTeacher(Teacher):
+    """A teacher that notes what it is asked for."""
+
+    def __init__(self, network: nn.Module, task: Task):
+        super().__init__(network, task)
+        self.used: set[str] = set()
+
+    def observe(self, images: Tensor) -> Observation:
+        plain = super().observe(images)
+        watched = WatchedObservation(plain.logits, plain.features, plain.bn_inputs, plain.batch_norms)
+        watched.__dict__["used"] = self.used
+        return watched
+
+    @contextmanager
+    def batch_statistics(self) -> Iterator[None]:
+        self.used.add("statistics")
+        with super().batch_statistics():
+            yield
+
+
+def what_it_needs_is_declared(trial: Trial) -> None:
+    """`needs` names what the method asks the teacher for beside its logits: BN statistics, stage features; and class labels.
+
+    Mend: set `needs` to the set that is told here, so that `dfqbench methods` says for which networks the method will do.
+    """
+    teacher = small_teacher(small_task(), WatchedTeacher)
+    assert isinstance(teacher, WatchedTeacher)
+    used = teacher.used
+
+    def noting(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            used.add(what)
+            return function(*given)
+
+        return call
+
+    with (
+        patch.object(Method, "draw_labels", noting("labels", Method.draw_labels)),
+        patch.object(Student, "set_ranges_from_bn", noting("statistics", Student.set_ranges_from_bn)),
+    ):
+        batch = trial.end(teacher=teacher).last_batch
+    used |= {"labels"} if batch is not None and batch.labels is not None else set()
+    undeclared = used - set(trial.method.needs)
+    wanted = ", ".join(f'"{need}"' for need in sorted(used | set(trial.method.needs)))
+    assert not undeclared, f"it uses {', '.join(sorted(undeclared))}, which is not declared: needs = {{{wanted}}}"
+
+
 CHECKS: tuple[Callable[[Trial], None], ...] = (
     defaults_are_valid,
     unknown_settings_fail,
     students_end_evaluated_with_finite_weights,
     the_teacher_is_untouched,
     images_are_normalised_images,
+    what_it_needs_is_declared,
     one_seed_repeats_and_two_differ,
     interrupted_equals_uninterrupted,
     a_poisoned_evaluation_set_changes_nothing,
     shared_synthesis_is_true_to_its_word,
     any_task_works,
 )
+NO_EXCUSE = (the_teacher_is_untouched.__name__, a_poisoned_evaluation_set_changes_nothing.__name__)  # a number would mean nothing
+Verdict = Literal["held", "failed", "expected", "outdated"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one check said: held, or why not (with the last line of a traceback where the method raised)."""
+    """What one check said: held, or why not (with the last line of a traceback where the method raised), and how to mend it.
+
+    excuse: the reason that the method's `expected_failures` gives for this check.
+    """
 
     check: str
     meaning: str
     failure: str | None
+    mend: str = ""
+    excuse: str | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """ "expected": failed as declared. "outdated": declared to fail, and holds."""
+        if self.excuse is None:
+            return "held" if self.failure is None else "failed"
+        return "outdated" if self.failure is None else "expected"
+
+    @property
+    def good(self) -> bool:
+        return self.verdict in ("held", "expected")
+
+    def __str__(self) -> str:
+        said = "declared in expected_failures, but it holds" if self.verdict == "outdated" else self.failure
+        return f"{self.check}: {said}"
+
+
+def outcomes(method: type[Method], settings: dict[str, Any] | None = None) -> Iterator[Outcome]:
+    """Runs the checks on a registered method, one after the other."""
+    names = [check.__name__ for check in CHECKS]
+    for name, reason in method.expected_failures.items():
+        wrong = {
+            f"there is no such check: {nearest(name, names)}": name not in names,
+            "this check has to hold: without it no number of the method means anything": name in NO_EXCUSE,
+            "give the reason": not reason.strip(),
+        }
+        for what in (what for what, holds in wrong.items() if holds):
+            yield Outcome("expected_failures", "What is declared to fail is a check that may.", f"{name!r}: {what}", "Change the class attribute.")
+    trial: Trial | None = None
+    for check in CHECKS:
+        failure = None
+        try:
+            trial = trial or Trial(method, settings)
+            check(trial)
+        except AssertionError as error:
+            failure = str(error) or _place(error)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error} ({_place(error)})"
+        meaning, _, mend = (inspect.getdoc(check) or "").partition("\n\nMend: ")
+        excuse = method.expected_failures.get(check.__name__) if check.__name__ not in NO_EXCUSE else None
+        yield Outcome(check.__name__, meaning, failure, " ".join(mend.split()), excuse)
+
+
+def _place(error: BaseException) -> str:
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(place.filename).name}, line {place.lineno}"
 
 
 def check_method(method: type[Method], settings: dict[str, Any] | None = None) -> list[Outcome]:
     """Runs every check on a registered method."""
-    trial = Trial(method, settings)
-    outcomes = []
-    for check in CHECKS:
-        failure = None
-        try:
-            check(trial)
-        except AssertionError as error:
-            failure = str(error)
-        except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            failure = f"{type(error).__name__}: {error} ({Path(place.filename).name}, line {place.lineno})"
-        outcomes.append(Outcome(check.__name__, (check.__doc__ or "").strip(), failure))
-    return outcomes
+    return list(outcomes(method, settings))
 
 
 def method_checks(method: type[Method], **settings: Any) -> None:
-    """Raises AssertionError with a line for every check that did not hold."""
-    failed = [f"{o.check}: {o.failure}" for o in check_method(method, settings) if o.failure is not None]
+    """Raises AssertionError with a line for every check that did not hold. What the method declares in `expected_failures` must fail."""
+    failed = [str(outcome) for outcome in check_method(method, settings) if not outcome.good]
     assert not failed, f"{method.info.name} fails {len(failed)} of {len(CHECKS)} checks:\n" + "\n".join(failed)

@@ -57,12 +57,16 @@ class PlacedGenerator(nn.Module):
 class ACQ(GDFQ):
     """Attention-corrected generative data-free quantization (arXiv 2023, Pattern Recognition 2024)."""
 
+    needs = {"statistics", "features", "labels"}
+
     class Config(GDFQ.Config):
+        source = "chosen here, without real data: only the abstracts are public"
+
         condition: bool = Field(True, description="the generator is told where the attention is to be centred")
         matching_weight: float = Field(10.0, ge=0, description="a2: attention-centre matching; needs the condition")
         adversarial_weight: float = Field(0.2, ge=0, description="a3: similarity of two images made under one condition")
         consistency_weight: float = Field(1.0, ge=0, description="a4: attention in eval against train mode")
-        center_margin: float = Field(0.3, ge=0, lt=0.5, description="conditions are uniform in [margin, 1 - margin]^2")
+        center_margin: float = Field(0.3, ge=0, lt=0.5, unit="image sides", description="conditions are uniform in [margin, 1 - margin]^2")
         center_dim: int = Field(16, ge=1, description="width of the condition's embedding")
         place: Literal["bump", "coordinates"] | None = Field(
             "bump", description="how both generator blocks see where the condition is; null: they do not"

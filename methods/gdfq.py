@@ -28,16 +28,19 @@ from methods.parts.losses import batch_norm_loss, distillation_loss
 class GDFQ(Method):
     """Generative low-bitwidth data-free quantization (Xu et al., ECCV 2020)."""
 
+    needs = {"statistics", "labels"}
     quick = {"warmup_epochs": 1, "calibration_epochs": 1}
 
     class Config(TrainingConfig):
-        warmup_epochs: int = Field(4, ge=0, description="epochs in which only the generator trains")
-        calibration_epochs: int = Field(4, ge=1, description="epochs in which activation ranges are tracked; then they are frozen")
-        latent_dim: int = Field(100, ge=1)
+        source = "the authors' code, CIFAR"
+
+        warmup_epochs: int = Field(4, ge=0, unit="epochs", description="epochs in which only the generator trains")
+        calibration_epochs: int = Field(4, ge=1, unit="epochs", description="epochs in which activation ranges are tracked; then they are frozen")
+        latent_dim: int = Field(100, ge=1, description="width of the generator's noise")
         conditioning: Literal["embedding", "batch-norm"] = Field("embedding", description="how the class enters the generator")
         bn_weight: float = Field(0.1, ge=0, description="weight of the BN-statistics loss")
         kd_weight: float = Field(1.0, ge=0, description="weight of the distillation term")
-        temperature: float = Field(20.0, gt=0)
+        temperature: float = Field(20.0, gt=0, description="of the distillation: logits are divided by it")
         generator_lr: float = Field(1e-3, gt=0, description="learning rate of the generator's Adam")
 
         presets = {"imagenet": dict(batch_size=16, warmup_epochs=50, student_lr=1e-6, conditioning="batch-norm")}

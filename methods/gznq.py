@@ -35,26 +35,29 @@ class GZNQ(Method):
     """Images reconstructed from BN statistics, for calibration or fine-tuning (He et al., CVPRW 2021)."""
 
     ranges = "mse"
+    needs = {"statistics", "features", "labels"}
     quick = {"images": 8, "synthesis_batch": 8, "synthesis_iterations": 3, "confidence": 0.0}
 
     class Config(TrainingConfig):
+        source = "chosen here: only the abstract is public"
+
         finetune: bool = Field(False, description="train the student on the images; otherwise post-training with bias correction")
-        epochs: int = Field(150, ge=0, description="epochs of fine-tuning")
+        epochs: int = Field(150, ge=0, unit="epochs", description="fine-tuning")
         batch_size: int = Field(256, ge=2)
         mode: Literal["image", "generator"] = Field("image", description="optimise pixels, or a small generator per batch")
-        images: int = Field(5120, ge=1, description="images to make; those that the teacher doubts are dropped")
-        synthesis_batch: int = Field(256, ge=2)
-        synthesis_iterations: int = Field(2000, ge=1)
+        images: int = Field(5120, ge=1, unit="images", description="images to make; those that the teacher doubts are dropped")
+        synthesis_batch: int = Field(256, ge=2, unit="images", description="images optimised together")
+        synthesis_iterations: int = Field(2000, ge=1, unit="steps", description="steps on each batch of images")
         image_lr: float = Field(0.1, gt=0, description="Adam's learning rate on pixels or latents, cosine to 0")
         image_generator_lr: float = Field(0.01, gt=0, description="Adam's learning rate on a batch's generator, x 0.95 every 100 steps")
-        bn_weight: float = Field(10.0, ge=0)
-        statistics_momentum: float = Field(0.5, ge=0, lt=1, description="share of the earlier batches in the compared statistics (chosen here)")
-        roughness_weight: float = Field(1e-4, ge=0)
+        bn_weight: float = Field(10.0, ge=0, description="weight of the BN-statistics loss")
+        statistics_momentum: float = Field(0.5, ge=0, lt=1, description="share of the earlier batches in the compared statistics")
+        roughness_weight: float = Field(1e-4, ge=0, description="weight of the squared differences of neighbouring pixels")
         size_weight: float = Field(1e-5, ge=0, description="weight of the squared pixels, summed over an image")
         similarity_weight: float = Field(0.1, ge=0, description="weight of the similarity of images of one class")
-        jitter: int = Field(4, ge=0, description="pixels by which a batch is shifted at most")
+        jitter: int = Field(4, ge=0, unit="pixels", description="by how much a batch is shifted at most")
         confidence: float = Field(0.5, ge=0, le=1, description="images whose label the teacher gives less probability are dropped")
-        temperature: float = Field(20.0, gt=0)
+        temperature: float = Field(20.0, gt=0, description="of the distillation: logits are divided by it")
 
         presets = {"imagenet": dict(batch_size=16, student_lr=1e-5, synthesis_batch=64, jitter=30)}
 

@@ -16,50 +16,31 @@ taken. Reached here: not measured yet.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from benchmark import Batch, Field, Method, Phase, Student, TrainingConfig, register
-from methods.parts.augment import crop_and_flip
-from methods.parts.centers import ClassCenters
+from benchmark import Batch, Field, Student, register
 from methods.parts.large_kernel import LongRangeGenerator
-from methods.parts.losses import batch_norm_loss, decoupled_loss
+from methods.parts.losses import decoupled_loss
+from methods.parts.stored_images import StoredImages, StoredImagesConfig
 
 
 @register("lrq", paper="arXiv:2211.06816", fidelity="code", shares_synthesis=True)
-class LRQ(Method):
+class LRQ(StoredImages):
     """Long-range zero-shot generative quantization (Luo et al., Neural Networks 2023)."""
 
-    quick = {"images": 8, "synthesis_batch": 4, "synthesis_iterations": 3, "calibration_epochs": 1}
+    class Config(StoredImagesConfig):
+        source = "the authors' code"
 
-    class Config(TrainingConfig):
-        epochs: int = Field(151, ge=0, description="epochs in all, calibration included; the making of images comes before")
-        batch_size: int = Field(256, ge=2)
-        milestones: list[int] = Field([20, 40, 60], description="epochs from which on the student's learning rate is multiplied by lr_decay")
-        images: int = Field(5120, ge=1, description="stored images")
-        synthesis_batch: int = Field(256, ge=1, description="images optimised together")
-        synthesis_iterations: int = Field(1000, ge=1)
-        image_lr: float = Field(0.5, gt=0, description="Adam's learning rate on the pixels")
-        target_low: float = Field(0.95, ge=0, le=1, description="eps_t: half of the images have a target probability between it and 1")
-        margin: float = Field(0.5, ge=0, description="m: radians added to the angle between a feature and its class's centre")
-        closest: float = Field(0.05, ge=0, description="lam_l: smallest distance to the centre that costs nothing")
-        farthest: float = Field(0.8, ge=0, description="lam_u: largest distance to the centre that costs nothing")
-        smallest_crop: float = Field(0.5, gt=0, le=1, description="smallest area of a random crop")
-        calibration_epochs: int = Field(4, ge=1, description="epochs in which the generator trains and ranges are tracked")
-        latent_dim: int = Field(100, ge=1)
-        conditioning: Literal["embedding", "batch-norm"] = "embedding"
+        margin: float = Field(0.5, ge=0, unit="radians", description="m: added to the angle between a feature and its class's centre")
         attention: Literal["before", "after"] = Field("before", description="place of the attention block around the first convolution")
-        bn_weight: float = Field(0.1, ge=0, description="the generator's weight of the BN-statistics loss")
-        generator_lr: float = Field(1e-3, gt=0)
         target_weight: float = Field(1.0, ge=0, description="alpha: weight of the target class's distillation")
         other_weight: float = Field(8.0, ge=0, description="beta: weight of the other classes' distillation")
-        train_on_generator: bool = Field(False, description="each step also trains on a batch from the generator")
+        train_on_generator: bool = Field(False, description="each step also trains on a batch from the generator", source="chosen here")
 
         presets = {
             "cifar100": dict(target_low=0.6, closest=0.02, farthest=1.0),
@@ -69,69 +50,14 @@ class LRQ(Method):
         }
 
     def setup(self) -> None:
+        super().setup()
         c = self.config
-        self.stored = self.image_set("images")
-        self.pixels = torch.zeros(c.synthesis_batch, *self.task.image_shape).contiguous(memory_format=torch.channels_last).requires_grad_()
-        self.labels, self.targets = torch.zeros(c.synthesis_batch, dtype=torch.long), torch.zeros(c.synthesis_batch)
-        self.pixel_optimizer = Adam([self.pixels], lr=c.image_lr)
-        self.plateau = ReduceLROnPlateau(self.pixel_optimizer, factor=0.1, patience=50, min_lr=1e-4)
-        self.centers = ClassCenters(self.task.classes, self.features(self.pixels[:1]).shape[1])
-        self.iteration = 0
+        self.margin = c.margin
         by_class = c.conditioning == "batch-norm"
         self.embedding = None if by_class else nn.Embedding(self.task.classes, c.latent_dim)
         self.generator = LongRangeGenerator(self.task, c.latent_dim, by_class, c.attention)
         learned = [*self.generator.parameters(), *(self.embedding.parameters() if self.embedding else [])]
         self.optimizer = Adam(learned, lr=c.generator_lr, betas=(0.5, 0.999), fused=True)
-
-    def phases(self) -> list[Phase]:
-        c = self.config
-        calibration = min(c.calibration_epochs, c.epochs)
-        return [
-            Phase("images", math.ceil(c.images / c.synthesis_batch), iterations=c.synthesis_iterations, step=self.optimise),
-            Phase("calibration", calibration, calibration_epochs=calibration, batch=self.calibrate),
-            Phase("train", c.epochs - calibration, distill=True),
-        ]
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """The teacher's pooled last-stage features, N x K."""
-        return self.teacher.observe(images).features[-1].mean((2, 3))
-
-    def optimise(self) -> None:
-        """One step on the pixels of the current batch; its last one stores the batch and moves the centres."""
-        c = self.config
-        if self.iteration == 0:
-            self.begin_batch()
-        augmented = torch.rand((), generator=self.random("augment"), device=self.device).item() < 0.5
-        seen = crop_and_flip(self.pixels, self.random("crops"), c.smallest_crop) if augmented else self.pixels
-        answer = self.teacher.observe(seen)
-        probability = answer.logits.softmax(1).gather(1, self.labels[:, None])[:, 0]
-        bounds = self.centers.bound_loss(answer.features[-1].mean((2, 3)), self.labels, c.closest, c.farthest, c.margin)
-        loss = batch_norm_loss(answer) + (probability - self.targets).square().mean() + bounds
-        self.minimise(loss, self.pixel_optimizer)
-        self.plateau.step(loss.item())
-        self.log("image_loss", loss)
-        self.log("bound_loss", bounds)
-        self.iteration += 1
-        if self.iteration == c.synthesis_iterations:
-            self.finish_batch()
-            self.iteration = 0
-
-    def begin_batch(self) -> None:
-        c = self.config
-        with torch.no_grad():
-            self.pixels.copy_(self.draw_noise(*self.pixels.shape))
-            uniform = torch.rand(2, c.synthesis_batch, generator=self.random("targets"), device=self.device)
-            self.targets = torch.where(uniform[0] < 0.5, 1.0, c.target_low + (1 - c.target_low) * uniform[1])
-        self.labels = self.draw_labels(c.synthesis_batch)
-        self.pixel_optimizer.state.clear()
-        self.pixel_optimizer.param_groups[0]["lr"] = c.image_lr
-        self.plateau = ReduceLROnPlateau(self.pixel_optimizer, factor=0.1, patience=50, min_lr=1e-4)
-
-    @torch.no_grad()
-    def finish_batch(self) -> None:
-        self.stored.add(self.pixels, self.labels)
-        self.centers.add(self.features(self.pixels), self.labels)
 
     def generate(self) -> tuple[Tensor, Tensor]:
         c = self.config
@@ -139,23 +65,13 @@ class LRQ(Method):
         latent = noise if self.embedding is None else self.embedding(labels) * noise
         return self.generator(latent, labels), labels
 
-    def calibrate(self) -> Batch:
-        """A batch of the generator, which learns from it."""
-        images, labels = self.generate()
-        answer = self.teacher.observe(images)
-        label_loss, statistics_loss = cross_entropy(answer.logits, labels), batch_norm_loss(answer)
-        self.minimise(label_loss + self.config.bn_weight * statistics_loss, self.optimizer)
-        self.log("generator_ce", label_loss)
-        self.log("generator_bns", statistics_loss)
-        return Batch(images.detach(), labels, answer.logits.detach())
-
     def synthesize(self) -> Batch:
-        images, labels = self.stored.next(self.config.batch_size, shuffle=self.random("order"))
-        images = crop_and_flip(images, self.random("crops"), self.config.smallest_crop)
-        if self.config.train_on_generator:
-            with torch.no_grad():
-                more = self.generate()
-            images, labels = torch.cat([images, more[0]]), torch.cat([labels, more[1]])
+        if not self.config.train_on_generator:
+            return super().synthesize()
+        images, labels = self.stored_batch()
+        with torch.no_grad():
+            more = self.generate()
+        images, labels = torch.cat([images, more[0]]), torch.cat([labels, more[1]])
         return Batch(images, labels, self.teacher(images).detach())
 
     def distill(self, student: Student, batch: Batch) -> Tensor:

@@ -14,10 +14,13 @@ from benchmark import Field, Method, MethodConfig, Student, register
 class Round(Method):
     """Nearest rounding, activation ranges from batch-norm parameters (Nagel et al., ICCV 2019); no training."""
 
+    needs = {"statistics"}
     uses_seed = False
 
     class Config(MethodConfig):
-        n: float = Field(3.0, gt=0, description="half-width of activation ranges, in standard deviations (chosen here; DFQ takes 6 at 8 bits)")
+        source = "chosen here; DFQ takes 6 at 8 bits"
+
+        n: float = Field(3.0, gt=0, unit="standard deviations", description="half-width of activation ranges")
 
     def finish(self, student: Student) -> None:
         student.set_ranges_from_bn(self.config.n)

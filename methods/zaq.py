@@ -38,18 +38,21 @@ class ZAQ(Method):
 
     ranges = "minmax"
     batch_norm = "trained"
+    needs = {"features"}
     quick = {"student_steps": 2}
 
     class Config(TrainingConfig):
+        source = "the authors' code"
+
         epochs: int = Field(300, ge=0)
-        iterations: int = Field(300, ge=1, description="student steps per epoch")
+        iterations: int = Field(300, ge=1, unit="steps", description="student steps per epoch")
         batch_size: int = Field(256, ge=2)
         student_lr: float = Field(0.1, gt=0)
         student_weight_decay: float = Field(5e-4, ge=0)
-        milestones: list[int] = Field([100, 200], description="epochs from which on both learning rates are multiplied by lr_decay")
-        student_steps: int = Field(5, ge=1, description="student steps to each generator step")
-        latent_dim: int = Field(256, ge=1)
-        generator_lr: float = Field(1e-3, gt=0)
+        milestones: list[int] = Field([100, 200], unit="epochs", description="epochs from which on both learning rates are multiplied by lr_decay")
+        student_steps: int = Field(5, ge=1, unit="steps", description="student steps to each generator step")
+        latent_dim: int = Field(256, ge=1, description="width of the generator's noise")
+        generator_lr: float = Field(1e-3, gt=0, description="learning rate of the generator's Adam")
         relation_weight: float = Field(1.0, ge=0, description="alpha: weight of the relations between positions and between channels")
         gamma: float = Field(0.1, ge=0, description="share of the relations in the compared features")
         activation_weight: float = Field(0.1, ge=0, description="beta: the generator's reward for strong features")

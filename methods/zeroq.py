@@ -28,13 +28,16 @@ class ZeroQ(Method):
     """Noise optimised towards BN statistics, for calibration only (Cai et al., CVPR 2020)."""
 
     ranges = "minmax"
+    needs = {"statistics"}
     quick = {"images": 4, "synthesis_iterations": 6}
 
     class Config(MethodConfig):
-        images: int = Field(64, ge=1, description="images in the one batch")
-        synthesis_iterations: int = Field(500, ge=0)
+        source = "the authors' code"
+
+        images: int = Field(64, ge=1, unit="images", description="images in the one batch")
+        synthesis_iterations: int = Field(500, ge=0, unit="steps", description="steps on the images")
         image_lr: float = Field(0.5, gt=0, description="Adam's learning rate on the pixels")
-        patience: int = Field(100, ge=1, description="iterations without progress before the learning rate falls tenfold")
+        patience: int = Field(100, ge=1, unit="steps", description="steps without progress before the learning rate falls tenfold")
 
     def setup(self) -> None:
         shape = (self.config.images, *self.task.image_shape)

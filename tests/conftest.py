@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import site
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +18,7 @@ import yaml
 
 torch.set_num_threads(1)  # the tests run side by side; results do not depend on it within one run
 
+EXAMPLE = Path(__file__).parent / "example_package"
 TINY = '''
 import torch
 from torch import nn
@@ -84,3 +90,28 @@ def sweep_file(tmp_path: Path, tiny_teacher: str) -> Callable[..., Path]:
         return path
 
     return write
+
+
+class Example:
+    """The example package, installed in an environment of its own on top of the suite's; commands run in its folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.python = folder / "package", folder / "env" / "bin" / "python"
+        shutil.copytree(EXAMPLE, self.folder, ignore=shutil.ignore_patterns("__pycache__"))
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "env")], check=True)
+        (packages,) = (folder / "env" / "lib").glob("python3*/site-packages")
+        # whatever the suite's own environment has, editable installations included: nothing is downloaded a second time
+        (packages / "suite.pth").write_text("".join(f"import site; site.addsitedir({path!r})\n" for path in site.getsitepackages()))
+        words = ["--python", str(self.python), "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", str(self.folder)]
+        done = subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    def dfqbench(self, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [str(self.python), "-m", "benchmark.cli", *map(str, words)]
+        given = {**os.environ, "COLUMNS": "250", "OMP_NUM_THREADS": "1", **environment}
+        return subprocess.run(command, cwd=self.folder, env=given, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="session")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Example:
+    return Example(tmp_path_factory.mktemp("example"))

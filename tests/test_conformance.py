@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmark import Batch, Method, Phase, Student, TrainingConfig
-from benchmark.registry import list_methods, register
-from benchmark.testing import CHECKS, check_method, method_checks
+from benchmark.registry import find_method, list_methods, register
+from benchmark.testing import CHECKS, Trial, check_method, method_checks, what_it_needs_is_declared
 
 BUILT_IN = [method.info.name for method in list_methods() if method.info.origin == "built in"]
 
@@ -19,6 +19,19 @@ BUILT_IN = [method.info.name for method in list_methods() if method.info.origin 
 def test_a_built_in_method_passes_every_check(name: str) -> None:
     (method,) = list_methods(name)
     method_checks(method)
+
+
+@pytest.mark.parametrize(
+    ("name", "used"),
+    [("gdfq", "labels, statistics"), ("zaq", "features"), ("round", "statistics"), ("intraq", "features, labels, statistics")],
+)
+def test_what_a_method_asks_for_is_seen_and_has_to_be_declared(name: str, used: str) -> None:
+    method = find_method(name)
+    what_it_needs_is_declared(Trial(method))
+    silent = type("Silent", (method,), {"__module__": __name__, "needs": set()})
+    with pytest.raises(AssertionError) as caught:
+        what_it_needs_is_declared(Trial(register(f"silent-{name}", paper="x", fidelity="paper")(silent)))
+    assert str(caught.value).startswith(f"it uses {used}, which is not declared")
 
 
 class Sound(Method):

@@ -263,8 +263,8 @@ def test_a_remembered_digest_is_used_until_a_file_changes(folder: Path, tmp_path
     cache = tmp_path / "cache"
     first = find_set(f"imagefolder:{folder}").digest(cache)
     computed: list[int] = []
-    real = sets._digest
-    monkeypatch.setattr(sets, "_digest", lambda *given: computed.append(1) or real(*given))
+    real = sets.content_digest
+    monkeypatch.setattr(sets, "content_digest", lambda *given: computed.append(1) or real(*given))
     assert find_set(f"imagefolder:{folder}").digest(cache) == first
     assert not computed
     os.utime(folder / "dog" / "x.PNG", ns=(1, 1))

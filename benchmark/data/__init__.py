@@ -5,17 +5,27 @@ No quantizer gets here: methods are handed a `Task`, and the sets are opened by 
 
 from __future__ import annotations
 
+import fnmatch
+import inspect
 import os
 import re
 from pathlib import Path
 
+from benchmark import plugins
 from benchmark.data.images import Images
+from benchmark.data.own import OwnSet, own_sets, register_set
 from benchmark.data.sets import Cifar, Digits, EvaluationSet, ImageFolder
 from benchmark.errors import UserError, nearest
 
-__all__ = ["EvaluationSet", "Images", "find_set"]
+__all__ = ["EvaluationSet", "Images", "OwnSet", "find_set", "list_sets", "register_set"]
 
-NAMES = ("digits", "cifar10", "cifar100", "imagenet", "imagefolder")
+BUILT_IN = {
+    "digits": "scikit-learn's handwritten digits, 599 test images; needs no download",
+    "cifar10": "CIFAR-10, 10,000 test images; cifar10:ROOT, downloaded into it where absent",
+    "cifar100": "CIFAR-100, 10,000 test images; cifar100:ROOT, downloaded into it where absent",
+    "imagenet": "ImageNet, 50,000 validation images; imagenet:ROOT or $IMAGENET",
+    "imagefolder": "a folder with one sub-folder of images per class; imagefolder:PATH",
+}
 
 
 def find_set(text: str) -> EvaluationSet:
@@ -25,13 +35,18 @@ def find_set(text: str) -> EvaluationSet:
     - `cifar10`, `cifar100`, with `:ROOT`: torchvision's folder, filled by a download where it is empty; default $DFQBENCH_DATA or ~/.cache/dfqbench
     - `imagenet`, with `:ROOT`: the 1000 folders n01440764 ... of validation images, or the folder above with `val` in it; default $IMAGENET
     - `imagefolder:PATH`: a folder with one sub-folder of images per class, sorted by name (so `10` stands before `2`, as in torchvision)
+    - whatever a plug-in registered (`register_set`), with or without `:PLACE`
 
     Folders are listed here, and errors in them raised as UserError; CIFAR is opened when it is first needed.
     """
     name, _, place = text.partition(":")
     path = Path(place).expanduser() if place else None
-    if name not in NAMES:
-        raise UserError(f"unknown evaluation set {text!r}: {nearest(name, NAMES)}")
+    if name not in BUILT_IN:
+        own = own_sets()
+        if name in own:
+            return own[name](name, place or None)
+        hint = "".join(f"; broken plug-in {plugin}: {why}" for plugin, why in plugins.broken.items())
+        raise UserError(f"unknown evaluation set {text!r}: {nearest(name, [*BUILT_IN, *own])}{hint}")
     if name == "digits":
         if path is not None:
             raise UserError(f"evaluation set {text!r}: 'digits' comes with scikit-learn and takes no folder")
@@ -43,6 +58,14 @@ def find_set(text: str) -> EvaluationSet:
     if path is None:
         raise UserError(f"evaluation set {text!r}: write imagefolder:PATH")
     return ImageFolder(f"imagefolder:{path.resolve().name}", path)
+
+
+def list_sets(pattern: str = "*") -> list[tuple[str, str, str]]:
+    """(name, where it comes from, what it is) of every evaluation set whose name matches the wildcard, sorted by name."""
+    found = [(name, "built in", about) for name, about in BUILT_IN.items()]
+    for name, cls in own_sets().items():
+        found.append((name, str(plugins.origin(cls, Path(inspect.getfile(cls)))), (inspect.getdoc(cls) or "").split("\n")[0]))
+    return sorted(entry for entry in found if fnmatch.fnmatchcase(entry[0], pattern))
 
 
 def _imagenet(root: Path | None) -> ImageFolder:

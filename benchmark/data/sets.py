@@ -113,7 +113,7 @@ class Digits(EvaluationSet):
     def digest(self, cache: Path | None = None) -> str:
         def compute() -> dict[str, Any]:
             pixels, labels = self._split("test")
-            return {"sha256": _digest(self.classes, zip(labels.tolist(), (image.tobytes() for image in pixels), strict=True))}
+            return {"sha256": content_digest(self.classes, zip(labels.tolist(), (image.tobytes() for image in pixels), strict=True))}
 
         return str(remembered(cache, "set", ["digits", self.TRAIN, importlib.metadata.version("scikit-learn")], compute)["sha256"])
 
@@ -158,7 +158,7 @@ class Cifar(EvaluationSet):
     def digest(self, cache: Path | None = None) -> str:
         def compute() -> dict[str, Any]:
             loaded = self._load("test")
-            return {"sha256": _digest(self.classes, zip(loaded.targets, (image.tobytes() for image in loaded.data), strict=True))}
+            return {"sha256": content_digest(self.classes, zip(loaded.targets, (image.tobytes() for image in loaded.data), strict=True))}
 
         file = self.root / self.FILES[self.name]
         if not file.is_file():  # the download comes first: only then there is a file whose size and time can be remembered
@@ -212,13 +212,13 @@ class ImageFolder(EvaluationSet):
 
         def compute() -> dict[str, Any]:
             with ThreadPoolExecutor() as pool:
-                return {"sha256": _digest(self.classes, pool.map(hashed, self._files))}
+                return {"sha256": content_digest(self.classes, pool.map(hashed, self._files))}
 
         key = [str(self.root.resolve()), [[index, *_stamp(path, self.root)] for index, path in self._files]]
         return str(remembered(cache, "set", key, compute)["sha256"])
 
 
-def _digest(classes: int, images: Iterable[tuple[int, bytes]]) -> str:
+def content_digest(classes: int, images: Iterable[tuple[int, bytes]]) -> str:
     """One sha256 from the class index and the bytes of each image; lengths enter, so that no byte can move from one image to the next."""
     total = hashlib.sha256(f"{classes} classes\n".encode())
     for label, content in images:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmark.protocol import Protocol
-from benchmark.quantization.fake import fake_quantize, grid
+from benchmark.quantization.fake import fake_quantize, grid, levels
 from benchmark.quantization.ranges import RangeEstimator
 
 
@@ -26,9 +26,7 @@ class QuantizedLayer(nn.Module):
     def quantized_weight(self) -> Tensor:
         """The weight on its grid: same shape, float32."""
         weight, p = self.layer.weight, self.protocol
-        with torch.no_grad():
-            dims = tuple(range(1, weight.dim())) if p.weight_granularity == "per-channel" else tuple(range(weight.dim()))
-            scale, zero_point = grid(weight.amin(dims), weight.amax(dims), self.bits, p.weight_symmetric)
+        scale, zero_point = self._grid(weight)
         return fake_quantize(
             weight,
             scale,
@@ -38,6 +36,19 @@ class QuantizedLayer(nn.Module):
             channel_axis=0 if scale.dim() else None,
             clipped_gradient=p.gradient == "clipped",
         )
+
+    @torch.no_grad()
+    def _grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.protocol
+        dims = tuple(range(1, weight.dim())) if p.weight_granularity == "per-channel" else tuple(range(weight.dim()))
+        return grid(weight.amin(dims), weight.amax(dims), self.bits, p.weight_symmetric)
+
+    @torch.no_grad()
+    def weight_levels(self, weight: Tensor) -> Tensor:
+        """The level of each entry of `weight` (of this layer's shape) on the grid that spans that very weight: whole numbers as float32."""
+        scale, zero_point = (v if v.dim() == 0 else v.view(-1, *[1] * (weight.dim() - 1)) for v in self._grid(weight))
+        lowest, highest = levels(self.bits, self.protocol.weight_symmetric)
+        return torch.round(weight * (1.0 / scale) + zero_point).clamp_(lowest, highest)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:

@@ -1,4 +1,4 @@
-"""Teachers: pretrained networks from torchvision, timm, pytorchcv, the CIFAR ResNets of `cifar.py`, or any factory in a user's file.
+"""Teachers: pretrained networks from torchvision, timm, pytorchcv, the CIFAR ResNets of `cifar.py`, or any factory in a user's file or package.
 
 Importing this package does not import torch; describing a teacher that was described before does not either.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import importlib.metadata
+import importlib.util
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class TeacherSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(description="torchvision:NAME, timm:NAME, pytorchcv:NAME, cifar:NAME, or path/to/file.py:factory")
+    model: str = Field(description="torchvision:NAME, timm:NAME, pytorchcv:NAME, cifar:NAME, path/to/file.py:factory or package.module:factory")
     weights: str | None = Field(None, description="a .safetensors, .pth or .pt file; null: the zoo's weights (IMAGENET1K_V1 for torchvision)")
     classes: int | None = Field(None, ge=2)
     size: int | None = Field(None, ge=1, description="side of the square input image, in pixels")
@@ -66,9 +67,17 @@ class TeacherSpec(BaseModel):
         return Path(self.weights).expanduser() if self.weights is not None else None
 
     @property
-    def source_file(self) -> Path | None:
-        """A user's file with a factory; None for a network of a zoo."""
+    def source_module(self) -> str | None:
+        """An installed module with a factory, as in `package.module:factory`; None for a network of a zoo or of a file."""
         place = self.source[0]
+        return place if place not in ZOOS and not place.endswith(".py") else None
+
+    @property
+    def source_file(self) -> Path | None:
+        """The user's file with the factory, or an installed module's; None for a network of a zoo."""
+        place = self.source[0]
+        if self.source_module is not None:
+            return _file_of_module(self.source_module)
         return Path(place).expanduser() if place.endswith(".py") else None
 
 
@@ -91,9 +100,9 @@ def parse_teacher(given: str | dict[str, Any]) -> TeacherSpec:
         raise UserErrors(f"{where}: {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}, not {e['input']!r}" for e in error.errors()) from None
     place, name = spec.source
     if not place or not name:
-        raise UserError(f"{where}: write ZOO:NAME with a zoo of {', '.join(ZOOS)}, or path/to/file.py:factory")
+        raise UserError(f"{where}: write ZOO:NAME with a zoo of {', '.join(ZOOS)}, path/to/file.py:factory, or package.module:factory")
     if place not in ZOOS and spec.source_file is None:
-        raise UserError(f"{where}: unknown zoo {place!r}: {nearest(place, ZOOS)}; a file is written path/to/file.py:factory")
+        raise UserError(f"{where}: unknown zoo {place!r}: {nearest(place, ZOOS)}; nor is it a module (a file is written path/to/file.py:factory)")
     return spec
 
 
@@ -144,10 +153,15 @@ def load(spec: TeacherSpec) -> nn.Module:
 def list_models(pattern: str = "*") -> list[str]:
     """Every model name of the zoos that matches a wildcard, with or without its zoo: `timm:resnet*`, `resnet18*`.
 
+    `my_nets.py:*` and `my_package.nets:*` list what that file or module defines: functions and classes, any of which may be a factory.
     A zoo whose package is not installed is left out with a warning. Being listed does not promise that the zoo has weights for it.
     """
-    from benchmark.teachers.zoo import zoo_names
+    from benchmark.teachers.zoo import factory_names, zoo_names
 
+    place, _, names_wanted = pattern.rpartition(":")
+    if place and place not in ZOOS and not any(sign in place for sign in "*?["):
+        spec = parse_teacher(f"{place}:{names_wanted or '*'}")
+        return [f"{place}:{name}" for name in factory_names(spec) if fnmatch.fnmatchcase(name, names_wanted or "*")]
     found: list[str] = []
     for zoo in ZOOS:
         try:
@@ -169,7 +183,7 @@ def _examine(spec: TeacherSpec) -> TeacherCard:
     check_answer(built, spec)
     place, name = spec.source
     if spec.source_file is not None:
-        place = spec.source_file.name
+        place = spec.source_module or spec.source_file.name
         with torch.random.fork_rng(devices=[]):
             torch.seed()
             again = build(spec).network
@@ -198,6 +212,15 @@ def _check_files(spec: TeacherSpec) -> None:
         raise UserError(f"{where}: there is no weights file {spec.weights_file}")
 
 
+def _file_of_module(name: str) -> Path | None:
+    """Where an installed module's code stands; None where there is no such module. Only its parent packages are imported."""
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin) if found is not None and found.has_location and found.origin else None
+
+
 def _stamp(path: Path | None) -> list[Any] | None:
     """What changes when a file changes, without reading it."""
     if path is None:
@@ -208,6 +231,9 @@ def _stamp(path: Path | None) -> list[Any] | None:
 
 def _zoo_version(spec: TeacherSpec) -> str | None:
     place = spec.source[0]
+    if spec.source_module is not None:
+        packages = importlib.metadata.packages_distributions().get(place.split(".")[0], [])
+        return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages) or None
     if place not in ZOOS or place == "cifar":
         return None
     try:

@@ -190,13 +190,12 @@ BUILDERS: dict[str, Callable[[str, TeacherSpec], Built]] = {
 
 
 def _from_file(name: str, spec: TeacherSpec) -> Built:
-    """Calls a factory in a user's file. What the network expects stands in the config, or in attributes of the network with the same names."""
+    """Calls a factory in a user's file or module. What the network expects stands in the config, or in its attributes of the same names."""
     where = f"teacher {spec.model!r}"
     module = _import_file(spec)
     factory = getattr(module, name, None)
     if not callable(factory):
-        own = [key for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", None) == module.__name__]
-        raise UserError(f"{where}: {spec.source_file} has no factory {name!r}: {nearest(name, own)}")
+        raise UserError(f"{where}: {spec.source_module or spec.source_file} has no factory {name!r}: {nearest(name, _own(module))}")
     try:
         network = factory()
     except Exception as error:
@@ -222,7 +221,22 @@ def _from_file(name: str, spec: TeacherSpec) -> Built:
     return Built(network, task)
 
 
+def factory_names(spec: TeacherSpec) -> list[str]:
+    """What a user's file or module defines and could be a factory: its functions and network classes, sorted."""
+    return sorted(name for name in _own(_import_file(spec)) if not name.startswith("_"))
+
+
+def _own(module: ModuleType) -> list[str]:
+    own = {key: value for key, value in vars(module).items() if callable(value) and getattr(value, "__module__", None) == module.__name__}
+    return [key for key, value in own.items() if not isinstance(value, type) or issubclass(value, nn.Module)]
+
+
 def _import_file(spec: TeacherSpec) -> ModuleType:
+    if spec.source_module is not None:
+        try:
+            return importlib.import_module(spec.source_module)
+        except Exception as error:
+            raise UserError(f"teacher {spec.model!r}: importing {spec.source_module} failed: {one_line(error)}") from error
     path = spec.source_file
     assert path is not None
     qualified = f"dfqbench_teacher_{path.stem}"

@@ -51,7 +51,10 @@ class UpsampleConv(nn.Conv2d):
 
 
 class ClassConditionalBatchNorm(nn.Module):
-    """Batch norm whose scale and shift are looked up by class: gamma starts at 1, beta at 0."""
+    """Batch norm whose scale and shift are looked up by class: gamma starts at 1, beta at 0.
+
+    Labels are classes (N), or weights with which scales and shifts of several classes are added up (N x classes, float).
+    """
 
     def __init__(self, channels: int, classes: int, eps: float = 1e-5):
         super().__init__()
@@ -60,7 +63,9 @@ class ClassConditionalBatchNorm(nn.Module):
         self.beta = nn.Embedding.from_pretrained(torch.zeros(classes, channels), freeze=False)
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-        scaled: Tensor = self.norm(x) * self.gamma(labels)[:, :, None, None] + self.beta(labels)[:, :, None, None]
+        mixed = labels.is_floating_point()
+        gamma, beta = (labels @ table.weight if mixed else table(labels) for table in (self.gamma, self.beta))
+        scaled: Tensor = self.norm(x) * gamma[:, :, None, None] + beta[:, :, None, None]
         return scaled
 
 

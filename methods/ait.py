@@ -1,0 +1,111 @@
+"""AIT: It's All In the Teacher. Zero-Shot Quantization Brought Closer to the Teacher. Choi, Lee, Hong, Yu, Park, Kim, Lee. CVPR 2022,
+arXiv:2203.17008.
+
+A way to train the student on any host's images (GDFQ's, Qimera's): no cross-entropy, and steps long enough to reach the next integers.
+
+    Q:   minimise T^2 mean KL(P(x) || Q(x))
+    GI:  for each weight tensor w with the step u of SGD (momentum, Nesterov):
+             the smallest a >= 1 with  share of integers of w that a step of a lr u changes  >=  rho     (by doubling, then bisection)
+             w <- w - a lr u
+
+Fidelity: the authors' code (iamkanghyunchoi/ait): the bisection makes at most five steps and its last midpoint is taken, whichever side it
+lies on; a range is found anew for the moved weight, so a moved extreme re-grids its whole channel and counts. Images, epochs, batch and warm-up
+are the host's. Deviations: the host's; a factor never exceeds 2^20 (theirs has no end where a tensor gets no gradient). Reached here: not
+measured yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from benchmark import Batch, Field, HostingConfig, HostingMethod, Student, register
+from methods.parts.losses import divergence_loss
+
+BISECTIONS = 5
+CLOSE_ENOUGH = 0.01  # of the share that is wanted: bisection ends there
+LARGEST_FACTOR = 2.0**20
+
+
+def direction(optimizer: Optimizer, weight: Tensor, old: Tensor) -> Tensor:
+    """The Nesterov direction that the optimizer has just gone from `old`, without the learning rate: g + momentum b, b being updated already."""
+    group = optimizer.param_groups[0]
+    assert weight.grad is not None
+    gradient = weight.grad + group["weight_decay"] * old
+    moved: Tensor = gradient + group["momentum"] * optimizer.state[weight]["momentum_buffer"]
+    return moved
+
+
+def step_factors(count: int, shares: Callable[[dict[int, float]], dict[int, float]], wanted: float, limit: float) -> list[float]:
+    """By how much each of `count` steps is to be lengthened (1 or more) to change the wanted share of integers.
+
+    `shares` takes factors by index and answers the changed shares. Doubling goes on while the share is too small and the factor not above `limit`.
+    """
+    factors = dict.fromkeys(range(count), 1.0)
+    short = [i for i, share in shares(factors).items() if share < wanted]
+    bounds = dict.fromkeys(short, (1.0, 1.0))
+    while short:
+        bounds |= {i: (bounds[i][1], 2 * bounds[i][1]) for i in short}
+        short = [i for i, share in shares({i: bounds[i][1] for i in short}).items() if share < wanted and bounds[i][1] < limit]
+    for _ in range(BISECTIONS):
+        middles = {i: (low + high) / 2 for i, (low, high) in bounds.items()}
+        for i, share in shares(middles).items():
+            factors[i], (low, high) = middles[i], bounds.pop(i)
+            if abs(share - wanted) >= CLOSE_ENOUGH * wanted:
+                bounds[i] = (middles[i], high) if share < wanted else (low, middles[i])
+    return list(factors.values())
+
+
+@register("ait", paper="arXiv:2203.17008", fidelity="code", shares_synthesis=True)
+class AIT(HostingMethod):
+    """KL alone and gradient inundation, on the images of a host (Choi et al., CVPR 2022)."""
+
+    needs = {"statistics", "labels"}  # with the host gdfq
+    quick = {"host_settings": {"warmup_epochs": 1, "calibration_epochs": 1}, "student_lr": 0.01}
+
+    class Config(HostingConfig):
+        source = "the authors' code, CIFAR"
+
+        student_weight_decay: float = Field(0.0, ge=0)
+        temperature: float = Field(20.0, gt=0, description="of the distillation: logits are divided by it")
+        changed_share: float = Field(
+            1e-3, gt=0, le=1, description="rho: share of a tensor's integers that a step is to change; decays as the rate does"
+        )
+        first_limit: float = Field(100.0, ge=1, description="in a student's first epoch doubling ends above this factor")
+
+        presets = {"imagenet": dict(batch_size=16, changed_share=1e-4, host_settings=dict(warmup_epochs=50, conditioning="batch-norm"))}
+
+    def distill(self, student: Student, batch: Batch) -> Tensor:
+        """The mean is over all N x C elements, as in GDFQ's code."""
+        return divergence_loss(student(batch.images), batch.teacher_logits, self.config.temperature) / self.task.classes
+
+    def student_optimizer(self, student: Student) -> Optimizer:
+        optimizer = super().student_optimizer(student)
+        optimizer.param_groups[0]["updates"] = 0  # kept with the optimizer, so each student has its own
+        return optimizer
+
+    def student_step(self, student: Student, loss: Tensor, optimizer: Optimizer) -> None:
+        """A plain step for all, which moves the momentum; then the weights of all layers are set to where a longer one ends."""
+        group, layers = optimizer.param_groups[0], list(student.layers.values())
+        weights = [layer.layer.weight for layer in layers]
+        before = [weight.detach().clone() for weight in weights]
+        self.minimise(loss, optimizer)
+        limit = self.config.first_limit if group["updates"] < self.config.iterations else LARGEST_FACTOR
+        group["updates"] += 1
+        share = self.config.changed_share * group["lr"] / group["initial_lr"]
+        with torch.no_grad():
+            steps = [group["lr"] * direction(optimizer, weight, old) for weight, old in zip(weights, before, strict=True)]
+            levels = [layer.weight_levels(old) for layer, old in zip(layers, before, strict=True)]
+
+            def shares(factors: dict[int, float]) -> dict[int, float]:
+                """Of each tensor in question, the share of integers that a step of that length changes: one wait for the device for all."""
+                changed = [(layers[i].weight_levels(before[i] - a * steps[i]) != levels[i]).float().mean() for i, a in factors.items()]
+                return dict(zip(factors, torch.stack(changed).tolist(), strict=True)) if changed else {}
+
+            factors = step_factors(len(layers), shares, share, limit)
+            for weight, old, step, factor in zip(weights, before, steps, factors, strict=True):
+                weight.copy_(old - factor * step)
+        self.log("step_factor", sum(factors) / len(factors))
