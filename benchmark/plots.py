@@ -220,7 +220,7 @@ def _history(drawn: Drawn, block: Block, width: str, column: str) -> Iterator[tu
         series = []
         for cell_id in row.entries[width].ids:
             found = read_history(drawn.reading.store.folder(cell_id) / "history.csv")
-            pairs = zip(found.get("epoch", []), found.get(column, []), strict=True)
+            pairs = zip(found["epoch"], found[column], strict=True) if {"epoch", column} <= found.keys() else []  # not every method logs a loss
             series.append({float(e): float(v) for e, v in pairs if isinstance(e, float) and isinstance(v, float)})
         epochs = sorted(set.intersection(*(set(s) for s in series)))
         if len(epochs) > 1:
