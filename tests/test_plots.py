@@ -120,3 +120,18 @@ def test_an_ablation_is_against_the_method_as_it_is(drawn: Drawn) -> None:
     assert {ax.get_xlabel() for ax in axes} == {"points of top-1 against acq as it is"}
     names = [label.get_text() for label in axes[0].get_yticklabels()]
     assert names == ["adversarial_weight=0", "condition=none,\nconsistency_weight=0", "matching_weight=0"]
+
+
+@pytest.mark.parametrize("kind", ["losses", "curves"])
+def test_a_method_that_logs_no_loss_and_no_accuracy_is_left_out_of_the_curves(tmp_path: Path, kind: str) -> None:
+    store = make_store(tmp_path / "r", 100)
+    silent = {result["id"] for result in read_store(store).results if result["cell"]["method"] == "zaq"}
+    assert silent
+    for cell_id in silent:
+        path = store.folder(cell_id) / "history.csv"
+        rows = [line.split(",") for line in path.read_text().splitlines()]
+        path.write_text("".join(",".join(row[:2]) + "\n" for row in rows))
+    figures = draw(kind, prepare(read_store(store)))
+    named = {text.get_text() for figure in figures for legend in figure.legends for text in legend.get_texts()}
+    assert "gdfq" in named
+    assert "zaq" not in named
