@@ -216,12 +216,18 @@ def speed(
     torch.manual_seed(0)
     stand = stopwatch.Stand(cifar_resnet(network), Task(10, 3, 32, (0.5,) * 3, (0.25,) * 3), batch_size, where)
     say = _console(stderr=True).print
-    rows = list(stopwatch.measure(wanted, loops(), stand, given, rounds, seconds, say))
     found = provenance(where)
+    path = Path("results/speed") / f"{stopwatch.file_name(found)}.json" if str(out) == "auto" else out
+    rows = []
+    try:
+        for row in stopwatch.measure(wanted, loops(), stand, given, rounds, seconds, say):
+            rows.append(row)
+            if path is not None:  # after every row: a run that is cut short keeps what it has
+                write_json(path, stopwatch.record(rows, stand, " ".join(["dfqbench", *sys.argv[1:]]), found))
+    except KeyboardInterrupt:
+        say("stopped; what was measured so far:")
     _print_speeds(rows)
-    if out is not None:
-        path = Path("results/speed") / f"{stopwatch.file_name(found)}.json" if str(out) == "auto" else out
-        write_json(path, stopwatch.record(rows, stand, " ".join(["dfqbench", *sys.argv[1:]]), found))
+    if path is not None and rows:
         print(f"written to {path}")
 
 
