@@ -124,7 +124,7 @@ def test_an_ablation_is_against_the_method_as_it_is(drawn: Drawn) -> None:
 
 @pytest.mark.parametrize("kind", ["losses", "curves"])
 def test_a_method_that_logs_no_loss_and_no_accuracy_is_left_out_of_the_curves(tmp_path: Path, kind: str) -> None:
-    store = make_store(tmp_path / "r", 100)
+    store = make_store(tmp_path / "r", 500)
     silent = {result["id"] for result in read_store(store).results if result["cell"]["method"] == "zaq"}
     assert silent
     for cell_id in silent:
