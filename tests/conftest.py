@@ -71,6 +71,29 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"{path}:tiny"
 
 
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def dfqbench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process, wide enough that no line wraps: exit code, standard output, standard error."""
+    from benchmark import cli
+
+    monkeypatch.setenv("COLUMNS", "250")
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dfqbench", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
 @pytest.fixture
 def sweep_file(tmp_path: Path, tiny_teacher: str) -> Callable[..., Path]:
     """Writes a small, valid sweep with some keys changed (None removes one), and returns its path."""

@@ -17,29 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmark import cli
 from benchmark.store import Lease
 
 SweepFile = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def dfqbench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs the command in this process, wide enough that no line wraps: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "250")
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dfqbench", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def results_of(folder: Path) -> list[dict[str, Any]]:

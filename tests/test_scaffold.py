@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +14,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmark import Batch, Method, Phase, Student, TrainingConfig, cli, registry
+from benchmark import Batch, Method, Phase, Student, TrainingConfig, registry
 from benchmark.registry import find_method, load_plugin, register
 from benchmark.testing import CHECKS, check_method, method_checks
 
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def dfqbench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs the command in this process, in an empty folder: exit code, standard output, standard error."""
+@pytest.fixture(autouse=True)
+def _empty_folder_and_no_method_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "250")
     registry.discover()
     before = dict(registry._methods)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dfqbench", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    yield run  # type: ignore[misc]
+    yield
     registry._methods.clear()
     registry._methods.update(before)
 

@@ -15,22 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmark import cli
 from benchmark.data.sets import EvaluationSet
 from benchmark.selection import agreement
 
 SweepFile = Callable[..., Path]
+Run = Callable[..., tuple[int, str, str]]
 IMAGES = {"images": {"gznq": {"images": 16, "synthesis_batch": 8, "synthesis_iterations": 2, "confidence": 0.0}}, "count": 12}
-
-
-def select(*words: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["dfqbench", "select", *map(str, words)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as end:
-        code = int(end.code or 0)
-    return code, *capsys.readouterr()
 
 
 class Fixed(nn.Module):
@@ -53,7 +43,7 @@ def test_agreement_is_the_divergence_from_the_teacher_in_nats() -> None:
 
 
 def test_select_ranks_by_divergence_without_a_real_image_and_runs_nothing_twice(
-    sweep_file: SweepFile, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forbidden(*_: Any) -> None:
         raise AssertionError("a real image was asked for")
@@ -62,7 +52,7 @@ def test_select_ranks_by_divergence_without_a_real_image_and_runs_nothing_twice(
     quick = {"warmup_epochs": 1, "calibration_epochs": 1}
     config = sweep_file(methods=[{"gdfq": {**quick, "bn_weight": [0.1, 5.0]}}], selection=IMAGES)
     ask = (config, "--results", tmp_path / "r", "--format", "csv")
-    code, out, _ = select(*ask, capsys=capsys, monkeypatch=monkeypatch)
+    code, out, _ = dfqbench("select", *ask)
     assert code == 0
     rows = list(csv.DictReader(io.StringIO(out)))
     assert len(rows) == 4
@@ -76,7 +66,7 @@ def test_select_ranks_by_divergence_without_a_real_image_and_runs_nothing_twice(
     assert record["images"]["count"] == 12
     assert record["images"]["cell"]["seed"] == 1000
     before = {p: p.stat().st_mtime_ns for p in kept}
-    assert select(*ask, capsys=capsys, monkeypatch=monkeypatch)[1] == out
+    assert dfqbench("select", *ask)[1] == out
     assert {p: p.stat().st_mtime_ns for p in kept} == before
     assert not list((tmp_path / "r" / "runs").iterdir())
 
@@ -90,10 +80,8 @@ def test_select_ranks_by_divergence_without_a_real_image_and_runs_nothing_twice(
         ({"selection": {"images": "gdfq", "seed": 0}}, "selection.seed: 0 is also a seed of the sweep"),
     ],
 )
-def test_a_selection_that_cannot_work_is_told(
-    sweep_file: SweepFile, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
-) -> None:
-    code, _, err = select(sweep_file(**changes), "--results", tmp_path / "r", capsys=capsys, monkeypatch=monkeypatch)
+def test_a_selection_that_cannot_work_is_told(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    code, _, err = dfqbench("select", sweep_file(**changes), "--results", tmp_path / "r")
     assert code == 2
     assert said in err
     assert "Traceback" not in err
