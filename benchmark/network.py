@@ -9,7 +9,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -163,6 +163,8 @@ class Observation:
 class Network(nn.Module):
     """A traced network. Calling it gives logits (N x C); `observe` gives an `Observation`."""
 
+    _other_graphs: ClassVar[tuple[str, ...]] = ("_observing_graph",)  # over the same modules; made when first needed
+
     def __init__(self, traced: fx.GraphModule, task: Task):
         super().__init__()
         self.traced, self.task = traced, task
@@ -199,7 +201,7 @@ class Network(nn.Module):
 
     @property
     def _observing(self) -> fx.GraphModule:
-        """The same modules with more outputs; made when first needed, and not a submodule, so that no parameter counts twice."""
+        """The same modules with more outputs; not a submodule, so that no parameter counts twice."""
         cached = self.__dict__.get("_observing_graph")
         if cached is None:
             graph = copy.deepcopy(self.traced.graph)
@@ -211,14 +213,15 @@ class Network(nn.Module):
         return cached
 
     def _apply(self, fn: Any, recurse: bool = True) -> Network:
-        self.__dict__.pop("_observing_graph", None)  # it holds the buffers of before
+        for name in self._other_graphs:
+            self.__dict__.pop(name, None)  # it holds the buffers of before
         super()._apply(fn, recurse)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Network:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_observing_graph"})
+        new.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k not in self._other_graphs})
         return new
 
 

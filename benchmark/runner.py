@@ -24,6 +24,7 @@ from benchmark.data import Images
 from benchmark.engine import Interrupted, Lockstep, Trainee, check_device, sample_images, unreached_milestones
 from benchmark.errors import UserError
 from benchmark.evaluate import Evaluation, evaluate, state_hash
+from benchmark.memory import keep_freed_memory
 from benchmark.method import Phase
 from benchmark.network import Teacher
 from benchmark.progress import Progress
@@ -102,6 +103,7 @@ def note_sweep(loaded: LoadedSweep, store: Store) -> None:
 def run_cells(loaded: LoadedSweep, cells: list[Cell], store: Store, options: Options, progress: Progress, stop: StopFlag) -> Summary:
     """Runs those of a sweep's cells that are not done. One that fails is recorded and does not keep the others from running."""
     device = check_device(options.device)
+    keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32

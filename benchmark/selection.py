@@ -20,6 +20,7 @@ from benchmark.cell import Bundle, Cell, bundles, fingerprint
 from benchmark.engine import Interrupted, Lockstep, autocast_of, check_device, set_up
 from benchmark.errors import UserError
 from benchmark.evaluate import Evaluation
+from benchmark.memory import keep_freed_memory
 from benchmark.method import Phase
 from benchmark.network import Network, Teacher
 from benchmark.progress import Progress
@@ -76,6 +77,7 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
     if selection is None:
         raise UserError(f"{loaded.path}: selection: missing; it says which images to compare on, like {{images: {{gznq: {{images: 1280}}}}}}")
     device = check_device(device_name)
+    keep_freed_memory()
     folder = store.root / "selections" / loaded.sweep.name
     progress.start(len(loaded.cells), len(loaded.cells))
     for bundle in bundles(loaded.cells):

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmark.cell import Bundle, Cell, EvaluationCard
 from benchmark.engine import Lockstep
 from benchmark.evaluate import Evaluation
+from benchmark.memory import keep_freed_memory
 from benchmark.method import Method, Phase
 from benchmark.network import Teacher
 from benchmark.protocol import PROTOCOLS, Bits
@@ -243,6 +244,7 @@ def measure(
     widths: tuple[str, ...] = WIDTHS,
 ) -> Iterator[Row]:
     """Rows, method after method. Every contender runs about `seconds` in each round."""
+    keep_freed_memory()  # for all contenders alike
     device = measured_device(stand.device)
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {precision}" for precision, rate in device.flops.items())
     say(f"this device: {rates}, {device.bandwidth / 1e9:.1f} GB/s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,18 @@ from benchmark.protocol import Bits, Protocol
 from benchmark.quantization.insert import insert_quantizers
 from benchmark.quantization.layers import ActivationQuantizer, QuantizedLayer
 from benchmark.quantization.moments import activation_ranges
+from benchmark.quantization.tuned import with_normalised_layers
 
 
 class Student(Network):
     """A quantized copy of `teacher`. Its weights start as the teacher's; its activation quantizers have no range yet.
 
+    Called, it computes convolutions with the batch norms behind them; observed, one after the other: the same up to rounding.
+
     left_float: layers that no quantizer is known for; they compute in full precision.
     """
+
+    _other_graphs: ClassVar[tuple[str, ...]] = (*Network._other_graphs, "_tuned_graph")
 
     def __init__(self, teacher: Teacher, protocol: Protocol, bits: Bits):
         traced = copy.deepcopy(teacher.traced)
@@ -30,6 +36,13 @@ class Student(Network):
         self.protocol, self.bits, self.left_float = protocol, bits, left_float
         self.requires_grad_(True)
         self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        tuned = self.__dict__.get("_tuned_graph")
+        if tuned is None:
+            tuned = self.__dict__["_tuned_graph"] = with_normalised_layers(self.traced)
+        logits: Tensor = tuned(images)
+        return logits
 
     @property
     def quantizers(self) -> dict[str, ActivationQuantizer]:

@@ -17,6 +17,7 @@ from benchmark.errors import UserError
 from benchmark.network import Teacher
 from benchmark.protocol import PROTOCOLS, Bits, find_protocol
 from benchmark.quantization.layers import ActivationQuantizer, QuantizedLayer
+from benchmark.quantization.tuned import NormalisedLayer
 from benchmark.student import Student
 from benchmark.task import Task
 
@@ -343,3 +344,52 @@ def test_full_precision_switches_back_even_after_an_error() -> None:
     with pytest.raises(RuntimeError), student.full_precision():
         student(torch.zeros(1, 5, 8, 8))
     assert all(m.enabled for m in parts)
+
+
+def joined_layers(student: Student) -> int:
+    student(images(student.task.size))
+    return sum(isinstance(m, NormalisedLayer) for m in student.__dict__["_tuned_graph"].modules())
+
+
+@pytest.mark.parametrize("protocol", ["lineage", {"gradient": "clipped", "weight_granularity": "per-tensor"}])
+@pytest.mark.parametrize("name", ["cv:resnet20_cifar10", "tv:mobilenet_v3_small", "tv:googlenet"])
+def test_layers_joined_with_their_batch_norms_give_the_values_and_gradients_of_two(name: str, protocol: object) -> None:
+    build, size = ZOO[name]
+    network = randomised(build()).double()
+    torch.set_default_dtype(torch.float64)
+    try:
+        student = calibrated(network, size, find_protocol(protocol), classes=10 if "cifar" in name else 1000)  # type: ignore[arg-type]
+        x = images(size)
+        assert joined_layers(student) > 15
+        apart = student.observe(x).logits  # layer after layer
+        torch.testing.assert_close(student(x), apart, rtol=1e-9, atol=1e-9)
+        given = {}
+        for way in (student, student.traced):
+            student.zero_grad()
+            way(x).square().sum().backward()
+            given[way] = {n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}
+        assert given[student].keys() == given[student.traced].keys() == dict(student.named_parameters()).keys()
+        for key, gradient in given[student].items():
+            torch.testing.assert_close(gradient, given[student.traced][key], rtol=1e-7, atol=1e-9, msg=key)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_layers_are_joined_only_where_nothing_can_be_told_from_two() -> None:
+    student, x = calibrated(randomised(get_model("resnet20_cifar10")), 32), images(32)
+    assert joined_layers(student) == 21, "every convolution of this network"
+    layer = next(iter(student.layers.values()))
+    heard: list[Tensor] = []
+    layer.register_forward_hook(lambda module, given, output: heard.append(output))
+    student(x)
+    assert len(heard) == 1, "who listens between layer and norm hears the layer"
+    student = calibrated(randomised(get_model("resnet20_cifar10")), 32, find_protocol({"batch_norm": "trained"}))
+    student.training_mode(True)
+    before = student.batch_norms[0].running_mean.clone()  # type: ignore[union-attr]
+    student(x)
+    assert not torch.equal(student.batch_norms[0].running_mean, before)  # type: ignore[arg-type]
+    student.training_mode(False)
+    with torch.no_grad(), student.full_precision():
+        assert torch.equal(student(x), student.observe(x).logits)
+    with torch.no_grad(), student.batch_statistics():
+        assert torch.equal(student(x), student.observe(x).logits)

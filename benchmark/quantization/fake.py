@@ -65,10 +65,15 @@ def _along(axis: int | None, values: Tensor, x: Tensor) -> Tensor:
 
 
 def elementwise(x: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int, channel_axis: int | None) -> Tensor:
-    """The formula in five in-place passes: on a CPU six times faster than torch's fake-quantize kernel, which is not vectorised there."""
+    """The formula in five in-place passes, three where zero is the lowest level, as behind a ReLU.
+
+    On a CPU this is six times faster than torch's fake-quantize kernel, which is not vectorised there.
+    """
+    level = x * _along(channel_axis, 1.0 / scale, x)
+    if zero_point.device.type == "cpu" and zero_point.dim() == 0 and zero_point == 0:  # on a GPU, looking would mean waiting
+        return level.round_().clamp_(lowest, highest).mul_(scale)
     zero = _along(channel_axis, zero_point, x)
-    level = (x * _along(channel_axis, 1.0 / scale, x)).add_(zero).round_()
-    return level.clamp_(lowest, highest).sub_(zero).mul_(_along(channel_axis, scale, x))
+    return level.add_(zero).round_().clamp_(lowest, highest).sub_(zero).mul_(_along(channel_axis, scale, x))
 
 
 def fused_kernel(x: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int, channel_axis: int | None) -> Tensor:
