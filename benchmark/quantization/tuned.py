@@ -33,13 +33,16 @@ class NormalisedLayer(nn.Module):
         if not self._is_affine:
             result: Tensor = norm(self.layer(x))
             return result
-        assert isinstance(convolution, nn.Conv2d) and norm.running_mean is not None and norm.running_var is not None
+        assert isinstance(convolution, nn.Conv2d)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         scale = torch.rsqrt(norm.running_var + norm.eps)
         scale = scale if norm.weight is None else norm.weight * scale
         shift = -norm.running_mean * scale
         shift = shift if norm.bias is None else norm.bias + shift
         shift = shift if convolution.bias is None else shift + convolution.bias * scale
-        return convolution._conv_forward(x, self.layer.quantized_weight() * scale[:, None, None, None], shift)
+        weight = self.layer.quantized_weight() * scale[:, None, None, None]
+        return convolution._conv_forward(x, weight, shift)  # type: ignore[no-any-return]
 
 
 def with_normalised_layers(traced: fx.GraphModule) -> fx.GraphModule:
