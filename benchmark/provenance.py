@@ -42,14 +42,16 @@ def _version(package: str) -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """A GPU's own name; for a CPU, its vendor's name for it."""
+    """A GPU's own name; for a CPU its vendor's name for it, and whether it has AMX, with which bf16 is another matter."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     try:
-        models = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
     except OSError:
-        models = []
-    return models[0] if models else platform.processor() or platform.machine()
+        lines = []
+    said = {key.strip(): value.strip() for key, _, value in lines}
+    name = said.get("model name") or platform.processor() or platform.machine()
+    return f"{name} with AMX" if "amx_bf16" in said.get("flags", "").split() else name
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
