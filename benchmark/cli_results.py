@@ -33,11 +33,17 @@ def table(
     output: Annotated[
         str, typer.Option("--format", help="text, markdown, latex, html; csv: a line per cell; csv-means: a line per row and width.")
     ] = "text",
+    layout: Annotated[
+        str, typer.Option(help="blocks: a table per teacher and evaluation set; wide: one table of methods by networks and bit widths.")
+    ] = "blocks",
     plugin: Plugins = None,
 ) -> None:
     """Print the table of finished cells."""
     checked = _rule(rule)
     one_of("--format", output, TABLE_FORMATS)
+    one_of("--layout", layout, ("blocks", "wide"))
+    if layout == "wide" and output.startswith("csv"):
+        raise UserError(f"--layout wide: --format {output} has a line for every cell or mean, whatever the layout")
     reading = read_cells(config, results, plugin)
     from benchmark.tables import load_frame
 
@@ -53,13 +59,19 @@ def table(
     ranks = ranking(found)
     if output == "csv-means":
         table_formats.means_frame(found).to_csv(sys.stdout, index=False)
-    elif output == "text":
+        return
+    from benchmark.wide_tables import side_by_side
+
+    tables = side_by_side(found) if layout == "wide" else found
+    if output == "text":
         from rich.console import Console
 
-        table_formats.print_blocks(found, ranks, Console())
+        from benchmark.table_terminal import print_tables
+
+        print_tables(tables, ranks, Console())
     else:
         formats = {"markdown": table_formats.markdown, "latex": table_formats.latex, "html": table_formats.html_page}
-        print(formats[output](found, ranks), end="")
+        print(formats[output](tables, ranks), end="")
 
 
 def _rule(given: str) -> Rule:
