@@ -171,6 +171,7 @@ def cancel(config: Config, results: Results = DEFAULT_RESULTS) -> None:
 
 
 app.command()(cli_results.table)
+app.command()(cli_results.compare)
 app.command()(cli_results.plot)
 app.command()(cli_results.report)
 app.command()(cli_results.merge)

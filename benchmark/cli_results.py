@@ -1,4 +1,4 @@
-"""The commands that read a store: table, plot, report; merge, which brings stores together; wandb sync. None of them needs torch."""
+"""The commands that read a store: table, compare, plot, report; merge, which brings stores together; wandb sync. None of them needs torch."""
 
 from __future__ import annotations
 
@@ -182,6 +182,20 @@ def report(
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}") from None
     print(target)
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="CELL", help="A finished cell's id, or as many of its first letters as no other has.")],
+    second: Annotated[str, typer.Argument(metavar="CELL", help="Another one, on the same evaluation set.")],
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Compare two finished cells image by image: difference with interval, McNemar's exact test, and what else they differ in."""
+    from benchmark.compare import compare as compared
+    from benchmark.compare import in_words
+    from benchmark.store import Store
+
+    for line in in_words(compared(Store(results), first, second)):
+        print(line)
 
 
 def merge(

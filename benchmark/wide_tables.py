@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.cell import canonical_json, fingerprint
+from benchmark.cell import canonical_json, fingerprint, leaves
 from benchmark.table_notes import marks_of, table_notes
 from benchmark.tables import Block, Entry, Row, budget_in_words, make_unique
 
@@ -126,14 +126,6 @@ def _distances(table: WideTable) -> dict[int, float]:
 
 def _differing(settings: list[dict[str, Any]]) -> list[str]:
     """The settings (`student_lr`, `method_version`, `protocol.ranges`) in which they do not all agree."""
-    leaves = [dict(_leaves(given)) for given in settings]
-    names = {name for found in leaves for name in found}
-    return sorted(name.removeprefix("config.") for name in names if len({canonical_json(found.get(name)) for found in leaves}) > 1)
-
-
-def _leaves(given: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in given.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    flat = [dict(leaves(given)) for given in settings]
+    names = {name for found in flat for name in found}
+    return sorted(name.removeprefix("config.") for name in names if len({canonical_json(found.get(name)) for found in flat}) > 1)
