@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePath
@@ -25,6 +25,16 @@ def canonical_json(value: Any) -> str:
 def fingerprint(value: Any) -> str:
     """The first 12 hexadecimal digits of the sha256 of the canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
+
+
+def leaves(identity: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(`config.epochs`, 400): every value of nested mappings under its whole name; an empty key stands for its parent."""
+    for key, value in identity.items():
+        name = f"{prefix}.{key}".strip(".")
+        if isinstance(value, dict):
+            yield from leaves(value, name)
+        else:
+            yield name, value
 
 
 @dataclass(frozen=True)

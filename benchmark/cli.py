@@ -74,21 +74,35 @@ def run(
 
 @app.command()
 def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = None) -> None:
-    """Say for each cell of a sweep whether it is done, stale, failed, running or missing, and what will run together."""
+    """Say for each cell of a sweep whether it is done, stale, failed, running or missing, what will run together, and about how long it will take."""
     store, loaded = _load(config, results, plugin)
-    from benchmark.cell import bundles
+    from benchmark.cell import Bundle, bundles
+    from benchmark.hours import Speeds, hours_anywhere, in_words, read_speed_files
     from benchmark.status import Status, statuses
 
     console = _console()
-    states = statuses(loaded.cells, store)
+    finished, _ = store.results()
+    states = statuses(loaded.cells, store, finished)
+    measured, skipped = read_speed_files(store.speed_folders())
+    known = [speeds for device in ("cuda", "cpu") if (speeds := Speeds(finished, device, measured)).known]
+    left = []
     for number, bundle in enumerate(bundles(loaded.cells), 1):
-        console.print(f"bundle {number}: {bundle}", style="bold", highlight=False, soft_wrap=True)
+        to_do = Bundle(tuple(cell for cell in bundle.cells if states[cell.id].status is not Status.DONE))
+        expected = ""
+        if to_do.cells:
+            left.append(to_do)
+            expected = in_words(to_do, known)
+        console.print(f"bundle {number}: {bundle}" + (f": {expected}" if expected else ""), style="bold", highlight=False, soft_wrap=True)
         for cell in bundle.cells:
             state = states[cell.id]
             why = f" ({state.why})" if state.why else ""
             console.print(f"  {cell.id}  {cell.bits}  {state.status.value}{why}", highlight=False, markup=False, soft_wrap=True)
     counts = {status: sum(s.status is status for s in states.values()) for status in Status}
     console.print(f"{len(loaded.cells)} cells: " + ", ".join(f"{n} {status.value}" for status, n in counts.items() if n), highlight=False)
+    for line in skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    for line in hours_anywhere(left, known) if left else []:
+        console.print(f"what is not done: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -171,6 +185,7 @@ def cancel(config: Config, results: Results = DEFAULT_RESULTS) -> None:
 
 
 app.command()(cli_results.table)
+app.command()(cli_results.compare)
 app.command()(cli_results.plot)
 app.command()(cli_results.report)
 app.command()(cli_results.merge)
@@ -214,7 +229,7 @@ def speed(
         torch.set_num_threads(threads)
     where = check_device(device)
     torch.manual_seed(0)
-    stand = stopwatch.Stand(cifar_resnet(network), Task(10, 3, 32, (0.5,) * 3, (0.25,) * 3), batch_size, where)
+    stand = stopwatch.Stand(cifar_resnet(network), Task(10, 3, 32, (0.5,) * 3, (0.25,) * 3), batch_size, where, network)
     say = _console(stderr=True).print
     found = provenance(where)
     path = Path("results/speed") / f"{stopwatch.file_name(found)}.json" if str(out) == "auto" else out

@@ -1,4 +1,4 @@
-"""The commands that read a store: table, plot, report; merge, which brings stores together; wandb sync. None of them needs torch."""
+"""The commands that read a store: table, compare, plot, report; merge, which brings stores together; wandb sync. None of them needs torch."""
 
 from __future__ import annotations
 
@@ -33,11 +33,17 @@ def table(
     output: Annotated[
         str, typer.Option("--format", help="text, markdown, latex, html; csv: a line per cell; csv-means: a line per row and width.")
     ] = "text",
+    layout: Annotated[
+        str, typer.Option(help="blocks: a table per teacher and evaluation set; wide: one table of methods by networks and bit widths.")
+    ] = "blocks",
     plugin: Plugins = None,
 ) -> None:
     """Print the table of finished cells."""
     checked = _rule(rule)
     one_of("--format", output, TABLE_FORMATS)
+    one_of("--layout", layout, ("blocks", "wide"))
+    if layout == "wide" and output.startswith("csv"):
+        raise UserError(f"--layout wide: --format {output} has a line for every cell or mean, whatever the layout")
     reading = read_cells(config, results, plugin)
     from benchmark.tables import load_frame
 
@@ -53,13 +59,19 @@ def table(
     ranks = ranking(found)
     if output == "csv-means":
         table_formats.means_frame(found).to_csv(sys.stdout, index=False)
-    elif output == "text":
+        return
+    from benchmark.wide_tables import side_by_side
+
+    tables = side_by_side(found) if layout == "wide" else found
+    if output == "text":
         from rich.console import Console
 
-        table_formats.print_blocks(found, ranks, Console())
+        from benchmark.table_terminal import print_tables
+
+        print_tables(tables, ranks, Console())
     else:
         formats = {"markdown": table_formats.markdown, "latex": table_formats.latex, "html": table_formats.html_page}
-        print(formats[output](found, ranks), end="")
+        print(formats[output](tables, ranks), end="")
 
 
 def _rule(given: str) -> Rule:
@@ -170,6 +182,20 @@ def report(
     except OSError as error:
         raise UserError(f"{target}: {error.strerror}") from None
     print(target)
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="CELL", help="A finished cell's id, or as many of its first letters as no other has.")],
+    second: Annotated[str, typer.Argument(metavar="CELL", help="Another one, on the same evaluation set.")],
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Compare two finished cells image by image: difference with interval, McNemar's exact test, and what else they differ in."""
+    from benchmark.compare import compare as compared
+    from benchmark.compare import in_words
+    from benchmark.store import Store
+
+    for line in in_words(compared(Store(results), first, second)):
+        print(line)
 
 
 def merge(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from pydantic import model_validator
 
 from benchmark.errors import UserError
@@ -11,6 +13,9 @@ from benchmark.method import Batch, Method, MethodConfig, Phase, TrainingConfig
 from benchmark.registry import find_method
 from benchmark.settings import Field
 from benchmark.student import Student
+
+if TYPE_CHECKING:
+    from benchmark.network import Teacher
 
 SHARED_SETTINGS = ("epochs", "iterations", "batch_size", "milestones", "lr_decay")  # what the wrapping method says for both
 
@@ -57,16 +62,19 @@ def host_of(config: HostingConfig) -> tuple[type[Method], MethodConfig]:
 
 
 class HostingMethod(Method):
-    """A method whose images are another's. `self.host` is that method, set up as it would be alone: the same seed gives it the same bits.
+    """A method whose images are another's. `self.host` is that method; `setup` sets it up as it would be alone: the same seed gives it the same bits.
 
     What is left to write is how a student learns: `distill`, `student_optimizer`, `student_step`. The host's log, schedules, pictures and final
     edits are kept; checkpoints hold its state.
     """
 
-    def setup(self) -> None:
-        method, config = host_of(self.config)
-        self.host = method(self.teacher, config, self.seed, self.device, self._work)
+    def __init__(self, teacher: Teacher, config: MethodConfig, seed: int, device: torch.device | str = "cpu", work: Path | None = None):
+        super().__init__(teacher, config, seed, device, work)
+        method, host_config = host_of(self.config)
+        self.host = method(self.teacher, host_config, self.seed, self.device, self._work)
         self.host._log, self.host._schedules = self._log, self._schedules
+
+    def setup(self) -> None:
         self.host.setup()
 
     def phases(self) -> list[Phase]:

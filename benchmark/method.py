@@ -140,7 +140,7 @@ class Method:
         """Builds what the method needs. New modules and tensors are made on the right device without being told."""
 
     def phases(self) -> list[Phase]:
-        """The training plan; none means that `finish` does it all."""
+        """The training plan; none means that `finish` does it all. Asked before `setup` too, to tell how long a run will take."""
         return []
 
     def synthesize(self) -> Batch:

@@ -131,11 +131,11 @@ def _wait(device: torch.device) -> None:
 class Stand:
     """A network, a task and settings on which contenders are set up.
 
-    settings: what every method gets where it has such a setting.
+    name: the network's, for the record. settings: what every method gets where it has such a setting.
     """
 
-    def __init__(self, network: nn.Module, task: Task, batch_size: int, device: torch.device):
-        self.network, self.task, self.batch_size, self.device = network, task, batch_size, device
+    def __init__(self, network: nn.Module, task: Task, batch_size: int, device: torch.device, name: str = ""):
+        self.network, self.task, self.batch_size, self.device, self.name = network, task, batch_size, device, name
         self.settings: dict[str, Any] = {
             "batch_size": batch_size,
             "synthesis_batch": batch_size,
@@ -285,4 +285,5 @@ def file_name(provenance: dict[str, Any]) -> str:
 
 def record(rows: list[Row], stand: Stand, command: str, provenance: dict[str, Any]) -> dict[str, Any]:
     """What results/speed/<device>.json holds."""
-    return {"command": command, "batch_size": stand.batch_size, "rows": [asdict(row) for row in rows], "provenance": provenance}
+    measured_on = {"network": stand.name, "size": stand.task.size, "batch_size": stand.batch_size}
+    return {"command": command, **measured_on, "rows": [asdict(row) for row in rows], "provenance": provenance}

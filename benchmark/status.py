@@ -27,10 +27,13 @@ class State:
     why: str = ""
 
 
-def statuses(cells: Iterable[Cell], store: Store) -> dict[str, State]:
-    """By cell id. A cell that is not done is *stale* where the store holds the same experiment with other settings or versions."""
+def statuses(cells: Iterable[Cell], store: Store, finished: list[dict[str, Any]] | None = None) -> dict[str, State]:
+    """By cell id. A cell that is not done is *stale* where the store holds the same experiment with other settings or versions.
+
+    finished: the store's results, where they have been read already.
+    """
     cells = list(cells)
-    finished, _ = store.results()
+    finished = store.results()[0] if finished is None else finished
     by_coordinates: dict[str, list[dict[str, Any]]] = {}
     for result in finished:
         by_coordinates.setdefault(result["cell"].get("coordinates", ""), []).append(result["cell"])

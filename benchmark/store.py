@@ -214,6 +214,10 @@ class Store:
     def folder(self, cell_id: str) -> Path:
         return self.root / "runs" / cell_id
 
+    def speed_folders(self) -> list[Path]:
+        """Where `dfqbench speed` writes, and the same beside this store's runs."""
+        return list(dict.fromkeys([self.root / "speed", Path("results/speed")]))
+
     def bundle_folder(self, bundle_id: str) -> Path:
         return self.root / "bundles" / bundle_id
 

@@ -1,64 +1,20 @@
-"""Tables as text for people and for papers: terminal, markdown, LaTeX, HTML, CSV. No torch here."""
+"""Tables as text for people and for papers: markdown, LaTeX, HTML, CSV; the terminal is table_terminal.py's. No torch here."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+import textwrap
+from collections.abc import Sequence
 
 import pandas as pd
 
-from benchmark.tables import Block, Entry, Ranking, Row
+from benchmark.table_sheets import LEFT, Line, Sheet, Text, in_pieces, sheet, widths_of
+from benchmark.tables import Block, Ranking
+from benchmark.wide_tables import WideTable
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text as Rich
-
-LEFT = ("method", "follows")
-NARROWEST = 16
-
-
-@dataclass(frozen=True)
-class Text:
-    """One printed entry of a table."""
-
-    text: str
-    bold: bool = False
-
-
-def grid(block: Block) -> tuple[list[str], list[list[Text]]]:
-    """Column headings and rows, as every format prints them."""
-    columns: list[tuple[str, Callable[[Row], Text]]] = [
-        ("method", lambda row: Text(row.label + row.mark)),
-        ("follows", lambda row: Text(row.fidelity)),
-        ("steps x batch", lambda row: Text(row.budget)),
-        ("seeds", lambda row: Text(row.seeds)),
-    ]
-    for width in block.widths:
-        columns += [
-            (width, partial(_of_entry, width, lambda e: Text(str(e), e.best))),
-            ("drop", partial(_of_entry, width, lambda e: Text(f"{e.drop:.2f}".replace("-0.00", "0.00")))),
-        ]
-        if any(width in row.entries and row.entries[width].published for row in block.rows):
-            columns.append(("published", partial(_of_entry, width, lambda e: Text(claim_of(e)))))
-    columns.append(
-        (f"{block.time}/cell".replace("seconds", "s"), lambda row: Text(f"{row.seconds:.0f}" if row.seconds >= 10 else f"{row.seconds:.2g}"))
-    )
-    return [head for head, _ in columns], [[text_of(row) for _, text_of in columns] for row in block.rows]
-
-
-def _of_entry(width: str, text_of: Callable[[Entry], Text], row: Row) -> Text:
-    return text_of(row.entries[width]) if width in row.entries else Text("-")
-
-
-def claim_of(entry: Entry) -> str:
-    """`90.11-90.25 (-3.2 se)`: what is published, and how far the measured mean is from it in its own standard errors."""
-    if entry.published is None:
-        return "-"
-    distance = entry.published.distance(entry.mean)
-    return f"{entry.published} ({distance / entry.error:+.1f} se)" if entry.error > 0 else f"{entry.published} ({distance:+.2f})"
+Tables = Sequence[Block | WideTable]
+PAPER = 150  # characters of LaTeX's scriptsize across both columns of a paper; chosen here
+NAME = 24  # of them for a row's name, which wraps
 
 
 def ranking_lines(ranking: Ranking) -> list[str]:
@@ -72,70 +28,21 @@ def ranking_lines(ranking: Ranking) -> list[str]:
     return lines
 
 
-def print_blocks(found: list[Block], ranking: Ranking | None, console: Console) -> None:
-    """In a narrow terminal long settings wrap and columns are left out, by name; a number is never cut. A file's lines are as long as need be."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text as Rich
-
-    for block in found:
-        heads, rows, left_out = _fitting(*grid(block), console.width if console.is_terminal else None)
-        place = console if console.is_terminal else Console(file=console.file, width=_width(heads, rows))
-        shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for head in heads:
-            shown.add_column(head, justify="left" if head in LEFT else "right", no_wrap=head != "method", overflow="fold")
-        for row in rows:
-            shown.add_row(*(_in_terminal(cell, console.is_terminal) for cell in row))
-        console.print()
-        console.print(Rich(block.title, style="bold"), soft_wrap=True)
-        place.print(shown)
-        notes = [f"left out, this terminal is narrow: {', '.join(left_out)}"] if left_out else []
-        for note in notes + block.notes:
-            console.print(Rich(f"  {note}", style="dim"), soft_wrap=True)
-    if ranking:
-        console.print()
-        for line in ranking_lines(ranking):
-            console.print(Rich(line), soft_wrap=True)
-
-
-def _fitting(heads: list[str], rows: list[list[Text]], width: int | None) -> tuple[list[str], list[list[Text]], list[str]]:
-    """Without the least important columns until the rest fits, the method's name folded to no less than NARROWEST."""
-    left_out: list[str] = []
-    for name in ("follows", "drop", "steps x batch", "seeds", "published"):
-        fold = max(max(len(row[0].text) for row in rows) - NARROWEST, 0)
-        if width is None or _width(heads, rows) - fold <= width:
-            break
-        keep = [i for i, head in enumerate(heads) if head != name]
-        left_out += [name] * (len(keep) < len(heads))
-        heads, rows = [heads[i] for i in keep], [[row[i] for i in keep] for row in rows]
-    return heads, rows, left_out
-
-
-def _width(heads: list[str], rows: list[list[Text]]) -> int:
-    """Characters of a line; bold takes four more where it is written with stars."""
-    columns = zip(heads, *rows, strict=True)
-    return sum(max(len(head), *(len(cell.text) + 4 * cell.bold for cell in cells)) + 2 for head, *cells in columns)
-
-
-def _in_terminal(cell: Text, is_terminal: bool) -> Rich:
-    from rich.text import Text as Rich
-
-    if not cell.bold:
-        return Rich(cell.text)
-    return Rich(cell.text, style="bold") if is_terminal else Rich(f"**{cell.text}**")
-
-
-def markdown(found: list[Block], ranking: Ranking | None = None) -> str:
-    """GitHub tables, each under its title, notes below."""
+def markdown(found: Tables, ranking: Ranking | None = None) -> str:
+    """GitHub tables, each under its title, notes below. There are no groups of columns in markdown: every heading says its own."""
     parts = []
-    for block in found:
-        heads, rows = grid(block)
-        head = "| " + " | ".join(heads) + " |\n|" + "|".join("---" if c in LEFT else "---:" for c in heads) + "|"
-        body = "\n".join("| " + " | ".join(_in_markdown(cell) for cell in row) + " |" for row in rows)
-        parts.append(f"**{block.title}**\n\n{head}\n{body}\n\n" + "\n".join(f"- {_escaped(note)}" for note in block.notes))
+    for table in map(sheet, found):
+        head = "| " + " | ".join(_markdown_heads(table)) + " |\n|" + "|".join("---" if c in LEFT else "---:" for c in table.heads) + "|"
+        body = "\n".join("| " + " | ".join(_in_markdown(cell) for cell in line.cells) + " |" for line in table.lines)
+        parts.append(f"**{table.title}**\n\n{head}\n{body}\n\n" + "\n".join(f"- {_escaped(note)}" for note in table.notes))
     if ranking:
         parts.append("\n".join(f"- {_escaped(line)}" for line in ranking_lines(ranking)))
     return "\n\n".join(parts) + "\n"
+
+
+def _markdown_heads(table: Sheet) -> list[str]:
+    headings = [f"{_escaped(heading)}<br>" for heading, count in table.groups for _ in range(count)]
+    return [above + head for above, head in zip([""] * table.first + headings, table.heads, strict=True)]
 
 
 def _escaped(text: str) -> str:
@@ -150,29 +57,67 @@ LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\
 LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"$<$", ">": r"$>$"}
 
 
-def latex(found: list[Block], ranking: Ranking | None = None) -> str:
-    """One booktabs table per block; needs \\usepackage{booktabs}."""
+def latex(found: Tables, ranking: Ranking | None = None) -> str:
+    """One booktabs table per block or per blocks side by side; needs \\usepackage{booktabs}."""
     parts = ["% needs \\usepackage{booktabs}; notes are part of the captions"]
-    for block in found:
-        heads, rows = grid(block)
-        lines = [" & ".join(rf"\textbf{{{_tex(cell.text)}}}" if cell.bold else _tex(cell.text) for cell in row) + r" \\" for row in rows]
+    for table in map(sheet, found):
+        floating = "table*" if table.groups else "table"
+        name, *others = widths_of(table)
+        pieces = in_pieces(table, PAPER, [width + 2 for width in (min(name, NAME), *others)]) if table.groups else [table]
         parts += [
-            r"\begin{table}",
-            r"\centering\small",
-            rf"\caption{{{_tex(block.title)}. {_tex('. '.join(_sentence(note) for note in block.notes))}.}}",
-            rf"\begin{{tabular}}{{{''.join('l' if head in LEFT else 'r' for head in heads)}}}",
-            r"\toprule",
-            " & ".join(_tex(head) for head in heads) + r" \\",
-            r"\midrule",
-            *lines,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
+            rf"\begin{{{floating}}}",
+            r"\centering\scriptsize\setlength{\tabcolsep}{3pt}" if table.groups else r"\centering\small",
+            rf"\caption{{{_tex(table.title)}. {_tex('. '.join(_sentence(note) for note in table.notes))}.}}",
+            "\n\n\\medskip\n".join(_tabular(piece) for piece in pieces),
+            rf"\end{{{floating}}}",
             "",
         ]
     if ranking:
         parts += [_tex(". ".join(_sentence(line) for line in ranking_lines(ranking))) + ".", ""]
     return "\n".join(parts)
+
+
+def _tabular(table: Sheet) -> str:
+    columns = "".join("l" if head in LEFT else "r" for head in table.heads)
+    grouped, column = [], table.first + 1
+    if table.groups:
+        columns = r"p{12em}" + columns[1:]
+        rules = []
+        for _, count in table.groups:
+            rules.append(rf"\cmidrule(lr){{{column}-{column + count - 1}}}")
+            column += count
+        above = [""] * table.first + [rf"\multicolumn{{{count}}}{{c}}{{{_wrapped(heading, count)}}}" for heading, count in table.groups]
+        grouped = [" & ".join(above) + r" \\", " ".join(rules)]
+    lines = [_tex_line(line, bool(table.groups)) for line in table.lines]
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            *grouped,
+            " & ".join(_tex(head) for head in table.heads) + r" \\",
+            r"\midrule",
+            *lines,
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
+
+
+def _wrapped(heading: str, count: int) -> str:
+    """Over one or two columns a heading takes several lines: it must not widen them."""
+    if count > 2:
+        return _tex(heading)
+    return r"\shortstack{" + r" \\ ".join(_tex(line) for line in textwrap.wrap(heading, 18 * count)) + "}"
+
+
+def _tex_line(line: Line, wraps: bool) -> str:
+    """What is said under a line is indented; a name that wraps is not stretched."""
+    cells = [rf"\textbf{{{_tex(cell.text)}}}" if cell.bold else _tex(cell.text) for cell in line.cells]
+    if line.under:
+        cells[0] = rf"\quad {cells[0]}"
+    elif wraps:
+        cells[0] = rf"\raggedright {cells[0]}"
+    return " & ".join(cells) + r" \\"
 
 
 def _sentence(note: str) -> str:
@@ -183,21 +128,39 @@ def _tex(text: str) -> str:
     return "".join(LATEX.get(letter, letter) for letter in text)
 
 
-def html_tables(found: list[Block], ranking: Ranking | None = None) -> str:
-    """<section> elements with a table each; classes, no styles. The report page styles them; `--format html` adds a style of its own."""
+def html_tables(found: Tables, ranking: Ranking | None = None) -> str:
+    """<section> elements with a table each; classes, no styles. The report page styles them; `--format html` adds a style of its own.
+
+    Blocks side by side have lines that belong to the one above: such a table cannot be sorted.
+    """
     parts = []
-    for block in found:
-        heads, rows = grid(block)
-        head = "".join(f'<th scope="col"{_side(name)}>{html.escape(name)}</th>' for name in heads)
-        body = "\n".join("<tr>" + "".join(_in_html(cell, name) for cell, name in zip(row, heads, strict=True)) + "</tr>" for row in rows)
-        notes = "".join(f"<li>{html.escape(note)}</li>" for note in block.notes)
+    for table in map(sheet, found):
+        body = "\n".join(
+            f"<tr{_under(line)}>" + "".join(_in_html(cell, name) for cell, name in zip(line.cells, table.heads, strict=True)) + "</tr>"
+            for line in table.lines
+        )
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in table.notes)
+        kind = "grouped" if table.groups else "sortable"
         parts.append(
-            f'<section class="block"><h3>{html.escape(block.title)}</h3>\n<div class="scroll"><table class="sortable">\n'
-            f'<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n<ul class="notes">{notes}</ul></section>'
+            f'<section class="block"><h3>{html.escape(table.title)}</h3>\n<div class="scroll"><table class="{kind}">\n'
+            f'<thead>{_html_heads(table)}</thead>\n<tbody>\n{body}\n</tbody></table></div>\n<ul class="notes">{notes}</ul></section>'
         )
     if ranking:
         parts.append('<ul class="notes">' + "".join(f"<li>{html.escape(line)}</li>" for line in ranking_lines(ranking)) + "</ul>")
     return "\n".join(parts) + "\n"
+
+
+def _html_heads(table: Sheet) -> str:
+    heads = [f'<th scope="col"{_side(name)}>{html.escape(name)}</th>' for name in table.heads]
+    if not table.groups:
+        return f"<tr>{''.join(heads)}</tr>"
+    first = [head.replace("<th ", '<th rowspan="2" ') for head in heads[: table.first]]
+    groups = [f'<th scope="colgroup" colspan="{count}" class="group">{html.escape(heading)}</th>' for heading, count in table.groups]
+    return f"<tr>{''.join(first + groups)}</tr>\n<tr>{''.join(heads[table.first :])}</tr>"
+
+
+def _under(line: Line) -> str:
+    return ' class="under"' if line.under else ""
 
 
 def _side(head: str) -> str:
@@ -209,12 +172,16 @@ def _in_html(cell: Text, head: str) -> str:
     return f"<td{_side(head)}>{f'<strong>{text}</strong>' if cell.bold else text}</td>"
 
 
-def html_page(found: list[Block], ranking: Ranking | None = None) -> str:
+def html_page(found: Tables, ranking: Ranking | None = None) -> str:
     """A page of its own with nothing but the tables."""
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;margin:2rem;max-width:80rem}table{border-collapse:collapse}"
         "th,td{padding:.2rem .8rem .2rem 0;text-align:left;border-bottom:1px solid #ddd}.number{text-align:right}.notes{color:#555}"
     )
+    if any(isinstance(table, WideTable) for table in found):
+        style += (
+            ".group{text-align:center}.grouped td{border-bottom:0;border-top:1px solid #ddd}.grouped .under td{border:0;color:#555;font-size:85%}"
+        )
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>dfqbench tables</title><style>{style}</style></head><body>\n'
         f"{html_tables(found, ranking)}</body></html>\n"

@@ -1,13 +1,14 @@
 """Tables of finished cells. One block per teacher, evaluation set, protocol and precision: these are never mixed. No torch here.
 
-What the tables mean is decided here; how they look in a terminal, in markdown, LaTeX or HTML is decided in table_formats.py.
+What the tables mean is decided here, what is said below them in table_notes.py; wide_tables.py puts blocks side by side; how all that looks in a
+terminal, in markdown, LaTeX or HTML is decided in table_formats.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
@@ -16,9 +17,11 @@ from benchmark.cell import fingerprint
 from benchmark.ledger import METHODS_OWN, Ledger, Published
 from benchmark.per_image import PerImage
 from benchmark.stats import Estimate, binomial_error, holm
+from benchmark.table_notes import block_notes, marks_of
 
 Rule = Literal["last", "best-on-test"]
 ALPHA = 0.05
+NOT_OF_A_ROW = ("bits", "seed", "teacher", "evaluation", "precision")  # of a cell's identity: they say which column, seed or table it is in
 
 
 @dataclass
@@ -59,9 +62,13 @@ class Entry:
 
 @dataclass
 class Row:
-    """One method with its settings and budget. `label` is unique within its block; `mark` refers to a note."""
+    """One method with its settings and budget. `label` is unique within its block; `mark` refers to a note.
+
+    name: as its cells call it, which others may share. settings: its cells' identity without what tells columns and seeds apart.
+    """
 
     label: str
+    name: str
     method: str
     changed: dict[str, Any]
     fidelity: str
@@ -69,11 +76,12 @@ class Row:
     batch: int
     seconds: float
     entries: dict[str, Entry]
+    settings: dict[str, Any]
     mark: str = ""
 
     @property
     def budget(self) -> str:
-        return f"{self.steps} x {self.batch}" if self.steps else "none"
+        return budget_in_words(self.steps, self.batch)
 
     @property
     def seeds(self) -> str:
@@ -87,7 +95,11 @@ class Row:
 
 @dataclass
 class Block:
-    """Results that can be compared with each other: rows from worst to best, widths from wide to narrow."""
+    """Results that can be compared with each other: rows from worst to best, widths from wide to narrow.
+
+    shared_rules: the protocol's without what a method may declare for itself. told_apart: what to add to a name that another block has too.
+    error: the largest standard error of a cell from the test set's size, in percent. uncompared: entries without per-image results.
+    """
 
     title: str
     teacher: str
@@ -95,10 +107,17 @@ class Block:
     evaluation: str
     images: int
     protocol: str
+    shared_rules: str
     precision: str
     widths: list[str]
     rows: list[Row]
     time: str  # what a second is: of a GPU, of a CPU, or of several kinds
+    rule: Rule
+    error: float
+    devices: list[str]
+    uncompared: int
+    why_no_claims: list[str]
+    told_apart: str = ""
     notes: list[str] = field(default_factory=list)
 
     def row(self, label: str) -> Row:
@@ -107,6 +126,10 @@ class Block:
     @property
     def has_claims(self) -> bool:
         return any(entry.published for row in self.rows for entry in row.entries.values())
+
+
+def budget_in_words(steps: int, batch: int) -> str:
+    return f"{steps} x {batch}" if steps else "none"
 
 
 def load_frame(results: Iterable[dict[str, Any]]) -> pd.DataFrame:
@@ -171,7 +194,8 @@ def blocks(
     for block, group in zip(found, groups, strict=True):
         if titles.count(block.title) > 1:
             first = group.iloc[0]
-            block.title += f" [teacher {first.teacher_key[:8]}, images {first.digest[:8]}, rules {fingerprint(first.shared_rules)[:8]}]"
+            block.told_apart = f" [teacher {first.teacher_key[:8]}, images {first.digest[:8]}, rules {fingerprint(first.shared_rules)[:8]}]"
+            block.title += block.told_apart
     return found
 
 
@@ -194,13 +218,14 @@ class _Builder:
         group, first = self.group, self.group.iloc[0]
         title = f"{first.teacher} on {first.evaluation} ({first.images} images): teacher {first.teacher_top1:.2f} %, protocol {first.protocol}"
         widths = sorted(group.bits.unique(), reverse=True)
-        marks = self._marks()
+        # what a method declares about ranges or BN changes the protocol's rules for its own rows: they are marked, not mixed silently
+        marks = marks_of(list(group.rules))
         same: dict[str, list[Any]] = {}
         for cell in group.to_dict("records"):
             same.setdefault(cell["settings"], []).append(cell)
         rows = [self._row(cells, widths, marks) for cells in same.values()]
         rows.sort(key=lambda row: (row.mean, row.label, row.budget))
-        self._make_unique(rows)
+        make_unique(rows)
         if self.per_image:
             for width in widths:
                 self._compare(rows, width)
@@ -213,20 +238,20 @@ class _Builder:
             evaluation=first.evaluation,
             images=int(first.images),
             protocol=first.protocol,
+            shared_rules=first.shared_rules,
             precision=first.precision,
             widths=widths,
             rows=rows,
             time=time,
+            rule=self.rule,
+            error=max(binomial_error(v, first.images) for v in group.top1),
+            devices=sorted(group.device.unique()),
+            uncompared=self.uncompared,
+            why_no_claims=sorted(why for why in self.why_no_claims if why),
         )
         if with_notes:
-            block.notes = self._notes(block, marks)
+            block.notes = block_notes(block, marks)
         return block
-
-    def _marks(self) -> dict[str, str]:
-        """What a method declares about ranges or BN changes the protocol's rules for its own rows: they are marked, not mixed silently."""
-        usual = self.group.rules.mode()[0]
-        own = [rules for rules in self.group.rules.unique() if rules != usual]
-        return {usual: ""} | {rules: "*" * (i + 1) for i, rules in enumerate(own)}
 
     def _row(self, cells: list[dict[str, Any]], widths: list[str], marks: dict[str, str]) -> Row:
         first = cells[0]
@@ -234,6 +259,7 @@ class _Builder:
         by_width = {width: [cell for cell in cells if cell["bits"] == width] for width in widths}
         return Row(
             label=first["method"],
+            name=first["method"],
             method=first["plain_method"],
             changed=first["result"]["cell"].get("changed", {}),
             fidelity=first["fidelity"],
@@ -241,6 +267,7 @@ class _Builder:
             batch=int(first["batch"]),
             seconds=float(np.mean([cell["seconds"] for cell in cells])),
             entries={width: self._entry(there) for width, there in by_width.items() if there},
+            settings={k: v for k, v in first["result"]["cell"]["identity"].items() if k not in NOT_OF_A_ROW},
             mark=marks[first["rules"]],
         )
 
@@ -257,20 +284,6 @@ class _Builder:
             entry.published, why = self.ledger.published(first["result"])
             self.why_no_claims.add(why)
         return entry
-
-    @staticmethod
-    def _make_unique(rows: list[Row]) -> None:
-        """Rows whose labels and budgets agree differ in something that neither shows: they are numbered, so that nothing is taken for the same."""
-        seen: dict[tuple[str, str], list[Row]] = {}
-        for row in rows:
-            seen.setdefault((row.label, row.budget), []).append(row)
-        for (label, _), same in seen.items():
-            for number, row in enumerate(same, 1):
-                row.label = label if len(same) == 1 else f"{label} [{number}]"
-        labels = [row.label for row in rows]
-        for row in rows:
-            if labels.count(row.label) > 1:
-                row.label += f" {row.steps}x{row.batch}"
 
     def _compare(self, rows: list[Row], width: str) -> None:
         """Marks the best of a column and all that cannot be told from it."""
@@ -291,49 +304,27 @@ class _Builder:
             adjusted = Estimate(difference.value, difference.error, difference.low, difference.high, p)
             entry.against_best = Comparison(adjusted, pair)
 
-    def _notes(self, block: Block, marks: dict[str, str]) -> list[str]:
-        about = {
-            "last": "the last epoch's accuracy, as a user without test labels would get it",
-            "best-on-test": "the best of all evaluated epochs, chosen on the test labels (optimistic; at most as many choices as evaluations)",
-        }[self.rule]
-        error = max(binomial_error(v, block.images) for v in self.group.top1)
-        notes = [
-            f"top-1 in %, rule '{self.rule}': {about}",
-            f"± is the standard deviation over seeds; one standard error from the test set's size is at most {error:.2f}; drop: below the teacher",
-        ]
-        if any(entry.best for row in block.rows for entry in row.entries.values()):
-            once = any(entry.n == 1 for row in block.rows for entry in row.entries.values())
-            notes.append(
-                "bold: the best of a column with all that cannot be told from it (paired bootstrap over test images and seeds, Holm, 5 %)"
-                + ("; where there is one seed, over test images alone" if once else "")
-            )
-        elif self.rule != "last":
-            notes.append("nothing is bold: per-image results are stored for the last epoch only")
-        if self.uncompared:
-            notes.append(f"{self.uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged")
-        notes.append(f"{block.time} per cell, images included, on {', '.join(sorted(self.group.device.unique()))}")
-        for rules, mark in marks.items():
-            if mark:
-                notes.append(f"{mark} the method's own rules: {_difference(rules, next(r for r, m in marks.items() if not m))}")
-        if any("[" in row.label for row in block.rows):
-            notes.append("[1], [2]: same name and budget, but other settings or versions; the report shows them per cell")
-        if any(row.fidelity == "abstract" for row in block.rows):
-            notes.append("follows 'abstract': reconstructed, details of the method are not public")
-        if block.has_claims:
-            notes.append(
-                "published: what papers claim (a range where sources disagree), and how far we are from it in our standard errors; "
-                "papers print one figure each, most of them the best epoch on the test set"
-            )
-        notes += sorted(why for why in self.why_no_claims if why) if not block.has_claims else []
-        return notes
+
+class Numbered(Protocol):
+    """A row of a block, or of blocks side by side."""
+
+    label: str
+    steps: int
+    batch: int
 
 
-def _difference(rules: str, usual: str) -> str:
-    """`ranges mse (protocol: ema)`: the entries in which two printed rule lists differ."""
-    import ast
-
-    own, theirs = dict(ast.literal_eval(rules)), dict(ast.literal_eval(usual))
-    return ", ".join(f"{key} {own[key]} (protocol: {theirs[key]})" for key in own if own[key] != theirs[key])
+def make_unique(rows: Sequence[Numbered]) -> None:
+    """Rows whose labels and budgets agree differ in something that neither shows: they are numbered, so that nothing is taken for the same."""
+    seen: dict[tuple[str, str], list[Numbered]] = {}
+    for row in rows:
+        seen.setdefault((row.label, budget_in_words(row.steps, row.batch)), []).append(row)
+    for (label, _), same in seen.items():
+        for number, row in enumerate(same, 1):
+            row.label = label if len(same) == 1 else f"{label} [{number}]"
+    labels = [row.label for row in rows]
+    for row in rows:
+        if labels.count(row.label) > 1:
+            row.label += f" {row.steps}x{row.batch}"
 
 
 @dataclass

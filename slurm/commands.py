@@ -66,6 +66,10 @@ def submit(config: str, profile_name: str, results: Path, *, local: bool, dry_ru
     if dry_run:
         for script in launcher.scripts(plan, profile):
             print(script)
+        for line in plan.unread:
+            print(f"skipped: {line}", file=sys.stderr)
+        for line in plan.hours_of_each:
+            _say(line)
         _say(f"{_plan_in_words(plan)}; nothing is submitted")
         _say(plan.hours)
         return

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from benchmark.cell import Bundle, bundles
 from benchmark.errors import UserError, counted
+from benchmark.hours import Speeds, hours, in_words, read_speed_files
 from benchmark.status import Status, statuses
 from benchmark.store import Store
 from slurm import cluster
 from slurm.cluster import Job, NoAnswer
-from slurm.estimate import Speeds, hours
 from slurm.packing import Split, pack, split
 from slurm.profile import Profile
 from slurm.submission import Array, Submission, new_token, snapshot, submissions, submitting, write_new
@@ -43,6 +43,8 @@ class Plan:
     skipped: dict[str, int] = field(default_factory=dict)  # reason -> cells
     waiting: int = 0  # cells beyond max_queued
     hours: str = ""
+    hours_of_each: list[str] = field(default_factory=list)  # bundles of which something is known
+    unread: list[str] = field(default_factory=list)  # files that should say how fast a device is, and do not
 
     @property
     def cells(self) -> int:
@@ -53,8 +55,10 @@ def make_plan(
     loaded: LoadedSweep, plugins: list[str], store: Store, profile_name: str, profile: Profile, jobs: dict[str, Job], limit: int, retry_failed: bool
 ) -> tuple[Plan, str]:
     """The plan, and the text of the config that its jobs will run. Writes nothing."""
-    todo, skipped = _todo(loaded, store, jobs, retry_failed)
-    speeds = Speeds(store.results()[0], profile.runs_on)
+    finished, _ = store.results()
+    todo, skipped = _todo(loaded, store, finished, jobs, retry_failed)
+    measured, unread = read_speed_files(store.speed_folders())
+    speeds = Speeds(finished, profile.runs_on, measured)
     chosen = bundles(cell for cell in loaded.cells if cell.id in todo)
     tasks = pack(chosen, profile, speeds.seconds)
     room = len(tasks) if profile.max_queued is None else max(profile.max_queued - sum(job.live for job in jobs.values()), 0)
@@ -76,17 +80,20 @@ def make_plan(
         arrays=[Array(f"{loaded.sweep.name}-{token}.{i}", part.first, part.count) for i, part in enumerate(splits)],
         retry_failed=retry_failed,
     )
-    return Plan(submission, chosen, splits, skipped, waiting, hours(chosen, speeds, profile.side_by_side)), text
+    each = [f"{bundle}: {expected}" for bundle in chosen if (expected := in_words(bundle, [speeds]))]
+    return Plan(submission, chosen, splits, skipped, waiting, hours(chosen, speeds, profile.side_by_side), each, unread), text
 
 
-def _todo(loaded: LoadedSweep, store: Store, jobs: dict[str, Job], retry_failed: bool) -> tuple[set[str], dict[str, int]]:
+def _todo(
+    loaded: LoadedSweep, store: Store, finished: list[dict[str, Any]], jobs: dict[str, Job], retry_failed: bool
+) -> tuple[set[str], dict[str, int]]:
     """The cells to submit, and for the others how many there are for each reason."""
     waiting_in = {}
     for submission in submissions(store):
         live = {job.id for job in submission.jobs_in(jobs)}
         waiting_in.update({cell: True for cell, task in submission.task_of.items() if submission.job_of(task, jobs) in live})
     todo, skipped = set(), dict[str, int]()
-    for cell_id, state in statuses(loaded.cells, store).items():
+    for cell_id, state in statuses(loaded.cells, store, finished).items():
         reason = ""
         if state.status is Status.DONE:
             reason = "done"

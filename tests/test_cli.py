@@ -313,6 +313,8 @@ def test_help_and_table_do_not_import_torch(finished: tuple[Path, Path]) -> None
     assert without_torch("plot", str(config), "--results", str(results), "--out", out, "--format", "svg") in ([], ["matplotlib"])
     assert without_torch("report", str(config), "--results", str(results), "--out", f"{out}/report.html") in ([], ["matplotlib"])
     assert without_torch("merge", str(results), "--results", f"{out}/merged") == []
+    ids = sorted(p.name for p in (results / "runs").iterdir())[:2]
+    assert without_torch("compare", *ids, "--results", str(results)) == []
 
 
 def test_methods_are_listed_and_shown(dfqbench: Run) -> None:

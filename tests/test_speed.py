@@ -67,6 +67,7 @@ def test_speed_prints_and_writes_what_it_measured(tmp_path: Path, capsys: pytest
     printed = capsys.readouterr().out
     written = json.loads(out.read_text())
     assert written["command"] == "dfqbench " + " ".join(words)
+    assert (written["network"], written["size"], written["batch_size"]) == ("resnet20", 32, 2)
     assert [(row["contender"], row["widths"]) for row in written["rows"]] == [("engine", 1), ("engine", 4), ("competent", 1), ("textbook", 1)]
     assert all(row["seconds"] > 0 for row in written["rows"])
     assert written["rows"][-1]["against"] == 1.0

@@ -14,7 +14,8 @@ from benchmark.ledger import load_ledger
 from benchmark.per_image import PerImage
 from benchmark.records import read_store
 from benchmark.store import Store
-from benchmark.table_formats import grid, html_page, latex, markdown, means_frame
+from benchmark.table_formats import html_page, latex, markdown, means_frame
+from benchmark.table_sheets import grid
 from benchmark.tables import Block, blocks, load_frame, ranking
 
 RULES = {"ranges": "ema", "batch_norm": "fixed"}
@@ -306,12 +307,12 @@ def test_a_terminal_of_any_width_cuts_no_number(found: list[Block], width: int) 
 
     from rich.console import Console
 
-    from benchmark.table_formats import print_blocks
+    from benchmark.table_terminal import print_tables
 
     out = io.StringIO()
     block = copy.copy(found[0])
     block.widths = block.widths[-2:]
-    print_blocks([block], None, Console(file=out, width=width, force_terminal=True, color_system=None))
+    print_tables([block], None, Console(file=out, width=width, force_terminal=True, color_system=None))
     text = out.getvalue()
     for row in block.rows:
         for name in block.widths:

@@ -1,4 +1,4 @@
-"""Profiles, packing, splitting, estimates, records, and what Slurm's commands answer, without Slurm."""
+"""Profiles, packing, splitting, records, and what Slurm's commands answer, without Slurm."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +17,6 @@ from benchmark.store import Store
 from benchmark.sweep import load_sweep
 from slurm import cluster
 from slurm.cluster import Job, NoAnswer
-from slurm.estimate import Speeds, hours
 from slurm.overview import Word, look
 from slurm.packing import pack, split
 from slurm.profile import Profile, find_profile, minutes, shipped
@@ -111,21 +108,6 @@ def test_methods_without_training_are_chained(sweep_file: Callable[..., Path]) -
     chosen = bundles(loaded.cells)
     tasks = pack(chosen, Profile(), lambda bundle: None)
     assert [len(lane) for task in tasks for lane in task] == ([16, 2] if len(chosen) == 18 else [len(chosen)])
-
-
-def result_of(bundle: Bundle, own: float, shared: float, device: str = "cuda") -> dict[str, Any]:
-    cell = bundle.cells[0]
-    return {"cell": cell.record(), "seconds": {"own": own, "shared": shared}, "provenance": {"device": device}}
-
-
-def test_hours_come_from_finished_cells_of_the_same_kind(found: list[Bundle]) -> None:
-    longer = Bundle(tuple(replace(cell, config=cell.config | {"epochs": cell.config["epochs"] * 2}) for cell in found[1].cells))
-    speeds = Speeds([result_of(found[0], own=900.0, shared=1800.0)], "cuda")
-    assert speeds.seconds(found[2]) == 1800 + 2 * 900
-    assert speeds.seconds(longer) == 2 * (1800 + 2 * 900)
-    assert hours([found[2], longer], speeds, 1).startswith("about 3 GPU-hours")
-    assert hours([found[2], longer], speeds, 2).startswith("about 1.5 GPU-hours")
-    assert "no figure is known" in hours(found, Speeds([result_of(found[0], 1, 1, device="cpu")], "cuda"), 1)
 
 
 def commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **scripts: str) -> None:
