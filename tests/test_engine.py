@@ -20,7 +20,8 @@ from benchmark.cell import Bundle, Cell, bundles
 from benchmark.engine import Interrupted, Lockstep
 from benchmark.evaluate import Evaluation, state_hash
 from benchmark.memo import cache_folder
-from benchmark.method import Batch, Method, TrainingConfig, learning_rate, restore_state, state_of, stream_seed
+from benchmark.method import Batch, Method, TrainingConfig, learning_rate, stream_seed
+from benchmark.method_state import restore_state, state_of
 from benchmark.network import Teacher
 from benchmark.sweep import LoadedSweep, load_sweep
 from benchmark.teachers import load
