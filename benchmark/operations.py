@@ -111,6 +111,7 @@ class ComparedParts:
     def __init__(self, lockstep: Lockstep):
         self.method, self.students = lockstep.method, {t.name: (t.student, t.optimizer) for t in lockstep.trainees}
         self.steps: list[tuple[str, list[Operation]]] = []
+        self.replayed = 0
         self._kind: object = None
         self.forget()
 

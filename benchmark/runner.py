@@ -301,7 +301,7 @@ class _Worker:
             "student_state": state_hash(trainee.student),
             "left_float": trainee.student.left_float,
             "seconds": {"own": round(own, 3), "shared": round(shared, 3), "bundle": [c.id for c in lockstep.bundle.cells]},
-            "provenance": provenance(self.device),
+            "provenance": provenance(self.device) | ({"graphs": True} if lockstep.parts.replayed else {}),
             "finished": time.time(),
         }
         self.store.append_log(cell.id, f"done: top-1 {evaluation.top1:.2f} % at epoch {last['epoch']}")

@@ -27,7 +27,9 @@ Replay = Callable[[], None]
 
 
 class Parts(Protocol):
-    """How the engine runs the parts of a step."""
+    """How the engine runs the parts of a step. replayed: how many were not run but replayed."""
+
+    replayed: int
 
     def begin(self, kind: object) -> None:
         """The steps from here on are of this kind: equal kinds do the same operations."""
@@ -41,6 +43,8 @@ class Parts(Protocol):
 
 class Eager:
     """Every part is run as it is."""
+
+    replayed = 0
 
     def begin(self, kind: object) -> None: ...
 
@@ -87,7 +91,7 @@ class CapturedParts:
 
     def __init__(self, method: Method, students: dict[str, Any], make_recorder: Callable[[], Recorder], say: Callable[[str], None]):
         self.method, self.students, self.make_recorder, self.say = method, students, make_recorder, say
-        self.replayed = 0  # parts, over all kinds
+        self.replayed = 0
         self.refused = False
         self._kind: object = None
         self.forget()

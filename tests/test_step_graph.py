@@ -296,6 +296,51 @@ def first_even_draw(trial: Trial, seed: int) -> int:
     return 20
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible here")
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", ["gdfq", "acq"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_cuda_graphs_end_with_the_bits_of_steps_run_as_they_are(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    trial, said, ends = Trial(find_method(name), LONG | {"milestones": [2]}), [], []
+    for replayed in (False, True):
+        lockstep = trial.start(bits=("w4a4", "w3a3"), device="cuda")
+        lockstep.autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
+        if replayed:
+            lockstep.replay_steps(said.append)
+        lockstep.run(StopAfter())
+        ends.append((ends_of(lockstep), history(lockstep)))
+    assert said == []
+    assert lockstep.parts.replayed > 0
+    assert ends[0] == ends[1]
+
+
+class Waits(Plain):
+    """Breaks the capture off from within: the device is waited for."""
+
+    def once_more(self, images: Tensor) -> None:
+        images.mul_(1.0 + float(images.mean() > 0))
+
+
+@needs_gpu
+def test_a_capture_that_cuda_breaks_off_is_told_and_the_run_goes_on_with_the_same_bits() -> None:
+    method = register("waits", paper="x", fidelity="paper", shares_synthesis=True)(Waits)
+    trial, said = Trial(method, {"iterations": 6}), []
+    plain, lockstep = trial.end(device="cuda"), trial.start(device="cuda")
+    lockstep.replay_steps(said.append)
+    lockstep.run(StopAfter())
+    assert len(said) == 1
+    assert ends_of(lockstep) == ends_of(plain)
+    sound = Trial(find_method("gdfq"), LONG)
+    later = sound.start(device="cuda")  # and the next cell can be recorded
+    later.replay_steps(said.append)
+    later.run(StopAfter())
+    assert later.parts.replayed > 0
+    assert ends_of(later) == ends_of(sound.end(device="cuda"))
+
+
 def test_methods_that_do_not_promise_static_steps_are_run_as_they_are() -> None:
     said: list[str] = []
     lockstep = Trial(find_method("zaq")).start()
