@@ -42,6 +42,7 @@ def run(
     checkpoint_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 300.0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     wandb: Annotated[str | None, typer.Option(help="online, offline or off; default: as the config says.")] = None,
+    graphs: Annotated[bool, typer.Option("--graphs", help="Replay steps as CUDA graphs where a method allows it; never tried on a GPU yet.")] = False,
     plugin: Plugins = None,
 ) -> None:
     """Run every cell of a sweep that is not done yet; Ctrl-C saves, the same command goes on."""
@@ -59,7 +60,7 @@ def run(
     progress = make_progress(console)
     try:
         with StopFlag().installed() as stop:
-            summary = run_sweep(loaded, store, Options(device, checkpoint_every, retry_failed, wandb=wandb), progress, stop)
+            summary = run_sweep(loaded, store, Options(device, checkpoint_every, retry_failed, wandb=wandb, graphs=graphs), progress, stop)
     finally:
         progress.stop()
     parts = [f"{summary.done} done", f"{summary.failed} failed" if summary.failed else "", f"{summary.left} left" if summary.left else ""]

@@ -19,9 +19,12 @@ from torch import Tensor
 from benchmark.cell import Bundle, Cell
 from benchmark.errors import UserError
 from benchmark.evaluate import Evaluation
-from benchmark.method import Batch, Method, Phase, learning_rate, modules_of, restore_state, state_of, stream_seed
+from benchmark.method import Batch, Method, Phase, learning_rate, stream_seed
+from benchmark.method_state import modules_of, optimizers_of, restore_state, state_of
 from benchmark.network import Teacher
+from benchmark.rates import is_fused, place_rates, rate_of, set_rate
 from benchmark.registry import find_method
+from benchmark.step_graph import CapturedParts, CudaRecorder, Eager, Parts, Recorder
 from benchmark.student import Student
 
 
@@ -71,9 +74,10 @@ class Stopwatch:
     def of(self, name: str) -> Iterator[None]:
         if self.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+            stream = torch.cuda.current_stream(self.device)  # that of this device, which need not be torch's current one (cuda:1)
+            start.record(stream)
             yield
-            end.record()
+            end.record(stream)
             self._events.append((name, start, end))
         else:
             started = time.perf_counter()
@@ -93,7 +97,8 @@ class Stopwatch:
 class Lockstep:
     """A bundle in training. `run` goes from where it is to the end; `state` and `restore` carry it over an interruption.
 
-    epoch, iteration: position in the plan: `iteration` steps of `epoch` (counted over all phases) are done.
+    epoch, iteration: position in the plan: `iteration` steps of `epoch` (counted over all phases) are done. parts: how the parts of a step are run;
+    as they are, unless `replay_steps` was called.
     """
 
     SHARED = "shared"
@@ -118,6 +123,8 @@ class Lockstep:
         self.epoch = self.iteration = 0
         self.watch = Stopwatch(device)
         self.last_batch: Batch | None = None
+        self.parts: Parts = Eager()
+        self._place_rates()
 
     def _trainee(self, cell: Cell) -> Trainee:
         student = Student(self.teacher, cell.protocol, cell.bits).to(self.device).to(memory_format=torch.channels_last)
@@ -127,6 +134,27 @@ class Lockstep:
             c = self.method.config
             self.method.schedule(optimizer, getattr(c, "milestones", []), getattr(c, "lr_decay", 1.0))
         return Trainee(cell, student, optimizer)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The method's own and the students'."""
+        return [*optimizers_of(self.method), *(t.optimizer for t in self.trainees if t.optimizer is not None)]
+
+    def _place_rates(self) -> None:
+        if self.device.type == "cuda" and self.method.static_step:
+            for optimizer in self.optimizers:
+                place_rates(optimizer, self.device)
+
+    def replay_steps(self, say: Callable[[str], None], make_recorder: Callable[[], Recorder] | None = None) -> None:
+        """From here on, steps are recorded and replayed (as CUDA graphs): see `step_graph`. Where that cannot be, `say` gets a line that says why."""
+        name, loose = self.method.info.name, [type(optimizer).__name__ for optimizer in self.optimizers if not is_fused(optimizer)]
+        if not self.method.static_step:
+            say(f"steps of {name} are not replayed but run as they are: they are not the same operations every time (static_step)")
+        elif loose:
+            say(f"steps of {name} are not replayed but run as they are: its {loose[0]} is not one of torch's fused optimizers (fused=True)")
+        else:
+            students = {t.name: (t.student, t.optimizer) for t in self.trainees}
+            self.parts = CapturedParts(self.method, students, make_recorder or (lambda: CudaRecorder(self.device)), say)
 
     @property
     def active(self) -> list[Trainee]:
@@ -179,32 +207,46 @@ class Lockstep:
         epoch = sum(phase.step is None for phase, _ in self.epochs[: self.epoch])  # a milestone never counts the making of images
         for optimizer, milestones, decay in self.method._schedules:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(group["initial_lr"], milestones, decay, epoch)
+                set_rate(group, learning_rate(group["initial_lr"], milestones, decay, epoch))
+        self.parts.begin((phase, calibrating))
         for trainee in self.active:
             trainee.student.training_mode(phase.distill)
             trainee.student.track_ranges(calibrating)
 
     def step(self, phase: Phase, calibrating: bool) -> None:
         """One step of a phase: images, then every student."""
-        with self.watch.of(self.SHARED), self.autocast:
+        with self.watch.of(self.SHARED):
+            batch = self.parts.run(self.SHARED, lambda: self._synthesize(phase))
+        if phase.step is not None:
+            return
+        assert batch is not None
+        self.last_batch = batch
+        for trainee in self.active if phase.distill or calibrating else ():
+            with self.watch.of(trainee.name):
+                self.parts.run(trainee.name, lambda trainee=trainee: self._train(trainee, batch, phase.distill))  # type: ignore[misc]
+
+    def _synthesize(self, phase: Phase) -> Batch | None:
+        with self.autocast:
             if phase.step is not None:
                 phase.step()
+                return None
+            return (phase.batch or self.method.synthesize)()
+
+    def _train(self, trainee: Trainee, batch: Batch, distill: bool) -> None:
+        """One student's part: an update, or a look at the batch that its ranges are tracked on."""
+        with self.method._log.of(trainee.name):
+            if not distill:
+                with torch.no_grad(), self.autocast:
+                    trainee.student(batch.images)
                 return
-            batch = self.last_batch = (phase.batch or self.method.synthesize)()
-        for trainee in self.active:
-            with self.watch.of(trainee.name), self.method._log.of(trainee.name):
-                if phase.distill:
-                    assert trainee.optimizer is not None
-                    with self.autocast:
-                        loss = self.method.distill(trainee.student, batch)
-                    self.method.log("loss", loss)
-                    self.method.student_step(trainee.student, loss, trainee.optimizer)
-                    if not self.method.info.shares_synthesis:
-                        with self.autocast:
-                            self.method.adversary(trainee.student)
-                elif calibrating:
-                    with torch.no_grad(), self.autocast:
-                        trainee.student(batch.images)
+            assert trainee.optimizer is not None
+            with self.autocast:
+                loss = self.method.distill(trainee.student, batch)
+            self.method.log("loss", loss)
+            self.method.student_step(trainee.student, loss, trainee.optimizer)
+            if not self.method.info.shares_synthesis:
+                with self.autocast:
+                    self.method.adversary(trainee.student)
 
     def _end_epoch(self, phase: Phase) -> None:
         log, epoch = self.method._log, self.epoch + 1
@@ -214,7 +256,7 @@ class Lockstep:
             trainee.student.track_ranges(False)
             row: dict[str, Any] = {"epoch": epoch, "phase": phase.name, **shared, **log.averages(trainee.name)}
             if trainee.optimizer is not None and phase.distill:
-                row["student_lr"] = trainee.optimizer.param_groups[0]["lr"]
+                row["student_lr"] = rate_of(trainee.optimizer.param_groups[0])
             if self._evaluates_after(epoch, trainee):
                 trainee.evaluation = self.evaluate(trainee.student)
                 row["top1"] = trainee.evaluation.top1
@@ -262,6 +304,8 @@ class Lockstep:
             if trainee.optimizer is not None:
                 trainee.optimizer.load_state_dict(saved["optimizer"])
             trainee.history, trainee.failed = saved["history"], saved["failed"]
+        self._place_rates()  # loaded optimizers hold other tensors
+        self.parts.forget()
         torch.set_rng_state(state["global_random"].cpu())
         if state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmark.image_set import ImageSet
 from benchmark.protocol import BatchNormMode, RangeEstimatorName
@@ -123,6 +123,15 @@ class Method:
 
     config: Any
 
+    @property
+    def static_step(self) -> bool:
+        """Whether every step of a phase, as configured, is the same operations on the same tensors, so that a GPU can replay a captured one.
+
+        Then `synthesize`, `distill` and whatever else runs in a step wait for nothing (`.item()`, masks as indices, `torch.tensor(...)`), branch on
+        nothing that moves, keep no number and bind no new tensor in `self`, and use torch's fused optimizers. A conformance check holds it.
+        """
+        return False
+
     def __init__(self, teacher: Teacher, config: MethodConfig, seed: int, device: torch.device | str = "cpu", work: Path | None = None):
         self.teacher = teacher
         self.task: Task = teacher.task
@@ -183,6 +192,8 @@ class Method:
     def random(self, stream: str) -> torch.Generator:
         """The random stream of that name, on the method's device; pass it as `generator=` to torch's random functions."""
         if stream not in self._streams:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"the random stream {stream!r} is first drawn from in the captured step: the steps before were others")
             self._streams[stream] = torch.Generator(self.device).manual_seed(stream_seed(self.seed, stream))
         return self._streams[stream]
 
@@ -225,7 +236,7 @@ class Log:
 
     def __init__(self) -> None:
         self.scope = self.SHARED
-        self.sums: dict[str, dict[str, list[Any]]] = {}
+        self.sums: dict[str, dict[str, list[Any]]] = {}  # scope -> name -> sum (a tensor that stays where it is) and count
 
     @contextmanager
     def of(self, scope: str) -> Iterator[None]:
@@ -245,92 +256,31 @@ class Log:
 
     def averages(self, scope: str) -> dict[str, float]:
         """The means since the last reset."""
-        return {name: float(total) / count for name, (total, count) in self.sums.get(scope, {}).items()}
+        return {name: float(total) / count for name, (total, count) in self.sums.get(scope, {}).items() if count}
 
     def reset(self) -> None:
-        self.sums = {}
+        for values in self.sums.values():
+            for entry in values.values():
+                entry[0].zero_()
+                entry[1] = 0
 
+    def counts(self) -> dict[tuple[str, str], int]:
+        """How many values each sum holds, by scope and name."""
+        return {(scope, name): count for scope, values in self.sums.items() for name, (_, count) in values.items()}
 
-def state_of(method: Method) -> dict[str, Any]:
-    """Everything that a checkpoint must hold of a method. Raises TypeError naming an attribute that cannot be saved."""
-    own = {name: value for name, value in vars(method).items() if name not in _GIVEN}
-    return {
-        "attributes": {name: _save(value, f"self.{name}") for name, value in own.items()},
-        "streams": {name: stream.get_state() for name, stream in method._streams.items()},
-        "log": {scope: {name: list(entry) for name, entry in values.items()} for scope, values in method._log.sums.items()},
-    }
+    def count(self, values: dict[tuple[str, str], int]) -> None:
+        """Counts values that a replayed step added to the sums without its Python code being run."""
+        for (scope, name), more in values.items():
+            self.sums[scope][name][1] += more
 
-
-def restore_state(method: Method, state: dict[str, Any]) -> None:
-    """Brings a method that was just set up to a saved state."""
-    for name, value in state["attributes"].items():
-        setattr(method, name, _load(value, getattr(method, name, None), f"self.{name}"))
-    for name, stream in state["streams"].items():
-        method.random(name).set_state(stream.cpu())
-    method._log.sums = state["log"]
-
-
-_GIVEN = {"teacher", "task", "config", "seed", "device", "_streams", "_schedules", "_log", "_work"}  # what __init__ makes anew
-
-
-def _save(value: Any, name: str) -> Any:
-    if isinstance(value, Method):
-        return {"method": state_of(value)}
-    if hasattr(value, "state_dict"):
-        return {"state_dict": value.state_dict()}
-    if isinstance(value, torch.Generator):
-        return {"generator": value.get_state()}
-    if isinstance(value, Tensor):
-        return {"tensor": value.detach()}
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"value": value}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [_save(v, f"{name}[{i}]") for i, v in enumerate(value)]}
-    if isinstance(value, dict):
-        return {"dict": {k: _save(v, f"{name}[{k!r}]") for k, v in value.items()}}
-    raise TypeError(
-        f"{name} is a {type(value).__name__}, which cannot be checkpointed: keep a tensor, a number, a list or dict of these, "
-        "something with a state_dict, or compute it where it is needed"
-    )
-
-
-def _load(saved: dict[str, Any], current: Any, name: str) -> Any:
-    ((kind, content),) = saved.items()
-    if kind == "method":
-        restore_state(current, content)
-        return current
-    if kind in ("state_dict", "generator"):
-        if current is None:
-            raise TypeError(f"{name} was made after setup(), so it cannot be restored: make it in setup()")
-        if kind == "state_dict":
-            current.load_state_dict(content)
-        else:
-            current.set_state(content.cpu())
-        return current
-    if kind == "tensor":
-        if isinstance(current, Tensor) and current.shape == content.shape and current.dtype == content.dtype:
-            with torch.no_grad():
-                current.copy_(content)  # in place: an optimizer may hold this very tensor
-            return current
-        return content
-    if kind == "value":
-        return content
-    if kind == "dict":
-        return {k: _load(v, current.get(k) if isinstance(current, dict) else None, f"{name}[{k!r}]") for k, v in content.items()}
-    have = current if isinstance(current, list | tuple) else ()
-    loaded = [_load(v, have[i] if i < len(have) else None, f"{name}[{i}]") for i, v in enumerate(content)]
-    return tuple(loaded) if kind == "tuple" else loaded
+    def recount(self, counts: dict[tuple[str, str], int]) -> None:
+        """Back to earlier `counts()`, for a step whose Python code ran without its arithmetic; names that it brought in are dropped."""
+        self.sums = {
+            scope: {name: [total, counts[scope, name]] for name, (total, _) in values.items() if (scope, name) in counts}
+            for scope, values in self.sums.items()
+        }
 
 
 def learning_rate(initial: float, milestones: Sequence[int], decay: float, epoch: int) -> float:
     """The rate in `epoch` (counted from 0): initial times decay for every milestone that has been reached."""
     return initial * decay ** sum(epoch >= m for m in milestones)
-
-
-def modules_of(method: Method) -> Iterator[nn.Module]:
-    """The modules that a method, and the methods inside it, made for themselves."""
-    for name, value in vars(method).items():
-        if isinstance(value, Method):
-            yield from modules_of(value)
-        elif name not in _GIVEN:
-            yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, nn.Module))

@@ -52,6 +52,7 @@ class Options:
     stop_at_failure: bool = False  # after the bundle in which a cell failed, so that the rest gets a fresh process
     evaluation_batch: int = 500
     wandb: str | None = None  # online, offline or off instead of what the config says
+    graphs: bool = False  # replay training steps as CUDA graphs, where the method allows it
 
 
 class StopFlag:
@@ -103,6 +104,8 @@ def note_sweep(loaded: LoadedSweep, store: Store) -> None:
 def run_cells(loaded: LoadedSweep, cells: list[Cell], store: Store, options: Options, progress: Progress, stop: StopFlag) -> Summary:
     """Runs those of a sweep's cells that are not done. One that fails is recorded and does not keep the others from running."""
     device = check_device(options.device)
+    if options.graphs and device.type != "cuda":
+        raise UserError(f"--graphs: CUDA graphs need a GPU, and the device is {device}")
     keep_freed_memory()
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
@@ -200,6 +203,8 @@ class _Worker:
         work = self.store.bundle_folder(bundle.id)
         watcher = _Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop, self.watching)
         lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, self.loaded.sweep.evaluate_every, work)
+        if self.options.graphs:
+            lockstep.replay_steps(lambda line: self._log(bundle, line))
         state, why_not = load_checkpoint(watcher.path, [cell.id for cell in bundle.cells])
         if state is not None:
             lockstep.restore(state)
@@ -298,7 +303,7 @@ class _Worker:
             "student_state": state_hash(trainee.student),
             "left_float": trainee.student.left_float,
             "seconds": {"own": round(own, 3), "shared": round(shared, 3), "bundle": [c.id for c in lockstep.bundle.cells]},
-            "provenance": provenance(self.device),
+            "provenance": provenance(self.device) | ({"graphs": True} if lockstep.parts.replayed else {}),
             "finished": time.time(),
         }
         self.store.append_log(cell.id, f"done: top-1 {evaluation.top1:.2f} % at epoch {last['epoch']}")

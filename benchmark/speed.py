@@ -6,6 +6,7 @@ file can be trusted, seconds of two files cannot be compared unless the machine 
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 import time
@@ -27,6 +28,7 @@ from benchmark.method import Method, Phase
 from benchmark.network import Teacher
 from benchmark.protocol import PROTOCOLS, Bits
 from benchmark.registry import find_method
+from benchmark.step_graph import WARM_UP
 from benchmark.task import Task
 from benchmark.teachers import TeacherCard
 
@@ -193,20 +195,24 @@ def phases_of(method: type[Method], stand: Stand) -> list[str]:
     return ["images"] * any(p.step is not None for p in found) + ["train"] * any(p.distill for p in found)
 
 
-def contenders(name: str, phase: str, stand: Stand, textbook: type[Any] | None, precisions: list[str], widths: tuple[str, ...]) -> list[Contender]:
-    """This engine with one bit width and, where synthesis is shared, with several; and the loops to compare with."""
+def contenders(
+    name: str, phase: str, stand: Stand, textbook: type[Any] | None, precisions: list[str], widths: tuple[str, ...], say: Progress = print
+) -> list[Contender]:
+    """This engine with one bit width and, where synthesis is shared, several; on a GPU also with replayed steps; and the loops to compare with."""
     method, found = find_method(name), []
     steps = int(getattr(stand.config(method, phase), "student_steps", 1))  # a whole turn, where students and generator take turns
     several = [widths] if method.info.shares_synthesis and phase == "train" else []
     for precision in precisions:
-        for chosen in [("w4a4",), *several]:
+        for chosen, replayed in itertools.product([("w4a4",), *several], [False, True] if stand.device.type == "cuda" else [False]):
             lockstep, planned = stand.lockstep(method, phase, chosen, precision)
 
             def run(lockstep: Lockstep = lockstep, planned: Phase = planned) -> None:
                 for _ in range(steps):
                     lockstep.step(planned, calibrating=planned.calibration_epochs > 0)
 
-            found.append(Contender("engine", precision, len(chosen), steps, run, []))
+            if replayed and not _replays(lockstep, run, say):
+                continue
+            found.append(Contender("replayed" if replayed else "engine", precision, len(chosen), steps, run, []))
     if textbook is None:
         return found
     for label in ("competent", "textbook"):
@@ -224,6 +230,17 @@ def contenders(name: str, phase: str, stand: Stand, textbook: type[Any] | None, 
 
         found.append(Contender(label, "fp32", 1, steps, plain, []))
     return found
+
+
+def _replays(lockstep: Lockstep, run: Callable[[], None], say: Progress) -> bool:
+    """Has a lockstep record its steps, and says why where it does not."""
+    why_not: list[str] = []
+    lockstep.replay_steps(why_not.append)
+    for _ in range(0 if why_not else WARM_UP + 1):
+        run()
+    for line in why_not:
+        say(line)
+    return not why_not
 
 
 def floor_of(contender: Contender, device: Device) -> float:
@@ -250,7 +267,7 @@ def measure(
     say(f"this device: {rates}, {device.bandwidth / 1e9:.1f} GB/s")
     for name in names:
         for phase in phases_of(find_method(name), stand):
-            found = contenders(name, phase, stand, textbooks.get(name), precisions, widths)
+            found = contenders(name, phase, stand, textbooks.get(name), precisions, widths, say)
             repeats = []
             for contender in found:
                 contender.run()  # warm

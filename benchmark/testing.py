@@ -27,6 +27,9 @@ from benchmark.errors import nearest
 from benchmark.evaluate import state_hash
 from benchmark.method import Method, Phase
 from benchmark.network import Observation, Teacher
+from benchmark.operations import ComparedParts
+from benchmark.rates import is_fused
+from benchmark.step_graph import WARM_UP
 from benchmark.student import Student
 from benchmark.task import Task
 from benchmark.trial import BUDGET as BUDGET
@@ -255,6 +258,25 @@ def what_it_needs_is_declared(trial: Trial) -> None:
     assert not undeclared, f"it uses {', '.join(sorted(undeclared))}, which is not declared: needs = {{{wanted}}}"
 
 
+def static_steps_are_the_same_every_time(trial: Trial) -> None:
+    """With static_step, every step of a phase is the same operations on the same tensors, whatever the seed.
+
+    Mend: what the message names; or leave static_step as it is, False: the steps are then never replayed, and right all the same.
+    """
+    if not trial.start().method.static_step:
+        return
+    fields = trial.method.Config.model_fields
+    longer = Trial(trial.method, trial.settings | {k: v for k, v in {"epochs": 2, "iterations": WARM_UP + 3}.items() if k in fields})
+    steps = []
+    for seed in (0, 1):
+        lockstep = longer.start(seed=seed)
+        assert all(map(is_fused, lockstep.optimizers)), "its optimizers must be torch's fused ones (fused=True)"
+        lockstep.parts = compared = ComparedParts(lockstep)
+        lockstep.run(StopAfter())
+        steps.append(compared.steps)
+    assert steps[0] == steps[1], "with another seed, steps are other operations"
+
+
 CHECKS: tuple[Callable[[Trial], None], ...] = (
     defaults_are_valid,
     unknown_settings_fail,
@@ -266,6 +288,7 @@ CHECKS: tuple[Callable[[Trial], None], ...] = (
     interrupted_equals_uninterrupted,
     a_poisoned_evaluation_set_changes_nothing,
     shared_synthesis_is_true_to_its_word,
+    static_steps_are_the_same_every_time,
     any_task_works,
 )
 NO_EXCUSE = (the_teacher_is_untouched.__name__, a_poisoned_evaluation_set_changes_nothing.__name__)  # a number would mean nothing

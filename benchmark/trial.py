@@ -92,7 +92,13 @@ class Trial:
         self.config = method.Config(**{**small, **method.quick, **self.settings})
 
     def start(
-        self, bits: Iterable[str] = ("w4a4",), seed: int = 0, task: Task | None = None, poisoned: bool = False, teacher: Teacher | None = None
+        self,
+        bits: Iterable[str] = ("w4a4",),
+        seed: int = 0,
+        task: Task | None = None,
+        poisoned: bool = False,
+        teacher: Teacher | None = None,
+        device: str = "cpu",
     ) -> Lockstep:
         """A lockstep before its first step, evaluated after every epoch."""
         task = task or small_task()
@@ -113,8 +119,8 @@ class Trial:
             )
             for width in bits
         )
-        images = small_images(task, poisoned)
-        return Lockstep(Bundle(cells), teacher or small_teacher(task), torch.device("cpu"), lambda s: evaluate(s, images, task), evaluate_every=1)
+        images, teacher = small_images(task, poisoned), teacher or small_teacher(task)
+        return Lockstep(Bundle(cells), teacher, torch.device(device), lambda s: evaluate(s, images, task, device), evaluate_every=1)
 
     def end(self, **options: Any) -> Lockstep:
         lockstep = self.start(**options)

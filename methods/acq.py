@@ -82,9 +82,14 @@ class ACQ(GDFQ):
                 raise ValueError("the adversary compares pairs: batch_size must be even")
             return self
 
+    @property
+    def static_step(self) -> bool:
+        """Without the consistency loss, only some steps measure the attention distance."""
+        return bool(self.config.consistency_weight)
+
     def setup(self) -> None:
         c = self.config
-        self.steps = 0
+        self.steps = 0  # counted where only some of them measure the attention distance
         if not c.condition:
             super().setup()
             return
@@ -109,7 +114,8 @@ class ACQ(GDFQ):
                 trained = self.teacher.observe(images)
             distance = self.logged("attention_distance", attention_distance(answer.features, trained.features))
             loss = loss + c.consistency_weight * distance if c.consistency_weight else loss
-        self.steps += 1
+        if not c.consistency_weight:
+            self.steps += 1
         self.minimise(loss, self.optimizer)
         self.log("generator_loss", loss)
         self.log("generator_ce", label_loss)

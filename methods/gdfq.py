@@ -45,6 +45,10 @@ class GDFQ(Method):
 
         presets = {"imagenet": dict(batch_size=16, warmup_epochs=50, student_lr=1e-6, conditioning="batch-norm")}
 
+    @property
+    def static_step(self) -> bool:
+        return True
+
     def setup(self) -> None:
         c = self.config
         self.generator: nn.Module = LabelledGenerator(self.task, c.latent_dim, c.conditioning)

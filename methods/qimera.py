@@ -69,6 +69,11 @@ class Qimera(GDFQ):
             "imagenet": dict(GDFQ.Config.presets["imagenet"], mixed_classes=100),
         }
 
+    @property
+    def static_step(self) -> bool:
+        """Chance decides whether a batch is plain or mixed."""
+        return False
+
     def setup(self) -> None:
         c = self.config
         start = classifier_weight(self.teacher)

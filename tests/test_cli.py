@@ -204,6 +204,12 @@ def test_a_results_folder_that_cannot_be_one_is_told(dfqbench: Run, sweep_file: 
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_graphs_without_a_gpu_are_told(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path) -> None:
+    code, _, err = dfqbench("run", sweep_file(), "--results", tmp_path / "r", "--device", "cpu", "--graphs")
+    assert (code, err) == (2, "dfqbench: --graphs: CUDA graphs need a GPU, and the device is cpu\n")
+    assert not list((tmp_path / "r").glob("runs/*"))
+
+
 def test_a_device_that_is_not_there_is_told(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path) -> None:
     assert "auto, cpu, cuda or cuda:N is expected" in dfqbench("run", sweep_file(), "--results", tmp_path / "r", "--device", "tpuu")[2]
 

@@ -20,7 +20,8 @@ from benchmark.cell import Bundle, Cell, bundles
 from benchmark.engine import Interrupted, Lockstep
 from benchmark.evaluate import Evaluation, state_hash
 from benchmark.memo import cache_folder
-from benchmark.method import Batch, Method, TrainingConfig, learning_rate, restore_state, state_of, stream_seed
+from benchmark.method import Batch, Log, Method, TrainingConfig, learning_rate, stream_seed
+from benchmark.method_state import restore_state, state_of
 from benchmark.network import Teacher
 from benchmark.sweep import LoadedSweep, load_sweep
 from benchmark.teachers import load
@@ -202,6 +203,36 @@ def test_every_attribute_of_a_method_is_checkpointed(sweep_file: SweepFile) -> N
     assert len(new.nested["centers"]) == 3
     assert torch.equal(torch.rand(2, generator=new.own_stream), torch.rand(2, generator=old.own_stream))
     assert torch.equal(new.draw_noise(2), old.draw_noise(2))
+
+
+def test_what_a_checkpoint_holds_is_restored_to_where_the_method_computes(sweep_file: SweepFile) -> None:
+    """A checkpoint is read onto the CPU. The device of the test is torch's `meta`, which every machine has."""
+    loaded = load_sweep(sweep_file(), cache_folder())
+    card = loaded.cells[0].teacher
+    teacher = Teacher(load(loaded.teachers[card]), card.task)
+    old, new = Keeper(teacher, Keeper.Config(), 0), Keeper(teacher, Keeper.Config(), 0)
+    for method in (old, new):
+        method.setup()
+    old.nested["centers"].append(torch.ones(1))  # type: ignore[attr-defined]
+    old.log("loss", torch.ones(()))
+    new.device = torch.device("meta")
+    restore_state(new, state_of(old))
+    assert new.nested["centers"][0].device.type == "cpu", "what is there already keeps its place"  # type: ignore[attr-defined]
+    assert new.nested["centers"][2].device.type == "meta"  # type: ignore[attr-defined]
+    assert new._log.sums[""]["loss"][0].device.type == "meta"
+
+
+def test_sums_of_logged_values_stay_where_they_are_and_start_again_from_zero() -> None:
+    log = Log()
+    log.add("loss", torch.tensor(2.0))
+    log.add("loss", torch.tensor(4.0))
+    place = log.sums[""]["loss"][0].data_ptr()
+    assert log.averages("") == {"loss": 3.0}
+    log.reset()
+    assert log.averages("") == {}
+    log.add("loss", torch.tensor(5.0))
+    assert log.averages("") == {"loss": 5.0}
+    assert log.sums[""]["loss"][0].data_ptr() == place
 
 
 def test_an_attribute_that_cannot_be_checkpointed_is_named(sweep_file: SweepFile) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmark import cli
 from benchmark.registry import find_method
-from benchmark.speed import Contender, Device, Stand, contenders, file_name, floor_of, phases_of
+from benchmark.speed import Contender, Device, Stand, _replays, contenders, file_name, floor_of, phases_of
 from benchmark.teachers.cifar import CifarResNet
 from benchmark.testing import small_task
 from methods.textbook import loops
@@ -41,6 +41,14 @@ def test_every_contender_takes_steps() -> None:
 def test_an_adversarial_method_is_measured_in_whole_turns() -> None:
     found = contenders("zaq", "train", stand(), loops()["zaq"], ["fp32"], ("w4a4", "w3a3"))
     assert {(c.steps, c.widths) for c in found} == {(5, 1)}
+
+
+def test_what_cannot_be_replayed_is_told_and_not_measured_as_if_it_were() -> None:
+    said: list[str] = []
+    lockstep, planned = stand().lockstep(find_method("zaq"), "train", ("w4a4",), "fp32")
+    assert not _replays(lockstep, lambda: lockstep.step(planned, calibrating=True), said.append)
+    assert said
+    assert "steps of zaq are not replayed" in said[0]
 
 
 def test_the_floor_is_the_larger_of_arithmetic_and_bytes() -> None:
