@@ -196,8 +196,9 @@ app.add_typer(cli_results.wandb_app, name="wandb")
 @app.command()
 def speed(
     methods: Annotated[str, typer.Option(help="Names with commas between.")] = "gdfq,acq,zaq,lrq,gznq",
-    network: Annotated[str, typer.Option(help="resnet20, 32, 44 or 56, for 32 x 32 images of 10 classes.")] = "resnet20",
+    network: Annotated[str, typer.Option(help="A model as in a config, like pytorchcv:resnet18; its weights do not matter.")] = "cifar:resnet20",
     batch_size: Annotated[int, typer.Option(min=2)] = 200,
+    preset: Annotated[str | None, typer.Option(help="The methods' own set of settings, like imagenet; no default budget.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")] = None,
     precisions: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
@@ -217,26 +218,29 @@ def speed(
 
     from benchmark import speed as stopwatch
     from benchmark.engine import check_device
+    from benchmark.hours import network_of
     from benchmark.provenance import provenance
     from benchmark.registry import find_method
     from benchmark.store import write_json
-    from benchmark.task import Task
-    from benchmark.teachers.cifar import cifar_resnet
+    from benchmark.teachers import UNTRAINED, parse_teacher
+    from benchmark.teachers.zoo import build
     from methods.textbook import loops
 
-    for name in wanted:
-        find_method(name)
+    presets = {known for name in wanted for known in find_method(name).Config.presets}
+    if preset is not None and preset not in presets:
+        raise UserError(f"--preset {preset!r}: {nearest(preset, presets)}")
     if threads is not None:
         torch.set_num_threads(threads)
     where = check_device(device)
-    torch.manual_seed(0)
-    stand = stopwatch.Stand(cifar_resnet(network), Task(10, 3, 32, (0.5,) * 3, (0.25,) * 3), batch_size, where, network)
+    built = build(parse_teacher({"model": network, "weights": UNTRAINED}))
+    stand = stopwatch.Stand(built.network, built.task, batch_size, where, network_of(network), preset)
+    textbooks = loops() if network.startswith("cifar:") else {}  # they are written for these networks
     say = _console(stderr=True).print
     found = provenance(where)
     path = Path("results/speed") / f"{stopwatch.file_name(found)}.json" if str(out) == "auto" else out
     rows = []
     try:
-        for row in stopwatch.measure(wanted, loops(), stand, given, rounds, seconds, say):
+        for row in stopwatch.measure(wanted, textbooks, stand, given, rounds, seconds, say):
             rows.append(row)
             if path is not None:  # after every row: a run that is cut short keeps what it has
                 write_json(path, stopwatch.record(rows, stand, " ".join(["dfqbench", *sys.argv[1:]]), found))

@@ -27,8 +27,7 @@ from benchmark.store import read_json
 Kind = Literal["cuda", "cpu"]
 FINISHED = "by finished cells of this store"
 NOTHING = "without training, not counted"
-OLD_NETWORK, SIZE = "resnet20", 32  # what files without a network were measured on; all are measured on 32 x 32 images
-NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56")  # of `dfqbench speed`
+OLD_NETWORK, OLD_SIZE = "resnet20", 32  # what files that do not say it were measured on
 OF_A_SET = re.compile(r"_(cifar10|cifar100|svhn)$")
 
 
@@ -98,7 +97,7 @@ def _speed_file(path: Path, record: dict[str, Any]) -> SpeedFile:
         raise ValueError(f"batch_size {batch}")
     threads = f", {place['threads']} threads" if place["device"] == "cpu" else ""
     source = f"scaled by steps and batch size from {path} ({place['device_name']}{threads})"
-    return SpeedFile(source, place["device"], record.get("network", OLD_NETWORK), record.get("size", SIZE), batch, rates)
+    return SpeedFile(source, place["device"], record.get("network", OLD_NETWORK), record.get("size", OLD_SIZE), batch, rates)
 
 
 def steps_of(cell: Cell) -> dict[str, int] | None:
@@ -246,13 +245,10 @@ def unit_of(device: Kind) -> str:
 
 
 def _remedy(missing: Sequence[Bundle]) -> str:
-    """The commands that measure what is missing, for networks that `dfqbench speed` has."""
+    """The commands that measure what is missing."""
     methods: dict[str, set[str]] = {}
     for bundle in missing:
-        cell = bundle.cells[0]
-        network = network_of(cell.teacher.model)
-        if network in NETWORKS and cell.teacher.task.size == SIZE:
-            methods.setdefault(network, set()).add(cell.method)
+        methods.setdefault(bundle.cells[0].teacher.model, set()).add(bundle.cells[0].method)
     commands = [
         f"`dfqbench speed --methods {','.join(sorted(names))} --network {network} --out results/speed/NAME.json`"
         for network, names in sorted(methods.items())

@@ -133,11 +133,12 @@ def _wait(device: torch.device) -> None:
 class Stand:
     """A network, a task and settings on which contenders are set up.
 
-    name: the network's, for the record. settings: what every method gets where it has such a setting.
+    name: the network's, for the record. preset: the methods' own set of settings, where they have one of that name. settings: what every method gets
+    where it has such a setting.
     """
 
-    def __init__(self, network: nn.Module, task: Task, batch_size: int, device: torch.device, name: str = ""):
-        self.network, self.task, self.batch_size, self.device, self.name = network, task, batch_size, device, name
+    def __init__(self, network: nn.Module, task: Task, batch_size: int, device: torch.device, name: str = "", preset: str | None = None):
+        self.network, self.task, self.batch_size, self.device, self.name, self.preset = network, task, batch_size, device, name, preset
         self.settings: dict[str, Any] = {
             "batch_size": batch_size,
             "synthesis_batch": batch_size,
@@ -151,7 +152,7 @@ class Stand:
     def config(self, method: type[Method], phase: str) -> Any:
         """The phases before the measured one take a step each; while the making of images is measured, none is finished."""
         making = 10**9 if phase == "images" else 1
-        wanted = self.settings | {"synthesis_iterations": making}
+        wanted = method.Config.presets.get(self.preset or "", {}) | self.settings | {"synthesis_iterations": making}
         return method.Config(**{name: value for name, value in wanted.items() if name in method.Config.model_fields})
 
     def lockstep(self, method: type[Method], phase: str, widths: tuple[str, ...], precision: str) -> tuple[Lockstep, Phase]:
@@ -302,5 +303,5 @@ def file_name(provenance: dict[str, Any]) -> str:
 
 def record(rows: list[Row], stand: Stand, command: str, provenance: dict[str, Any]) -> dict[str, Any]:
     """What results/speed/<device>.json holds."""
-    measured_on = {"network": stand.name, "size": stand.task.size, "batch_size": stand.batch_size}
+    measured_on = {"network": stand.name, "size": stand.task.size, "batch_size": stand.batch_size, "preset": stand.preset}
     return {"command": command, **measured_on, "rows": [asdict(row) for row in rows], "provenance": provenance}

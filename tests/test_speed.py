@@ -15,6 +15,7 @@ from benchmark.speed import Contender, Device, Stand, _replays, contenders, file
 from benchmark.teachers.cifar import CifarResNet
 from benchmark.testing import small_task
 from methods.textbook import loops
+from conftest import TINY
 
 
 def stand() -> Stand:
@@ -81,6 +82,22 @@ def test_speed_prints_and_writes_what_it_measured(tmp_path: Path, capsys: pytest
     assert written["rows"][-1]["against"] == 1.0
     assert "textbook" in printed
     assert "…" not in printed, "it fits 80 columns"
+
+
+def test_any_network_can_be_measured_with_the_settings_that_methods_have_for_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "speed.json"
+    words = ["--network", f"{tmp_path / 'net.py'}:tiny", "--batch-size", "2", "--rounds", "1", "--seconds", "0", "--precisions", "fp32", "--out", str(out)]
+    (tmp_path / "net.py").write_text(TINY)
+    for more, code in (["--preset", "imagenet"], 0), (["--preset", "imagnet"], 2):
+        monkeypatch.setattr("sys.argv", ["dfqbench", "speed", "--methods", "gdfq", *words, *more])
+        with pytest.raises(SystemExit, match=str(code)):
+            cli.main()
+    written = json.loads(out.read_text())
+    assert (written["network"], written["size"], written["preset"]) == ("tiny", 16, "imagenet")
+    assert {row["contender"] for row in written["rows"]} == {"engine"}, "the textbook loops are written for other networks"
+    assert "did you mean 'imagenet'?" in capsys.readouterr().err
 
 
 def test_the_files_name_is_the_devices() -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 ZOOS = ("torchvision", "timm", "pytorchcv", "cifar")
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
+UNTRAINED = "untrained"  # for `weights`: what the network's builder drew; good for measuring speed, and nothing else
 CARD_VERSION = 1  # raised when what a card says changes, so that remembered ones are not used any more
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmark.errors import UserError, nearest
 from benchmark.task import Task
-from benchmark.teachers import ZOOS, TeacherSpec
+from benchmark.teachers import UNTRAINED, ZOOS, TeacherSpec
 from benchmark.teachers.cifar import BLOCKS_PER_STAGE, cifar_resnet
 from benchmark.teachers.weights import fit_weights, one_line, read_weights
 
@@ -257,7 +257,9 @@ def _import_file(spec: TeacherSpec) -> ModuleType:
 
 
 def _state(spec: TeacherSpec, download: Callable[[], Mapping[str, Tensor]] | None = None) -> Mapping[str, Tensor]:
-    """The weights from the file that the spec names, else from the zoo."""
+    """The weights from the file that the spec names, else from the zoo; none where the network is to stay untrained."""
+    if spec.weights == UNTRAINED:
+        return {}
     if spec.weights_file is not None:
         return read_weights(spec.weights_file)
     assert download is not None
@@ -272,6 +274,8 @@ def _download(spec: TeacherSpec, download: Callable[[], T]) -> T:
 
 
 def _fit(network: nn.Module, state: Mapping[str, Tensor], spec: TeacherSpec) -> None:
+    if spec.weights == UNTRAINED:
+        return
     try:
         fit_weights(network, state, f"{spec.model}: {spec.weights or 'the zoo weights'}")
     except UserError as error:
