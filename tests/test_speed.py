@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from torch import nn
 
 from benchmark import cli
@@ -15,7 +16,6 @@ from benchmark.speed import Contender, Device, Stand, _replays, contenders, file
 from benchmark.teachers.cifar import CifarResNet
 from benchmark.testing import small_task
 from methods.textbook import loops
-from conftest import TINY
 
 
 def stand() -> Stand:
@@ -88,8 +88,9 @@ def test_any_network_can_be_measured_with_the_settings_that_methods_have_for_its
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "speed.json"
-    words = ["--network", f"{tmp_path / 'net.py'}:tiny", "--batch-size", "2", "--rounds", "1", "--seconds", "0", "--precisions", "fp32", "--out", str(out)]
     (tmp_path / "net.py").write_text(TINY)
+    words = ["--network", f"{tmp_path / 'net.py'}:tiny", "--batch-size", "2", "--rounds", "1", "--seconds", "0", "--precisions", "fp32"]
+    words += ["--out", str(out)]
     for more, code in (["--preset", "imagenet"], 0), (["--preset", "imagnet"], 2):
         monkeypatch.setattr("sys.argv", ["dfqbench", "speed", "--methods", "gdfq", *words, *more])
         with pytest.raises(SystemExit, match=str(code)):
