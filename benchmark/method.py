@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from benchmark.network import Teacher
     from benchmark.registry import MethodInfo, Needs
     from benchmark.student import Student
+
+
+Value = TypeVar("Value", Tensor, float)
 
 
 class MethodConfig(BaseModel):
@@ -224,9 +227,10 @@ class Method:
             group.setdefault("initial_lr", group["lr"])
         self._schedules.append((optimizer, list(milestones), decay))
 
-    def log(self, name: str, value: Tensor | float) -> None:
-        """Averages a scalar over the epoch into history.csv. Within `distill` and `student_step` it belongs to that student."""
+    def log(self, name: str, value: Value) -> Value:
+        """Averages a scalar over the epoch into history.csv, and hands it back. Within `distill` and `student_step` it belongs to that student."""
         self._log.add(name, value)
+        return value
 
 
 class Log:

@@ -24,33 +24,16 @@ from typing import Literal, Self
 import torch
 from pydantic import model_validator
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy, leaky_relu
-from torch.optim import Adam
+from torch.nn.functional import cosine_similarity, cross_entropy
 
-from benchmark import Batch, Field, Student, Task, register
+from benchmark import Batch, Field, Observation, Student, register
 from methods.gdfq import GDFQ
 from methods.parts.attention import attention_center, attention_distance, attention_map, correlation, spread_within
-from methods.parts.generators import Generator
+from methods.parts.generators import LabelledGenerator
 from methods.parts.losses import batch_norm_loss, divergence_loss
 from methods.parts.pictures import attention_sheet
 
 MEASURED_EVERY = 25  # steps between two looks at the attention distance where it is no part of the loss
-
-
-class PlacedGenerator(nn.Module):
-    """Noise z (N x latent_dim), labels y (N) and attention centres c (N x 2) -> images (N x C x S x S)."""
-
-    def __init__(self, task: Task, latent_dim: int, conditioning: str, center_dim: int, place: str | None):
-        super().__init__()
-        by_class = conditioning == "batch-norm"
-        self.embedding = None if by_class else nn.Embedding(task.classes, latent_dim)
-        self.center = nn.Linear(2, center_dim)
-        self.generator = Generator(task, latent_dim + center_dim, by_class, by_place=place)
-
-    def forward(self, noise: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
-        latent = noise if self.embedding is None else self.embedding(labels) * noise
-        images: Tensor = self.generator(torch.cat([latent, leaky_relu(self.center(centers), 0.2)], 1), labels, centers)
-        return images
 
 
 @register("acq", paper="arXiv:2301.07266", fidelity="abstract", shares_synthesis=True)
@@ -88,43 +71,47 @@ class ACQ(GDFQ):
         return bool(self.config.consistency_weight)
 
     def setup(self) -> None:
-        c = self.config
+        super().setup()
         self.steps = 0  # counted where only some of them measure the attention distance
-        if not c.condition:
-            super().setup()
-            return
-        self.generator = PlacedGenerator(self.task, c.latent_dim, c.conditioning, c.center_dim, c.place)
-        self.optimizer = Adam(self.generator.parameters(), lr=c.generator_lr, betas=(0.5, 0.999), fused=True)
-        self.schedule(self.optimizer, c.milestones, c.lr_decay)
+
+    def new_generator(self) -> nn.Module:
+        c = self.config
+        return LabelledGenerator(self.task, c.latent_dim, c.conditioning, c.center_dim, c.place) if c.condition else super().new_generator()
 
     def synthesize(self) -> Batch:
         c = self.config
         images, labels, centers = self.generate()
         answer = self.teacher.observe(images)
         found = attention_center(answer.features[-1], c.sharpness)
-        label_loss, statistics_loss = cross_entropy(answer.logits, labels), batch_norm_loss(answer)
-        loss = label_loss + c.bn_weight * statistics_loss
+        label_loss = self.log("generator_ce", cross_entropy(answer.logits, labels))
+        loss = label_loss + c.bn_weight * self.log("generator_bns", batch_norm_loss(answer))
         if c.matching_weight:
-            loss = loss + c.matching_weight * self.logged("center_error", (found - centers).square().sum(1).mean())
+            loss = loss + c.matching_weight * self.log("center_error", (found - centers).square().sum(1).mean())
         if c.adversarial_weight:
             first, second = answer.features[-1].flatten(1).chunk(2)
-            loss = loss + c.adversarial_weight * self.logged("pair_similarity", cosine_similarity(first, second).mean())
-        if c.consistency_weight or self.steps % MEASURED_EVERY == 0:
-            with self.teacher.batch_statistics(), torch.set_grad_enabled(bool(c.consistency_weight)):
-                trained = self.teacher.observe(images)
-            distance = self.logged("attention_distance", attention_distance(answer.features, trained.features))
-            loss = loss + c.consistency_weight * distance if c.consistency_weight else loss
-        if not c.consistency_weight:
-            self.steps += 1
-        self.minimise(loss, self.optimizer)
-        self.log("generator_loss", loss)
-        self.log("generator_ce", label_loss)
-        self.log("generator_bns", statistics_loss)
+            loss = loss + c.adversarial_weight * self.log("pair_similarity", cosine_similarity(first, second).mean())
+        if c.consistency_weight:
+            loss = loss + c.consistency_weight * self.log("attention_distance", self.distance_of_modes(images, answer))
+        else:
+            self.look_at_modes(images, answer)
+        self.minimise(self.log("generator_loss", loss), self.optimizer)
         self.log("label_accuracy", (answer.logits.argmax(1) == labels).float().mean())
         self.log("center_spread", spread_within(found.detach(), labels, self.task.classes))
         if c.condition:
             self.log("center_correlation", correlation(found.detach(), centers))
         return Batch(images.detach(), labels, answer.logits.detach())
+
+    def distance_of_modes(self, images: Tensor, answer: Observation) -> Tensor:
+        """How far attention with running statistics (`answer`) is from attention with the batch's own."""
+        with self.teacher.batch_statistics():
+            return attention_distance(answer.features, self.teacher.observe(images).features)
+
+    @torch.no_grad()
+    def look_at_modes(self, images: Tensor, answer: Observation) -> None:
+        """The same distance where it is no part of the loss: now and then, for the log alone."""
+        if self.steps % MEASURED_EVERY == 0:
+            self.log("attention_distance", self.distance_of_modes(images, answer))
+        self.steps += 1
 
     def generate(self) -> tuple[Tensor, Tensor, Tensor]:
         """Images with their labels and the centres that were asked for."""
@@ -141,10 +128,6 @@ class ACQ(GDFQ):
         uniform = torch.rand(count, 2, generator=self.random("centers"), device=self.device)
         centers = c.center_margin + (1 - 2 * c.center_margin) * uniform
         return (torch.cat([labels, labels]), torch.cat([centers, centers])) if c.adversarial_weight else (labels, centers)
-
-    def logged(self, name: str, value: Tensor) -> Tensor:
-        self.log(name, value)
-        return value
 
     def distill(self, student: Student, batch: Batch) -> Tensor:
         if self.config.student_loss == "ce+kl":

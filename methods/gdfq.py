@@ -51,9 +51,12 @@ class GDFQ(Method):
 
     def setup(self) -> None:
         c = self.config
-        self.generator: nn.Module = LabelledGenerator(self.task, c.latent_dim, c.conditioning)
+        self.generator: nn.Module = self.new_generator()
         self.optimizer = Adam(self.generator.parameters(), lr=c.generator_lr, betas=(0.5, 0.999), fused=True)
         self.schedule(self.optimizer, c.milestones, c.lr_decay)
+
+    def new_generator(self) -> nn.Module:
+        return LabelledGenerator(self.task, self.config.latent_dim, self.config.conditioning)
 
     def phases(self) -> list[Phase]:
         c = self.config
@@ -69,12 +72,10 @@ class GDFQ(Method):
         labels = self.draw_labels(c.batch_size)
         images = self.generator(self.draw_noise(c.batch_size, c.latent_dim), labels)
         answer = self.teacher.observe(images)
-        label_loss, statistics_loss = cross_entropy(answer.logits, labels), batch_norm_loss(answer)
-        loss = label_loss + c.bn_weight * statistics_loss
+        label_loss = self.log("generator_ce", cross_entropy(answer.logits, labels))
+        statistics_loss = self.log("generator_bns", batch_norm_loss(answer))
+        loss = self.log("generator_loss", label_loss + c.bn_weight * statistics_loss)
         self.minimise(loss, self.optimizer)
-        self.log("generator_loss", loss)
-        self.log("generator_ce", label_loss)
-        self.log("generator_bns", statistics_loss)
         return Batch(images.detach(), labels, answer.logits.detach())
 
     def distill(self, student: Student, batch: Batch) -> Tensor:

@@ -117,14 +117,20 @@ class LabelledGenerator(nn.Module):
 
     conditioning "embedding" (the authors' for CIFAR): the latent is Embedding(y) * z. "batch-norm" (theirs for ImageNet): the latent is z, the class
     enters by class-conditional BN.
+
+    With a `center_dim`, ACQ's position-condition generator: it is also given points c (N x 2, in [0, 1]), embedded in so many more entries of the
+    latent vector; `place` as `by_place` of `Generator`.
     """
 
-    def __init__(self, task: Task, latent_dim: int, conditioning: str):
+    def __init__(self, task: Task, latent_dim: int, conditioning: str, center_dim: int = 0, place: str | None = None):
         super().__init__()
         self.embedding = nn.Embedding(task.classes, latent_dim) if conditioning == "embedding" else None
-        self.generator = Generator(task, latent_dim, by_class=conditioning == "batch-norm")
+        self.center = nn.Linear(2, center_dim) if center_dim else None
+        self.generator = Generator(task, latent_dim + center_dim, by_class=conditioning == "batch-norm", by_place=place)
 
-    def forward(self, noise: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, noise: Tensor, labels: Tensor, centers: Tensor | None = None) -> Tensor:
         latent = noise if self.embedding is None else self.embedding(labels) * noise
-        images: Tensor = self.generator(latent, labels)
+        if self.center is not None:
+            latent = torch.cat([latent, F.leaky_relu(self.center(centers), 0.2)], 1)
+        images: Tensor = self.generator(latent, labels, centers)
         return images
