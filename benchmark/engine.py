@@ -118,6 +118,7 @@ class Lockstep:
         self.epoch = self.iteration = 0
         self.watch = Stopwatch(device)
         self.last_batch: Batch | None = None
+        self.images_from: dict[str, Any] | None = None  # the cell that made them and in how many seconds, where they were taken over
 
     def _trainee(self, cell: Cell) -> Trainee:
         student = Student(self.teacher, cell.protocol, cell.bits).to(self.device).to(memory_format=torch.channels_last)
@@ -146,6 +147,11 @@ class Lockstep:
         return sum(self.iterations_of(phase) for phase, _ in self.epochs)
 
     @property
+    def making_epochs(self) -> int:
+        """Epochs at the beginning of the plan that only make images: no student takes part."""
+        return next((i for i, (phase, _) in enumerate(self.epochs) if phase.step is None), len(self.epochs))
+
+    @property
     def student_steps(self) -> int:
         """Updates that each student gets."""
         return sum(self.iterations_of(phase) for phase, _ in self.epochs if phase.distill)
@@ -165,7 +171,7 @@ class Lockstep:
                 self.step(phase, calibrating)
                 self.iteration += 1
                 watcher.step(self, phase)
-            self._end_epoch(phase)
+            self._end_epoch(phase, self.method._log.averages(self.SHARED))
             self.epoch, self.iteration = self.epoch + 1, 0
             watcher.epoch(self, phase)
         for trainee in self.active:
@@ -183,6 +189,17 @@ class Lockstep:
         for trainee in self.active:
             trainee.student.training_mode(phase.distill)
             trainee.student.track_ranges(calibrating)
+
+    def skip_epoch(self, logged: dict[str, float], seconds: float) -> None:
+        """Goes past an epoch that only makes images, whose work was brought here from elsewhere.
+
+        logged: the epoch's averages. seconds: what the work had cost by its end.
+        """
+        phase, _ = self.epochs[self.epoch]
+        self.begin_epoch(phase, calibrating=False)
+        self.watch.totals[self.SHARED] = seconds
+        self._end_epoch(phase, logged)
+        self.epoch += 1
 
     def step(self, phase: Phase, calibrating: bool) -> None:
         """One step of a phase: images, then every student."""
@@ -206,9 +223,9 @@ class Lockstep:
                     with torch.no_grad(), self.autocast:
                         trainee.student(batch.images)
 
-    def _end_epoch(self, phase: Phase) -> None:
-        log, epoch = self.method._log, self.epoch + 1
-        shared, seconds = log.averages(log.SHARED), self.watch.read()
+    def _end_epoch(self, phase: Phase, shared: dict[str, float]) -> None:
+        """shared: the averages of what was logged outside any student."""
+        log, epoch, seconds = self.method._log, self.epoch + 1, self.watch.read()
         for trainee in self.active:
             trainee.student.training_mode(False)
             trainee.student.track_ranges(False)
@@ -250,6 +267,7 @@ class Lockstep:
             "global_random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "seconds": dict(self.watch.read()),
+            "images_from": self.images_from,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -266,6 +284,7 @@ class Lockstep:
         if state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
         self.watch.totals = dict(state["seconds"])
+        self.images_from = state.get("images_from")
 
 
 def autocast_of(cell: Cell, device: torch.device) -> torch.autocast:

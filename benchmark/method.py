@@ -33,12 +33,14 @@ class MethodConfig(BaseModel):
     """Settings of a method. Unknown keys are errors; every field takes part in a cell's identity.
 
     `presets` names sets of other defaults: `presets = {"imagenet": dict(batch_size=16)}`. `source` says where the defaults come from, unless a
-    field's own `source` does.
+    field's own `source` does. `after_images` names the settings that the leading phases which only make images do not depend on: cells that differ
+    in nothing else take each other's images over. A subclass adds what it knows of its own settings; what is not named keeps cells apart.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ignored_types=(dict,), validate_default=True)
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     source: ClassVar[str] = "not given"
+    after_images: ClassVar[set[str]] = set()
 
 
 class TrainingConfig(MethodConfig):
@@ -133,6 +135,7 @@ class Method:
         self._schedules: list[tuple[torch.optim.Optimizer, list[int], float]] = []
         self._log = Log()
         self._work = work
+        self._image_sets: list[ImageSet] = []
 
     # --- what a method writes -----------------------------------------------------------------------------------------
 
@@ -196,7 +199,8 @@ class Method:
 
     def image_set(self, name: str) -> ImageSet:
         """A new, empty set for finished images; assign it to an attribute in `setup`."""
-        return ImageSet(name, self._work, self.device)
+        self._image_sets.append(ImageSet(name, self._work, self.device))
+        return self._image_sets[-1]
 
     def minimise(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One step of `optimizer` down the gradient of `loss`."""
@@ -270,7 +274,7 @@ def restore_state(method: Method, state: dict[str, Any]) -> None:
     method._log.sums = state["log"]
 
 
-_GIVEN = {"teacher", "task", "config", "seed", "device", "_streams", "_schedules", "_log", "_work"}  # what __init__ makes anew
+_GIVEN = {"teacher", "task", "config", "seed", "device", "_streams", "_schedules", "_log", "_work", "_image_sets"}  # what __init__ makes anew
 
 
 def _save(value: Any, name: str) -> Any:
@@ -325,6 +329,14 @@ def _load(saved: dict[str, Any], current: Any, name: str) -> Any:
 def learning_rate(initial: float, milestones: Sequence[int], decay: float, epoch: int) -> float:
     """The rate in `epoch` (counted from 0): initial times decay for every milestone that has been reached."""
     return initial * decay ** sum(epoch >= m for m in milestones)
+
+
+def image_sets_of(method: Method) -> Iterator[ImageSet]:
+    """The image sets of a method, and of the methods inside it."""
+    yield from method._image_sets
+    for value in vars(method).values():
+        if isinstance(value, Method):
+            yield from image_sets_of(value)
 
 
 def modules_of(method: Method) -> Iterator[nn.Module]:
