@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmark.cell import Bundle, Cell
 from benchmark.errors import UserError
 from benchmark.evaluate import Evaluation
-from benchmark.method import Batch, Method, Phase, learning_rate, modules_of, restore_state, state_of, stream_seed
+from benchmark.method import Batch, Log, Method, Phase, learning_rate, modules_of, restore_state, state_of, stream_seed
 from benchmark.network import Teacher
 from benchmark.registry import find_method
 from benchmark.student import Student
@@ -171,7 +171,7 @@ class Lockstep:
                 self.step(phase, calibrating)
                 self.iteration += 1
                 watcher.step(self, phase)
-            self._end_epoch(phase, self.method._log.averages(self.SHARED))
+            self._end_epoch(phase, self.method._log.averages(Log.SHARED))
             self.epoch, self.iteration = self.epoch + 1, 0
             watcher.epoch(self, phase)
         for trainee in self.active:

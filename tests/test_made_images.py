@@ -102,6 +102,7 @@ def test_a_cell_that_takes_images_over_ends_with_the_bits_that_it_has_alone(
     assert run(tmp_path / "alone", second, evaluate_every=1)[1].making == MAKING[method]
     assert run(tmp_path / "alone-too", first)[1].making == MAKING[method]
     assert ends(tmp_path / "shared") == ends(tmp_path / "alone") | ends(tmp_path / "alone-too")
+    assert all(float(rows[0]["image_loss"]) > 0 for _, _, rows in ends(tmp_path / "shared").values())
     assert len(folders(tmp_path / "shared")) == 1
 
 
