@@ -20,6 +20,7 @@ from benchmark.task import Task
 from benchmark.teachers import TeacherCard
 
 BUDGET = {"epochs": 3, "iterations": 3, "batch_size": 8}
+CPU = torch.device("cpu")
 
 
 class SmallNetwork(nn.Module):
@@ -92,7 +93,13 @@ class Trial:
         self.config = method.Config(**{**small, **method.quick, **self.settings})
 
     def start(
-        self, bits: Iterable[str] = ("w4a4",), seed: int = 0, task: Task | None = None, poisoned: bool = False, teacher: Teacher | None = None
+        self,
+        bits: Iterable[str] = ("w4a4",),
+        seed: int = 0,
+        task: Task | None = None,
+        poisoned: bool = False,
+        teacher: Teacher | None = None,
+        device: torch.device = CPU,
     ) -> Lockstep:
         """A lockstep before its first step, evaluated after every epoch."""
         task = task or small_task()
@@ -114,7 +121,7 @@ class Trial:
             for width in bits
         )
         images = small_images(task, poisoned)
-        return Lockstep(Bundle(cells), teacher or small_teacher(task), torch.device("cpu"), lambda s: evaluate(s, images, task), evaluate_every=1)
+        return Lockstep(Bundle(cells), teacher or small_teacher(task), device, lambda s: evaluate(s, images, task, device=device), evaluate_every=1)
 
     def end(self, **options: Any) -> Lockstep:
         lockstep = self.start(**options)
