@@ -81,29 +81,27 @@ def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = N
     from benchmark.hours import Speeds, hours_anywhere, in_words, read_speed_files
     from benchmark.status import Status, statuses
 
-    console = _console()
     finished, _ = store.results()
-    states = statuses(loaded.cells, store, finished)
+    states, lines, left = statuses(loaded.cells, store, finished), [], []
     measured, skipped = read_speed_files(store.speed_folders())
     known = [speeds for device in ("cuda", "cpu") if (speeds := Speeds(finished, device, measured)).known]
-    left = []
     for number, bundle in enumerate(bundles(loaded.cells), 1):
         to_do = Bundle(tuple(cell for cell in bundle.cells if states[cell.id].status is not Status.DONE))
         expected = ""
         if to_do.cells:
             left.append(to_do)
             expected = in_words(to_do, known)
-        console.print(f"bundle {number}: {bundle}" + (f": {expected}" if expected else ""), style="bold", highlight=False, soft_wrap=True)
+        lines.append(typer.style(f"bundle {number}: {bundle}" + (f": {expected}" if expected else ""), bold=True))
         for cell in bundle.cells:
             state = states[cell.id]
             why = f" ({state.why})" if state.why else ""
-            console.print(f"  {cell.id}  {cell.bits}  {state.status.value}{why}", highlight=False, markup=False, soft_wrap=True)
+            lines.append(f"  {cell.id}  {cell.bits}  {state.status.value}{why}")
     counts = {status: sum(s.status is status for s in states.values()) for status in Status}
-    console.print(f"{len(loaded.cells)} cells: " + ", ".join(f"{n} {status.value}" for status, n in counts.items() if n), highlight=False)
+    lines.append(f"{len(loaded.cells)} cells: " + ", ".join(f"{n} {status.value}" for status, n in counts.items() if n))
+    lines += [f"what is not done: {line}" for line in (hours_anywhere(left, known) if left else [])]
+    typer.echo("\n".join(lines))  # at once: a console that is asked line by line takes seconds for a large sweep
     for line in skipped:
         print(f"skipped: {line}", file=sys.stderr)
-    for line in hours_anywhere(left, known) if left else []:
-        console.print(f"what is not done: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -205,9 +203,17 @@ def speed(
     rounds: Annotated[int, typer.Option(min=1, help="How often all contenders take their turn.")] = 3,
     seconds: Annotated[float, typer.Option(min=0, help="About how long a turn is.")] = 5.0,
     out: Annotated[Path | None, typer.Option(help="Write the figures here too; `auto`: results/speed/DEVICE.json.")] = None,
+    overheads: Annotated[
+        bool,
+        typer.Option("--overheads", help="Instead: planning, start of a worker, memory; into results/speed/overheads-DEVICE.json."),
+    ] = False,
 ) -> None:
     """Measure steps per second of methods, next to a textbook loop, a competent eager loop and the device's floor."""
     from benchmark.errors import nearest
+
+    if overheads:
+        _overheads(device, threads, rounds, out)
+        return
 
     wanted = methods.split(",")
     given = precisions.split(",")
@@ -249,6 +255,33 @@ def speed(
     _print_speeds(rows)
     if path is not None and rows:
         print(f"written to {path}")
+
+
+def _overheads(device: str, threads: int | None, rounds: int, out: Path | None) -> None:
+    import os
+
+    import torch
+
+    from benchmark import overheads, speed
+    from benchmark.engine import check_device
+    from benchmark.provenance import provenance
+    from benchmark.store import write_json
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are measured
+    where = check_device(device)
+    on = provenance(where)
+    path = Path("results/speed") / f"overheads-{speed.file_name(on)}.json" if out is None or str(out) == "auto" else out
+    found: list[overheads.Overhead] = []
+    for overhead in overheads.measure(str(where), rounds, _console(stderr=True).print):
+        found.append(overhead)
+        write_json(path, overheads.record(found, " ".join(["dfqbench", *sys.argv[1:]]), on))
+        clock, processor = overhead.seconds
+        limit = f", wanted: {overhead.wanted:g} s" if overhead.wanted is not None else ""
+        resident = ", ".join(f"{mb} MB after {step}" for step, mb in overhead.notes.get("resident_mb", {}).items())
+        print(f"{overhead.what}: {clock:.2f} s by the clock, {processor:.2f} s of the processor{limit}{resident and f'; {resident}'}")
+    print(f"written to {path}")
 
 
 def _print_speeds(rows: list) -> None:  # type: ignore[type-arg]

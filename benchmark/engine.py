@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmark.cell import Bundle, Cell
 from benchmark.errors import UserError
 from benchmark.evaluate import Evaluation
-from benchmark.method import Batch, Method, Phase, learning_rate, stream_seed
+from benchmark.method import Batch, Log, Method, Phase, learning_rate, stream_seed
 from benchmark.method_state import modules_of, optimizers_of, restore_state, state_of
 from benchmark.network import Teacher
 from benchmark.rates import is_fused, place_rates, rate_of, set_rate
@@ -125,6 +125,7 @@ class Lockstep:
         self.last_batch: Batch | None = None
         self.parts: Parts = Eager()
         self._place_rates()
+        self.images_from: dict[str, Any] | None = None  # the cell that made them and in how many seconds, where they were taken over
 
     def _trainee(self, cell: Cell) -> Trainee:
         student = Student(self.teacher, cell.protocol, cell.bits).to(self.device).to(memory_format=torch.channels_last)
@@ -174,6 +175,11 @@ class Lockstep:
         return sum(self.iterations_of(phase) for phase, _ in self.epochs)
 
     @property
+    def making_epochs(self) -> int:
+        """Epochs at the beginning of the plan that only make images: no student takes part."""
+        return next((i for i, (phase, _) in enumerate(self.epochs) if phase.step is None), len(self.epochs))
+
+    @property
     def student_steps(self) -> int:
         """Updates that each student gets."""
         return sum(self.iterations_of(phase) for phase, _ in self.epochs if phase.distill)
@@ -193,7 +199,7 @@ class Lockstep:
                 self.step(phase, calibrating)
                 self.iteration += 1
                 watcher.step(self, phase)
-            self._end_epoch(phase)
+            self._end_epoch(phase, self.method._log.averages(Log.SHARED))
             self.epoch, self.iteration = self.epoch + 1, 0
             watcher.epoch(self, phase)
         for trainee in self.active:
@@ -212,6 +218,17 @@ class Lockstep:
         for trainee in self.active:
             trainee.student.training_mode(phase.distill)
             trainee.student.track_ranges(calibrating)
+
+    def skip_epoch(self, logged: dict[str, float], seconds: float) -> None:
+        """Goes past an epoch that only makes images, whose work was brought here from elsewhere.
+
+        logged: the epoch's averages. seconds: what the work had cost by its end.
+        """
+        phase, _ = self.epochs[self.epoch]
+        self.begin_epoch(phase, calibrating=False)
+        self.watch.totals[self.SHARED] = seconds
+        self._end_epoch(phase, logged)
+        self.epoch += 1
 
     def step(self, phase: Phase, calibrating: bool) -> None:
         """One step of a phase: images, then every student."""
@@ -248,9 +265,9 @@ class Lockstep:
                 with self.autocast:
                     self.method.adversary(trainee.student)
 
-    def _end_epoch(self, phase: Phase) -> None:
-        log, epoch = self.method._log, self.epoch + 1
-        shared, seconds = log.averages(log.SHARED), self.watch.read()
+    def _end_epoch(self, phase: Phase, shared: dict[str, float]) -> None:
+        """shared: the averages of what was logged outside any student."""
+        log, epoch, seconds = self.method._log, self.epoch + 1, self.watch.read()
         for trainee in self.active:
             trainee.student.training_mode(False)
             trainee.student.track_ranges(False)
@@ -292,6 +309,7 @@ class Lockstep:
             "global_random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "seconds": dict(self.watch.read()),
+            "images_from": self.images_from,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -310,6 +328,7 @@ class Lockstep:
         if state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
         self.watch.totals = dict(state["seconds"])
+        self.images_from = state.get("images_from")
 
 
 def autocast_of(cell: Cell, device: torch.device) -> torch.autocast:

@@ -26,6 +26,11 @@ class ImageSet:
         self._files: list[list[str]] = []
         self._order, self._position = torch.zeros(0, dtype=torch.long), 0
 
+    @property
+    def files(self) -> list[tuple[str, str]]:
+        """Name and sha256 of every file that was written, in their order."""
+        return [(file, digest) for file, digest in self._files]
+
     def __len__(self) -> int:
         return sum(len(labels) for _, labels in self._parts)
 

@@ -36,12 +36,14 @@ class MethodConfig(BaseModel):
     """Settings of a method. Unknown keys are errors; every field takes part in a cell's identity.
 
     `presets` names sets of other defaults: `presets = {"imagenet": dict(batch_size=16)}`. `source` says where the defaults come from, unless a
-    field's own `source` does.
+    field's own `source` does. `after_images` names the settings that the leading phases which only make images do not depend on: cells that differ
+    in nothing else take each other's images over. A subclass adds what it knows of its own settings; what is not named keeps cells apart.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ignored_types=(dict,), validate_default=True)
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     source: ClassVar[str] = "not given"
+    after_images: ClassVar[set[str]] = set()
 
 
 class TrainingConfig(MethodConfig):
@@ -145,6 +147,7 @@ class Method:
         self._schedules: list[tuple[torch.optim.Optimizer, list[int], float]] = []
         self._log = Log()
         self._work = work
+        self._image_sets: list[ImageSet] = []
 
     # --- what a method writes -----------------------------------------------------------------------------------------
 
@@ -210,7 +213,8 @@ class Method:
 
     def image_set(self, name: str) -> ImageSet:
         """A new, empty set for finished images; assign it to an attribute in `setup`."""
-        return ImageSet(name, self._work, self.device)
+        self._image_sets.append(ImageSet(name, self._work, self.device))
+        return self._image_sets[-1]
 
     def minimise(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One step of `optimizer` down the gradient of `loss`."""

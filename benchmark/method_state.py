@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmark.image_set import ImageSet
 from benchmark.method import Method
 
 
@@ -32,7 +33,7 @@ def restore_state(method: Method, state: dict[str, Any]) -> None:
     }
 
 
-_GIVEN = {"teacher", "task", "config", "seed", "device", "_streams", "_schedules", "_log", "_work"}  # what __init__ makes anew
+_GIVEN = {"teacher", "task", "config", "seed", "device", "_streams", "_schedules", "_log", "_work", "_image_sets"}  # what __init__ makes anew
 
 
 def _save(value: Any, name: str) -> Any:
@@ -102,6 +103,14 @@ def optimizers_of(method: Method) -> Iterator[torch.optim.Optimizer]:
             yield from optimizers_of(value)
         elif name not in _GIVEN:
             yield from (v for v in (value if isinstance(value, list | tuple) else [value]) if isinstance(v, torch.optim.Optimizer))
+
+
+def image_sets_of(method: Method) -> Iterator[ImageSet]:
+    """The image sets of a method, and of the methods inside it."""
+    yield from method._image_sets
+    for value in vars(method).values():
+        if isinstance(value, Method):
+            yield from image_sets_of(value)
 
 
 def modules_of(method: Method) -> Iterator[nn.Module]:

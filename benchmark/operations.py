@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmark.engine import Lockstep
 from benchmark.method_state import anchors_of, streams_of
-from benchmark.step_graph import WARM_UP, difference
+from benchmark.step_graph import WARM_UP, first_difference
 
 T = TypeVar("T")
 Operation = tuple[Any, ...]  # the name, then what it was given
@@ -136,7 +136,7 @@ class ComparedParts:
             return result
         part = "the making of images" if name == Lockstep.SHARED else "a student's step"
         assert not operations.faults, f"{part} {operations.faults[0]}"
-        moved = difference(before, self._held())
+        moved = first_difference(before, self._held())
         assert moved is None, f"{part} replaces or changes {moved}"
         first = self._before.setdefault(name, operations.done)
         unlike = next((pair for pair in zip(first, operations.done, strict=False) if pair[0] != pair[1]), None)

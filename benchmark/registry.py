@@ -69,6 +69,9 @@ def register(name: str, *, paper: str, fidelity: Fidelity, shares_synthesis: boo
         unknown = sorted(set(cls.needs) - set(NEEDS))
         if unknown:
             raise UserError(f"method {name}: needs {unknown[0]!r}: {nearest(unknown[0], NEEDS)}")
+        no_setting = sorted(cls.Config.after_images - cls.Config.model_fields.keys())
+        if no_setting:
+            raise UserError(f"method {name}: after_images {no_setting[0]!r}: {nearest(no_setting[0], cls.Config.model_fields)}")
         file, known = Path(inspect.getfile(cls)), _methods.get(name)
         if known is not None and (where := _two_places(known, cls)):
             _clashes[name] = f"two methods are called {name!r}: {where}"

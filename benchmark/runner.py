@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from benchmark.data import Images
 from benchmark.engine import Interrupted, Lockstep, Trainee, check_device, sample_images, unreached_milestones
 from benchmark.errors import UserError
 from benchmark.evaluate import Evaluation, evaluate, state_hash
+from benchmark.made_images import MadeImages
 from benchmark.memory import keep_freed_memory
 from benchmark.method import Phase
 from benchmark.network import Teacher
@@ -205,11 +206,16 @@ class _Worker:
         lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, self.loaded.sweep.evaluate_every, work)
         if self.options.graphs:
             lockstep.replay_steps(lambda line: self._log(bundle, line))
+        made = MadeImages(self.store.images_folder, work, lockstep)
         state, why_not = load_checkpoint(watcher.path, [cell.id for cell in bundle.cells])
         if state is not None:
             lockstep.restore(state)
+            about_images = ""
+        else:
+            about_images = made.take_over()
         self.progress.bundle(bundle, lockstep.steps, lockstep.steps_done)
-        self._say_about(lockstep, resumed=state is not None, why_not=why_not)
+        self._say_about(lockstep, resumed=state is not None, why_not=why_not, about_images=about_images)
+        watcher.when_made = lambda: self._keep(made, bundle)
         watcher.start(lockstep)
         try:
             lockstep.run(watcher)
@@ -218,10 +224,17 @@ class _Worker:
             raise
         return lockstep
 
-    def _say_about(self, lockstep: Lockstep, resumed: bool, why_not: str) -> None:
+    def _keep(self, made: MadeImages, bundle: Bundle) -> None:
+        trouble = made.keep()
+        if trouble:
+            self._log(bundle, trouble)
+
+    def _say_about(self, lockstep: Lockstep, resumed: bool, why_not: str, about_images: str) -> None:
         lines = [f"resumed at step {lockstep.steps_done} of {lockstep.steps}"] if resumed else [f"started, {lockstep.steps} steps"]
         if why_not:
             lines.append(f"starting again from the beginning: {why_not}")
+        if about_images:
+            lines.append(about_images)
         beyond = unreached_milestones(lockstep.method.config)
         if beyond:
             lines.append(
@@ -303,13 +316,18 @@ class _Worker:
             "student_state": state_hash(trainee.student),
             "left_float": trainee.student.left_float,
             "seconds": {"own": round(own, 3), "shared": round(shared, 3), "bundle": [c.id for c in lockstep.bundle.cells]},
-            "provenance": provenance(self.device) | ({"graphs": True} if lockstep.parts.replayed else {}),
+            "provenance": self._provenance(lockstep),
             "finished": time.time(),
         }
         self.store.append_log(cell.id, f"done: top-1 {evaluation.top1:.2f} % at epoch {last['epoch']}")
         self.store.write_result(cell.id, result)
         self.watching.finished(cell.id)
         self.progress.done(cell, evaluation.top1, float(result["teacher"]["top1"]))
+
+    def _provenance(self, lockstep: Lockstep) -> dict[str, Any]:
+        """On what, and, where it was so: that steps were replayed, and which cell made the images in how many seconds."""
+        graphs = {"graphs": True} if lockstep.parts.replayed else {}
+        return provenance(self.device) | graphs | ({"images": lockstep.images_from} if lockstep.images_from else {})
 
     def _failed(self, cell: Cell, kind: str, message: str, trace: str) -> None:
         self.store.append_log(cell.id, f"failed: {kind}: {message}")
@@ -326,6 +344,7 @@ class _Watcher:
         self.saved_at = time.monotonic()
         self.noted: dict[str, Any] = {}
         self.lockstep: Lockstep | None = None
+        self.when_made: Callable[[], None] = lambda: None  # called once the phases that only make images are over
 
     def start(self, lockstep: Lockstep) -> None:
         self.lockstep, self.began, self.first_step = lockstep, time.monotonic(), lockstep.steps_done
@@ -362,6 +381,8 @@ class _Watcher:
         for trainee in lockstep.trainees:
             self.store.write_history(trainee.cell.id, trainee.history)
             self.watching.epoch(trainee.cell.id)
+        if lockstep.epoch == lockstep.making_epochs:
+            self.when_made()
         self.progress.epoch(lockstep.epoch, len(lockstep.epochs), {t.name: t.history[-1] for t in lockstep.trainees})
 
 

@@ -139,7 +139,7 @@ class CapturedParts:
             self._check_state(anchors)
         except Exception:
             attributes.put_back()
-            if difference(anchors, self._anchors()):
+            if first_difference(anchors, self._anchors()):
                 raise NotUndone(f"{self._fault(anchors)}, which cannot be undone: run {self.method.info.name} without --graphs") from None
             raise
         finally:
@@ -151,10 +151,10 @@ class CapturedParts:
         return anchors_of(self.method, "self") | anchors_of(self.students, "students")
 
     def _fault(self, anchors: dict[str, Any]) -> str:
-        return f"a step replaces or changes {difference(anchors, self._anchors())} outside of its arithmetic"
+        return f"a step replaces or changes {first_difference(anchors, self._anchors())} outside of its arithmetic"
 
     def _check_state(self, anchors: dict[str, Any]) -> None:
-        if difference(anchors, self._anchors()):
+        if first_difference(anchors, self._anchors()):
             raise NotRecorded(self._fault(anchors))
 
     def _check_streams(self, new: set[str]) -> None:
@@ -175,7 +175,7 @@ class CapturedParts:
         self.say(f"steps of {self.method.info.name} are not replayed but run as they are: {reason}")
 
 
-def difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
+def first_difference(before: dict[str, Any], after: dict[str, Any]) -> str | None:
     """The first name under which two `anchors_of` do not hold the same."""
     missing = object()
     return next((name for name in before | after if before.get(name, missing) != after.get(name, missing)), None)

@@ -9,6 +9,7 @@
 <results>/runs/<cell id>/lease.json     some process works on it; its heartbeat is the file's time
                          progress.json  how far it is, or was when its process ended
 <results>/bundles/<bundle id>/          the checkpoint of unfinished work
+<results>/images/<key>/                 images that one cell made for itself and others (made_images.py)
 <results>/teachers/<key>.json           a teacher's own accuracy
 <results>/sweeps/<name>.json            which cells a config's last run stood for
 """
@@ -220,6 +221,11 @@ class Store:
 
     def bundle_folder(self, bundle_id: str) -> Path:
         return self.root / "bundles" / bundle_id
+
+    @property
+    def images_folder(self) -> Path:
+        """Images that cells of equal synthesis settings share; may be deleted at any time."""
+        return self.root / "images"
 
     def ids(self) -> list[str]:
         runs = self.root / "runs"

@@ -257,25 +257,29 @@ def _selection(sweep: Sweep, parts: _Parts) -> LoadedSelection | None:
 
 
 def _span(sweep: Sweep, parts: _Parts) -> list[Cell]:
-    cells = [
-        Cell(
-            method=method.info.name,
-            method_version=method.version,
-            config=config.model_dump(mode="json"),
-            teacher=teacher,
-            evaluation=parts.evaluation_card,
-            protocol=parts.protocol.for_method(method.info.name, method.ranges, method.batch_norm),
-            bits=width,
-            seed=seed if method.uses_seed else 0,
-            precision=sweep.precision,
-            shares_synthesis=method.info.shares_synthesis,
-            changed=changed,
-            fidelity=method.info.fidelity,
-            plugin=f"{method.info.origin} {method.info.source_sha256[:12]}",
-            source=method.info.source.as_dict(),
-        )
-        for teacher, (method, config, changed), seed, width in itertools.product(parts.teachers, parts.variants, sweep.seeds, parts.bits)
-    ]
+    cells = []
+    for teacher, (method, config, changed) in itertools.product(parts.teachers, parts.variants):
+        settings, source = config.model_dump(mode="json"), method.info.source.as_dict()  # once for all seeds and widths: sweeps can be large
+        protocol = parts.protocol.for_method(method.info.name, method.ranges, method.batch_norm)
+        cells += [
+            Cell(
+                method=method.info.name,
+                method_version=method.version,
+                config=settings,
+                teacher=teacher,
+                evaluation=parts.evaluation_card,
+                protocol=protocol,
+                bits=width,
+                seed=seed if method.uses_seed else 0,
+                precision=sweep.precision,
+                shares_synthesis=method.info.shares_synthesis,
+                changed=changed,
+                fidelity=method.info.fidelity,
+                plugin=f"{method.info.origin} {method.info.source_sha256[:12]}",
+                source=source,
+            )
+            for seed, width in itertools.product(sweep.seeds, parts.bits)
+        ]
     return list({cell.id: cell for cell in cells}.values())
 
 

@@ -7,6 +7,7 @@ Everything runs on a small random network and random images; nothing is download
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import tempfile
 import traceback
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from unittest.mock import patch
 
 import torch
@@ -22,9 +23,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from benchmark.checkpoint import load_checkpoint, save_checkpoint
+from benchmark.difference import difference
 from benchmark.engine import Interrupted
 from benchmark.errors import nearest
 from benchmark.evaluate import state_hash
+from benchmark.made_images import made_since, state_before
 from benchmark.method import Method, Phase
 from benchmark.network import Observation, Teacher
 from benchmark.operations import ComparedParts
@@ -186,6 +189,78 @@ def shared_synthesis_is_true_to_its_word(trial: Trial) -> None:
     assert ends_of(trial.end(bits=("w4a4",)))["w4a4"] == together["w4a4"], "alone, the student ends with other bits than in lockstep"
 
 
+def images_do_not_depend_on_what_comes_after(trial: Trial) -> None:
+    """What the phases that only make images leave behind is the same to the bit, whatever the settings in `after_images` are.
+
+    Mend: take the setting that is told here out of Config.after_images: cells that differ in it would take over wrong images.
+    """
+    named = sorted(trial.config.after_images)
+    tried = {name: list(_other_values(trial, name)) for name in named}
+    untried = [name for name, changes in tried.items() if not changes]
+    assert not untried, f"after_images names {', '.join(untried)}, of which no second valid value was found to try it with"
+    together = {name: value for changes in tried.values() for name, value in changes[0].items()}
+    for choice in [{}, *_choices(trial, named)]:  # what one choice leaves aside, another may use
+        made = _made(trial, choice, named)
+        for change in [*([] if choice else (change for changes in tried.values() for change in changes)), together] if made else []:
+            if _valid(trial, choice | change):
+                same = difference(made, _made(trial, choice | change, named)) is None
+                assert same, f"with {', '.join(f'{k} = {v!r}' for k, v in (choice | change).items())} other images are made"
+
+
+def _choices(trial: Trial, named: list[str]) -> Iterator[dict[str, Any]]:
+    """Every other value of every setting that is a choice among words, or yes or no, and does not come after the images."""
+    for name in sorted(trial.method.Config.model_fields.keys() - set(named)):
+        if isinstance(getattr(trial.config, name), bool | str):
+            yield from _other_values(trial, name)
+
+
+def _made(trial: Trial, change: dict[str, Any], named: list[str]) -> dict[str, Any] | None:
+    """The plan of the making phases with all that they change; None where a method has no such phases."""
+    lockstep = Trial(trial.method, trial.settings | change).start()
+    plan = [(phase.name, lockstep.iterations_of(phase)) for phase, _ in lockstep.epochs[: lockstep.making_epochs]]
+    steps = sum(iterations for _, iterations in plan)
+    if not steps:
+        return None
+    before = state_before(lockstep)
+    lockstep.method.config = _Unread(lockstep.method.config, named)
+    with contextlib.suppress(Interrupted):
+        lockstep.run(StopAfter(steps))
+    return {"plan": plan, "made": made_since(before, lockstep)}
+
+
+class _Unread:
+    """Settings of which some must not be read while images are made."""
+
+    def __init__(self, config: Any, named: list[str]):
+        self._config, self._named = config, named
+
+    def __getattr__(self, name: str) -> Any:
+        assert name not in self._named, f"the making of images reads {name}, which after_images names"
+        return getattr(self._config, name)
+
+
+def _other_values(trial: Trial, name: str) -> Iterator[dict[str, Any]]:
+    """Some other valid values of one setting, each as a change of the settings."""
+    now, annotation = getattr(trial.config, name), trial.method.Config.model_fields[name].annotation
+    if isinstance(now, bool):
+        values: list[Any] = [not now]
+    elif isinstance(now, int | float):
+        values = [2 * now + 1, now - 1] if isinstance(now, int) else [2 * now + 0.5, now / 2]
+    elif isinstance(now, list):
+        values = [[0, 1], []]
+    else:
+        values = list(get_args(annotation))
+    yield from ({name: value} for value in values if value != now and _valid(trial, {name: value}))
+
+
+def _valid(trial: Trial, change: dict[str, Any]) -> bool:
+    try:
+        Trial(trial.method, trial.settings | change)
+    except ValidationError:
+        return False
+    return True
+
+
 def any_task_works(trial: Trial) -> None:
     """1 and 3 channels, 10 and 1000 classes, 32 and 64 pixels.
 
@@ -289,9 +364,12 @@ CHECKS: tuple[Callable[[Trial], None], ...] = (
     a_poisoned_evaluation_set_changes_nothing,
     shared_synthesis_is_true_to_its_word,
     static_steps_are_the_same_every_time,
+    images_do_not_depend_on_what_comes_after,
     any_task_works,
 )
-NO_EXCUSE = (the_teacher_is_untouched.__name__, a_poisoned_evaluation_set_changes_nothing.__name__)  # a number would mean nothing
+NO_EXCUSE = tuple(
+    check.__name__ for check in (the_teacher_is_untouched, a_poisoned_evaluation_set_changes_nothing, images_do_not_depend_on_what_comes_after)
+)  # a number would mean nothing
 Verdict = Literal["held", "failed", "expected", "outdated"]
 
 

@@ -20,6 +20,7 @@ from benchmark.task import Task
 from benchmark.teachers import TeacherCard
 
 BUDGET = {"epochs": 3, "iterations": 3, "batch_size": 8}
+CPU = torch.device("cpu")
 
 
 class SmallNetwork(nn.Module):
@@ -98,7 +99,7 @@ class Trial:
         task: Task | None = None,
         poisoned: bool = False,
         teacher: Teacher | None = None,
-        device: str = "cpu",
+        device: torch.device = CPU,
     ) -> Lockstep:
         """A lockstep before its first step, evaluated after every epoch."""
         task = task or small_task()
@@ -120,7 +121,7 @@ class Trial:
             for width in bits
         )
         images, teacher = small_images(task, poisoned), teacher or small_teacher(task)
-        return Lockstep(Bundle(cells), teacher, torch.device(device), lambda s: evaluate(s, images, task, device), evaluate_every=1)
+        return Lockstep(Bundle(cells), teacher, device, lambda s: evaluate(s, images, task, device=device), evaluate_every=1)
 
     def end(self, **options: Any) -> Lockstep:
         lockstep = self.start(**options)

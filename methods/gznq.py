@@ -40,6 +40,10 @@ class GZNQ(Method):
 
     class Config(TrainingConfig):
         source = "chosen here: only the abstract is public"
+        after_images = {
+            *("finetune", "epochs", "iterations", "batch_size", "student_lr", "student_momentum", "student_weight_decay", "milestones", "lr_decay"),
+            "temperature",
+        }
 
         finetune: bool = Field(False, description="train the student on the images; otherwise post-training with bias correction")
         epochs: int = Field(150, ge=0, unit="epochs", description="fine-tuning")

@@ -32,6 +32,7 @@ class IntraQ(StoredImages):
 
     class Config(StoredImagesConfig):
         source = "the authors' code, CIFAR-10"
+        after_images = StoredImagesConfig.after_images | {"calibration_batch", "temperature", "kd_weight"}
 
         calibration_batch: int = Field(16, ge=2, unit="images", description="images of the generator per step, on every data set")
         temperature: float = Field(20.0, gt=0, description="of the distillation: logits are divided by it")

@@ -35,6 +35,7 @@ class LRQ(StoredImages):
 
     class Config(StoredImagesConfig):
         source = "the authors' code"
+        after_images = StoredImagesConfig.after_images | {"attention", "target_weight", "other_weight", "train_on_generator"}
 
         margin: float = Field(0.5, ge=0, unit="radians", description="m: added to the angle between a feature and its class's centre")
         attention: Literal["before", "after"] = Field("before", description="place of the attention block around the first convolution")

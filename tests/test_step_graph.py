@@ -19,7 +19,7 @@ from benchmark.engine import Interrupted, Lockstep
 from benchmark.method_state import Attributes, streams_of
 from benchmark.rates import place_rates, rate_of, set_rate
 from benchmark.registry import find_method, register
-from benchmark.step_graph import WARM_UP, CapturedParts, difference
+from benchmark.step_graph import WARM_UP, CapturedParts, first_difference
 from benchmark.testing import StopAfter, Trial, ends_of
 
 LONG = {"epochs": 3, "iterations": 6, "warmup_epochs": 1}
@@ -306,7 +306,7 @@ def test_cuda_graphs_end_with_the_bits_of_steps_run_as_they_are(name: str, preci
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     trial, said, ends = Trial(find_method(name), LONG | {"milestones": [2]}), [], []
     for replayed in (False, True):
-        lockstep = trial.start(bits=("w4a4", "w3a3"), device="cuda")
+        lockstep = trial.start(bits=("w4a4", "w3a3"), device=torch.device("cuda"))
         lockstep.autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
         if replayed:
             lockstep.replay_steps(said.append)
@@ -328,17 +328,17 @@ class Waits(Plain):
 def test_a_capture_that_cuda_breaks_off_is_told_and_the_run_goes_on_with_the_same_bits() -> None:
     method = register("waits", paper="x", fidelity="paper", shares_synthesis=True)(Waits)
     trial, said = Trial(method, {"iterations": 6}), []
-    plain, lockstep = trial.end(device="cuda"), trial.start(device="cuda")
+    plain, lockstep = trial.end(device=torch.device("cuda")), trial.start(device=torch.device("cuda"))
     lockstep.replay_steps(said.append)
     lockstep.run(StopAfter())
     assert len(said) == 1
     assert ends_of(lockstep) == ends_of(plain)
     sound = Trial(find_method("gdfq"), LONG)
-    later = sound.start(device="cuda")  # and the next cell can be recorded
+    later = sound.start(device=torch.device("cuda"))  # and the next cell can be recorded
     later.replay_steps(said.append)
     later.run(StopAfter())
     assert later.parts.replayed > 0
-    assert ends_of(later) == ends_of(sound.end(device="cuda"))
+    assert ends_of(later) == ends_of(sound.end(device=torch.device("cuda")))
 
 
 def test_methods_that_do_not_promise_static_steps_are_run_as_they_are() -> None:
@@ -373,10 +373,10 @@ def test_what_a_failed_recording_bound_is_undone() -> None:
 
 
 def test_anchors_differ_where_something_moved() -> None:
-    assert difference({"a": 1, "b": 2}, {"a": 1, "b": 2}) is None
-    assert difference({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "b"
-    assert difference({"a": 1}, {"a": 1, "c": None}) == "c"
-    assert difference({"a": None}, {}) == "a"
+    assert first_difference({"a": 1, "b": 2}, {"a": 1, "b": 2}) is None
+    assert first_difference({"a": 1, "b": 2}, {"a": 1, "b": 3}) == "b"
+    assert first_difference({"a": 1}, {"a": 1, "c": None}) == "c"
+    assert first_difference({"a": None}, {}) == "a"
 
 
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
