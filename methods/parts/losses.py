@@ -47,16 +47,17 @@ def decoupled_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor, targe
     TCKD = KL between the two-way distributions (p_y, 1 - p_y); NCKD = KL between the distributions over the C - 1 other classes.
     """
     log_p, log_q = F.log_softmax(teacher_logits, 1), F.log_softmax(logits, 1)
-    member = F.one_hot(labels, logits.shape[1]).bool()
+    member, count = F.one_hot(labels, logits.shape[1]).bool(), logits.shape[1] - 1
+    rest = torch.arange(count, device=labels.device)
+    rest = rest + (rest >= labels[:, None])  # the other classes of each image, N x C - 1 (a mask as an index would wait for the device)
 
     def two_way(log_probabilities: Tensor, scores: Tensor) -> Tensor:
-        target = log_probabilities[member]
+        target = log_probabilities.gather(1, labels[:, None])[:, 0]
         others = torch.logsumexp(scores.masked_fill(member, -torch.inf), 1) - torch.logsumexp(scores, 1)
         return torch.stack([target, others], 1)
 
     targets = F.kl_div(two_way(log_q, logits), two_way(log_p, teacher_logits), reduction="batchmean", log_target=True)
-    count = logits.shape[1] - 1
-    others_p = F.log_softmax(teacher_logits[~member].view(-1, count), 1)
-    others_q = F.log_softmax(logits[~member].view(-1, count), 1)
+    others_p = F.log_softmax(teacher_logits.gather(1, rest), 1)
+    others_q = F.log_softmax(logits.gather(1, rest), 1)
     others = F.kl_div(others_q, others_p, reduction="batchmean", log_target=True)
     return target_weight * targets + other_weight * others
