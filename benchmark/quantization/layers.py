@@ -81,6 +81,7 @@ class ActivationQuantizer(nn.Module):
         self.range = RangeEstimator(protocol.ranges, bits, protocol.activation_symmetric, protocol.zero_in_range)
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("zero_point", torch.zeros(()))
+        self._looked: tuple[tuple[int, int], bool] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.tracking:
@@ -95,7 +96,17 @@ class ActivationQuantizer(nn.Module):
             self.bits,
             symmetric=self.protocol.activation_symmetric,
             clipped_gradient=self.protocol.gradient == "clipped",
+            from_zero=self._from_zero(),
         )
+
+    def _from_zero(self) -> bool:
+        """Whether the zero point is known to be 0: looked at once for each value that it gets, never on a GPU, where looking means waiting."""
+        if self.tracking or self.zero_point.device.type != "cpu":
+            return False
+        now = (self.zero_point.data_ptr(), self.zero_point._version)
+        if self._looked is None or self._looked[0] != now:
+            self._looked = now, bool(self.zero_point == 0)
+        return self._looked[1]
 
     @torch.no_grad()
     def set_range(self, low: float, high: float) -> None:
