@@ -48,7 +48,7 @@ class ACQ(GDFQ):
         condition: bool = Field(True, description="the generator is told where the attention is to be centred")
         matching_weight: float = Field(10.0, ge=0, description="a2: attention-centre matching; needs the condition")
         adversarial_weight: float = Field(0.2, ge=0, description="a3: similarity of two images made under one condition")
-        consistency_weight: float = Field(1.0, ge=0, description="a4: attention in eval against train mode")
+        consistency_weight: float = Field(10.0, ge=0, description="a4: attention in eval against train mode")
         center_margin: float = Field(0.3, ge=0, lt=0.5, unit="image sides", description="conditions are uniform in [margin, 1 - margin]^2")
         center_dim: int = Field(16, ge=1, description="width of the condition's embedding")
         place: Literal["bump", "coordinates"] | None = Field(
