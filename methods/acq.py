@@ -57,6 +57,9 @@ class ACQ(GDFQ):
         sharpness: float = Field(2.0, gt=0, description="exponent of the attention map before its centre is taken")
         student_loss: Literal["ce+kl", "kl"] = Field("ce+kl", description="S1: GDFQ's loss; S2: T^2 KL alone, averaged over the batch")
 
+        # batch statistics of GDFQ's 16 images would be noise; the student's loss and rate are what later work trains with (AIT, AdaDFQ)
+        presets = {"imagenet": GDFQ.Config.presets["imagenet"] | dict(batch_size=64, student_loss="kl", student_lr=1e-4)}
+
         @model_validator(mode="after")
         def _components_fit(self) -> Self:
             if self.matching_weight and not self.condition:

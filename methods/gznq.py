@@ -40,10 +40,7 @@ class GZNQ(Method):
 
     class Config(TrainingConfig):
         source = "chosen here: only the abstract is public"
-        after_images = {
-            *("finetune", "epochs", "iterations", "batch_size", "student_lr", "student_momentum", "student_weight_decay", "milestones", "lr_decay"),
-            "temperature",
-        }
+        after_images = {*TrainingConfig.model_fields, "finetune", "temperature"}
 
         finetune: bool = Field(False, description="train the student on the images; otherwise post-training with bias correction")
         epochs: int = Field(150, ge=0, unit="epochs", description="fine-tuning")
@@ -81,10 +78,9 @@ class GZNQ(Method):
 
     def phases(self) -> list[Phase]:
         c = self.config
-        batches = math.ceil(c.images / c.synthesis_batch)
+        making = Phase("images", math.ceil(c.images / c.synthesis_batch), iterations=c.synthesis_iterations, step=self.optimise)
         calibration = Phase("calibration", 1, iterations=math.ceil(c.images / c.batch_size), calibration_epochs=1)
-        making = Phase("images", batches, iterations=c.synthesis_iterations, step=self.optimise)
-        return [making, calibration, *([Phase("train", c.epochs, distill=True)] if c.finetune else [])]
+        return [making, calibration] + [Phase("train", c.epochs, distill=True)] * c.finetune
 
     def make(self) -> Tensor:
         return self.generator(self.source) if self.generator else self.source
@@ -99,15 +95,14 @@ class GZNQ(Method):
             group["lr"] = c.image_generator_lr * 0.95 ** (self.iteration // 100)
         images = self.make()
         answer = self.teacher.observe(jitter(images, c.jitter, self.random("jitter")))
-        label_loss, statistics_loss = cross_entropy(answer.logits, self.labels), self.statistics_loss(answer)
+        label_loss = self.log("image_ce", cross_entropy(answer.logits, self.labels))
+        statistics_loss = self.log("image_bns", self.statistics_loss(answer))
+        similarity = self.log("image_similarity", same_class_similarity(answer.features[-1].mean((2, 3)), self.labels))
         prior = c.roughness_weight * roughness(images) + c.size_weight * images.square().sum() / len(images)
-        similarity = same_class_similarity(answer.features[-1].mean((2, 3)), self.labels)
-        loss = label_loss + c.bn_weight * statistics_loss + prior + c.similarity_weight * similarity
+        loss = self.log("image_loss", label_loss + c.bn_weight * statistics_loss + prior + c.similarity_weight * similarity)
         self.minimise(loss, self.optimizer)
         if not self.generator:
             clip_to_pixels(self.source, self.task)
-        for name, value in {"image_loss": loss, "image_ce": label_loss, "image_bns": statistics_loss, "image_similarity": similarity}.items():
-            self.log(name, value)
         self.iteration += 1
         if self.iteration == c.synthesis_iterations:
             self.finish_batch()

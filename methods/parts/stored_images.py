@@ -27,10 +27,7 @@ class StoredImagesConfig(TrainingConfig):
     """The settings that both methods have."""
 
     source = "IntraQ's code, CIFAR-10"
-    after_images = {
-        *("epochs", "iterations", "batch_size", "student_lr", "student_momentum", "student_weight_decay", "milestones", "lr_decay"),
-        *("calibration_epochs", "latent_dim", "conditioning", "bn_weight", "generator_lr"),
-    }
+    after_images = {*TrainingConfig.model_fields, "calibration_epochs", "latent_dim", "conditioning", "bn_weight", "generator_lr"}
 
     epochs: int = Field(151, ge=0, unit="epochs", description="training in all, calibration included; the making of images comes before")
     batch_size: int = Field(256, ge=2)
