@@ -261,7 +261,7 @@ class HidesAnAttribute(Plain):
     ],
 )
 def test_a_false_word_is_told_and_changes_no_result(broken: type[Any], told: str) -> None:
-    method = register(broken.__name__.lower(), paper="x", fidelity="paper", shares_synthesis=True)(broken)
+    method = register(f"replayed-{broken.__name__.lower()}", paper="x", fidelity="paper", shares_synthesis=True)(broken)
     trial, said = Trial(method, {"iterations": 6}), []
     plain = trial.end()
     lockstep = trial.start()
