@@ -274,7 +274,7 @@ def _map(group: list[Block], title: str, worst: float) -> Figure:
         first += len(block.widths)
         if first < len(columns):
             ax.axvline(first - 0.5, color="white", lw=2.5)
-    ax.set_title(wrapped(title, 46 if len(columns) < 8 else 100), pad=14)
+    figure.suptitle(wrapped(title, 46 if len(columns) < 8 else 100), fontsize=SETTINGS["axes.titlesize"])  # over the labels too, or it is cut off
     return figure
 
 
