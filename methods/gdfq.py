@@ -8,7 +8,8 @@ layers remember; the student learns from the teacher on these images.
             Q: minimise CE(Q(x), y) + T^2 mean KL(P(x) || Q(x))      (after the warm-up)
 
 Fidelity: the authors' code (xushoukai/GDFQ). Deviations: activation ranges are tracked by a moving average with the right bias correction
-(theirs overshoots for about 170 steps and is right after its 800), and the reported number is the last epoch's.
+(theirs overshoots for about 170 steps and is right after its 800), and the reported number is the last epoch's. Reached here (CIFAR-10 as JPEG,
+ResNet-20 with 87.44 %, W4A4 / W3A3): 85.04 / 74.88 % after 3,200 student steps of 64, three seeds; the authors' code 85.28 / 75.58 %, one seed.
 """
 
 from __future__ import annotations

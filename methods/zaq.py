@@ -9,7 +9,7 @@ A generator seeks images on which student and teacher disagree, the student lear
 Fidelity: the authors' code (FLHonker/ZAQ-code), but for two things. Their activation ranges are never frozen and see the real test images
 before and during evaluation: here they are tracked on generated images only and stand still in evaluation. The last epoch is
 reported. One iteration here is one student step, so five make one of theirs. Vectors that were rounded to zero get no gradient
-in SCRM. Reached here: not measured yet.
+in SCRM. Reached here: measured on the digits only (README).
 """
 
 from __future__ import annotations
