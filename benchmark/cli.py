@@ -264,6 +264,7 @@ def _overheads(device: str, threads: int | None, rounds: int, out: Path | None) 
 
     from benchmark import overheads, speed
     from benchmark.engine import check_device
+    from benchmark.hours import OVERHEADS
     from benchmark.provenance import provenance
     from benchmark.store import write_json
 
@@ -272,7 +273,7 @@ def _overheads(device: str, threads: int | None, rounds: int, out: Path | None) 
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are measured
     where = check_device(device)
     on = provenance(where)
-    path = Path("results/speed") / f"overheads-{speed.file_name(on)}.json" if out is None or str(out) == "auto" else out
+    path = Path("results/speed") / f"{OVERHEADS}{speed.file_name(on)}.json" if out is None or str(out) == "auto" else out
     found: list[overheads.Overhead] = []
     for overhead in overheads.measure(str(where), rounds, _console(stderr=True).print):
         found.append(overhead)

@@ -27,6 +27,7 @@ from benchmark.store import read_json
 Kind = Literal["cuda", "cpu"]
 FINISHED = "by finished cells of this store"
 NOTHING = "without training, not counted"
+OVERHEADS = "overheads-"  # so begin the names of files beside them that tell something else
 OLD_NETWORK, OLD_SIZE = "resnet20", 32  # what files that do not say it were measured on
 OF_A_SET = re.compile(r"_(cifar10|cifar100|svhn)$")
 
@@ -80,6 +81,8 @@ def read_speed_files(folders: Iterable[Path]) -> tuple[list[SpeedFile], list[str
     found: list[SpeedFile] = []
     skipped: list[str] = []
     for path in dict.fromkeys(path for folder in folders for path in sorted(folder.glob("*.json"))):
+        if path.name.startswith(OVERHEADS):
+            continue
         try:
             found.append(_speed_file(path, read_json(path)))
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:

@@ -195,7 +195,13 @@ def test_numbers_have_two_digits_and_no_exponent() -> None:
 
 def test_files_that_are_not_of_dfqbench_speed_are_named(tmp_path: Path) -> None:
     measured(tmp_path, GDFQ)
-    for name, text in {"half": "{", "list": "[]", "empty": "{}", "zero": '{"rows": [], "provenance": {}, "batch_size": 0}'}.items():
+    for name, text in {
+        "half": "{",
+        "list": "[]",
+        "empty": "{}",
+        "overheads-one": "{}",
+        "zero": '{"rows": [], "provenance": {}, "batch_size": 0}',
+    }.items():
         (tmp_path / f"{name}.json").write_text(text)
     found, skipped = read_speed_files([tmp_path, tmp_path / "nowhere", tmp_path])
     assert len(found) == 1
