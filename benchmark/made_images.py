@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmark.cell import ENGINE_VERSION, fingerprint
+from benchmark.cell import ENGINE_VERSION, ROUNDING_VERSION, fingerprint
 from benchmark.difference import changed, difference
 from benchmark.engine import Lockstep
 from benchmark.method_state import image_sets_of, restore_state, state_of
@@ -42,7 +42,7 @@ def dependencies(lockstep: Lockstep) -> dict[str, Any]:
     on = provenance(lockstep.device)
     device = ("device", "device_name") + (("threads", "cpu_capability") if lockstep.device.type == "cpu" else ())
     return {
-        "engine": ENGINE_VERSION,
+        "engine": [ENGINE_VERSION, ROUNDING_VERSION],
         "method": cell.method,
         "method_version": cell.method_version,
         "method_source": lockstep.method.info.source_sha256,

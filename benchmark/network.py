@@ -16,10 +16,9 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from benchmark.errors import UserError
+from benchmark.frozen_norm import BatchNorm, with_frozen_norms
 from benchmark.quantization.activations import is_activation_module
 from benchmark.task import Task
-
-BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 class _Tracer(fx.Tracer):
@@ -209,8 +208,12 @@ class Network(nn.Module):
             features = sorted((n for n in graph.nodes if "stage" in n.meta), key=lambda n: n.meta["stage"])
             bn_inputs = sorted(((i, n) for n in graph.nodes for i in n.meta.get("bn_input", ())), key=lambda pair: pair[0])
             output.args = ((output.args[0], tuple(features), tuple(n for _, n in bn_inputs)),)
-            cached = self.__dict__["_observing_graph"] = fx.GraphModule(self.traced, graph)
+            cached = self.__dict__["_observing_graph"] = self._prepared(fx.GraphModule(self.traced, graph))
         return cached
+
+    def _prepared(self, other: fx.GraphModule) -> fx.GraphModule:
+        """Another graph over the same modules, as this network wants to run it."""
+        return other
 
     def _apply(self, fn: Any, recurse: bool = True) -> Network:
         for name in self._other_graphs:
@@ -228,9 +231,22 @@ class Network(nn.Module):
 class Teacher(Network):
     """The frozen full-precision network: eval mode, no gradient for any weight."""
 
+    _other_graphs: ClassVar[tuple[str, ...]] = (*Network._other_graphs, "_answering_graph")
+
     def __init__(self, network: nn.Module, task: Task):
         super().__init__(trace(network, task), task)
         self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        answering = self.__dict__.get("_answering_graph")
+        if answering is None:
+            plain = fx.GraphModule(self.traced, copy.deepcopy(self.traced.graph))
+            answering = self.__dict__["_answering_graph"] = self._prepared(plain)
+        logits: Tensor = answering(images)
+        return logits
+
+    def _prepared(self, other: fx.GraphModule) -> fx.GraphModule:
+        return with_frozen_norms(other)
 
     def train(self, mode: bool = True) -> Teacher:
         """A teacher never leaves eval mode."""
@@ -239,18 +255,20 @@ class Teacher(Network):
 
 
 class _ChannelMoments(torch.autograd.Function):
-    """Mean and biased variance per channel in one pass over x, and one pass back; x is shifted by `about` against cancellation."""
+    """Mean and biased variance per channel without a copy of x on a CPU, in one pass elsewhere, and one pass back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
-        dims = [d for d in range(x.dim()) if d != 1]
-        shape = [-1 if d == 1 else 1 for d in range(x.dim())]
-        shifted = x.to(about.dtype) - about.view(shape)
-        offset = shifted.mean(dims)
-        variance = (shifted * shifted).mean(dims) - offset * offset
-        mean = offset + about
+        ctx.shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+        if x.device.type == "cpu" and x.dtype == about.dtype:  # the kernel of a training batch norm: reads x twice and writes nothing
+            mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        else:
+            dims = [d for d in range(x.dim()) if d != 1]
+            shifted = x.to(about.dtype) - about.view(ctx.shape)
+            offset = shifted.mean(dims)
+            variance = (shifted * shifted).mean(dims) - offset * offset
+            mean = offset + about
         ctx.save_for_backward(x, mean)
-        ctx.shape = shape
         return mean, variance
 
     @staticmethod
@@ -266,7 +284,7 @@ class _ChannelMoments(torch.autograd.Function):
 def channel_moments(x: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over all axes but the second, in the precision of `about`: two tensors of C.
 
-    `about` (C) should be near the mean (the running mean is): it only guards the one-pass variance against cancellation.
+    `about` (C) should be near the mean (the running mean is): it only guards a one-pass variance against cancellation.
     """
     moments: tuple[Tensor, Tensor] = _ChannelMoments.apply(x, about)
     return moments

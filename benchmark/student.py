@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmark.errors import UserError
-from benchmark.network import BatchNorm, Network, Teacher
+from benchmark.frozen_norm import BatchNorm
+from benchmark.network import Network, Teacher
 from benchmark.protocol import Bits, Protocol
 from benchmark.quantization.insert import insert_quantizers
 from benchmark.quantization.layers import ActivationQuantizer, QuantizedLayer
 from benchmark.quantization.moments import activation_ranges
-from benchmark.quantization.tuned import with_normalised_layers
+from benchmark.quantization.tuned import tuned
 
 
 class Student(Network):
@@ -38,10 +39,10 @@ class Student(Network):
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        tuned = self.__dict__.get("_tuned_graph")
-        if tuned is None:
-            tuned = self.__dict__["_tuned_graph"] = with_normalised_layers(self.traced)
-        logits: Tensor = tuned(images)
+        graph = self.__dict__.get("_tuned_graph")
+        if graph is None:
+            graph = self.__dict__["_tuned_graph"] = tuned(self.traced)
+        logits: Tensor = graph(images)
         return logits
 
     @property

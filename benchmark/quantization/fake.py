@@ -89,6 +89,26 @@ def fused_kernel(x: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, high
     return torch.fake_quantize_per_channel_affine(x, scale, zero_point, channel_axis, lowest, highest)
 
 
+class _RectifyAndQuantize(torch.autograd.Function):
+    """fake_quantize(relu(x)) where 0 is the lowest level: clamping to the levels rectifies. The gradient passes where x > 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, highest: int) -> Tensor:
+        ctx.save_for_backward(x)
+        return elementwise(x, scale, None, 0, highest, None)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(gradient, x, 0), None, None
+
+
+def rectify_and_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """`fake_quantize(x.relu(), scale, 0, bits, from_zero=True)` in one pass less."""
+    result: Tensor = _RectifyAndQuantize.apply(x if x.dtype == torch.float64 else x.float(), scale, levels(bits)[1])
+    return result.to(x.dtype)
+
+
 def fake_quantize(
     x: Tensor,
     scale: Tensor,

@@ -96,10 +96,10 @@ class ActivationQuantizer(nn.Module):
             self.bits,
             symmetric=self.protocol.activation_symmetric,
             clipped_gradient=self.protocol.gradient == "clipped",
-            from_zero=self._from_zero(),
+            from_zero=self.is_from_zero(),
         )
 
-    def _from_zero(self) -> bool:
+    def is_from_zero(self) -> bool:
         """Whether the zero point is known to be 0: looked at once for each value that it gets, never on a GPU, where looking means waiting."""
         if self.tracking or self.zero_point.device.type != "cpu":
             return False

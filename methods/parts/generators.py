@@ -47,7 +47,9 @@ class UpsampleConv(nn.Conv2d):
         taps = F.pad(self.weight, (1, 1, 1, 1))
         taps = taps[:, :, :-1] + taps[:, :, 1:]
         taps = taps[:, :, :, :-1] + taps[:, :, :, 1:]
-        return F.conv_transpose2d(x, taps.transpose(0, 1).flip(2, 3), self.bias, stride=2, padding=1)
+        y = F.conv_transpose2d(x, taps.transpose(0, 1).flip(2, 3), stride=2, padding=1)
+        assert self.bias is not None
+        return y.add_(self.bias[:, None, None])  # given to the convolution, its gradient would take a CPU as long as that of the weight
 
 
 class ClassConditionalBatchNorm(nn.Module):
@@ -106,8 +108,8 @@ class Generator(nn.Module):
         condition = (labels,) if self.by_class else ()
         x = self.first(latent).view(-1, 128, self.first_size, self.first_size).contiguous(memory_format=torch.channels_last)
         x = self.norm0(x, *condition)
-        x = F.leaky_relu(self.norm1(self.block1(self._placed(x, centers)), *condition), 0.2)
-        x = F.leaky_relu(self.norm2(self.block2(self._placed(x, centers)), *condition), 0.2)
+        x = F.leaky_relu(self.norm1(self.block1(self._placed(x, centers)), *condition), 0.2, inplace=True)
+        x = F.leaky_relu(self.norm2(self.block2(self._placed(x, centers)), *condition), 0.2, inplace=True)
         images: Tensor = self.to_images(torch.tanh(self.last(x)[:, :, : self.size, : self.size]))
         return images
 

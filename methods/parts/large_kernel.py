@@ -46,9 +46,9 @@ class LongRangeGenerator(Generator):
             x = F.conv2d(x, self.block1.weight, self.block1.bias, padding=1)
         else:
             x = self.block1(x)
-        x = F.leaky_relu(self.norm1(x, *condition), 0.2)
+        x = F.leaky_relu(self.norm1(x, *condition), 0.2, inplace=True)
         if self.place == "after":
             x = self.attention(x)
-        x = F.leaky_relu(self.norm2(self.block2(x), *condition), 0.2)
+        x = F.leaky_relu(self.norm2(self.block2(x), *condition), 0.2, inplace=True)
         images: Tensor = self.to_images(torch.tanh(self.last(x)[:, :, : self.size, : self.size]))
         return images

@@ -60,8 +60,8 @@ def place(tmp_path: Path, tiny_teacher: str, cluster: dict[str, str]) -> Iterato
 def limited(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: str, cluster: dict[str, str]) -> Iterator[Place]:
     """A cell whose job has too little time for it, submitted early, since it takes over a minute by nature: Slurm counts in minutes.
 
-    Slurm looks at its jobs every 30 s and warns up to 30 s early, so it is told to save 30 to 60 s after each start; 60 steps take 66 s asleep alone. The
-    other minute is what it may take to save and to go back into the queue on a machine where all these tests run at once.
+    Slurm looks at its jobs every 30 s and warns up to 30 s early, so it is told to save 30 to 60 s after each start; 60 steps take 66 s asleep alone.
+    The other minute is what it may take to save and to go back into the queue on a machine where all these tests run at once.
     """
     here = Place(tmp_path_factory.mktemp("limited"), tiny_teacher, cluster)
     config = here.slow_sweep("limited", seeds=[0])

@@ -1,0 +1,107 @@
+"""Frozen batch norms, and rectified quantizers: the same function as the modules that they stand for, in values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmark.frozen_norm import FrozenNorm
+from benchmark.network import Teacher
+from benchmark.protocol import PROTOCOLS, Bits
+from benchmark.quantization.fake import fake_quantize, rectify_and_quantize
+from benchmark.student import Student
+from benchmark.task import Task
+from benchmark.teachers.cifar import cifar_resnet
+
+
+def norm_of(channels: int, affine: bool = True, one_dimensional: bool = False) -> nn.BatchNorm2d | nn.BatchNorm1d:
+    generator = torch.Generator().manual_seed(0)
+    made = (nn.BatchNorm1d if one_dimensional else nn.BatchNorm2d)(channels, affine=affine).double().eval().requires_grad_(False)
+    for tensor in made.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.1)
+    return made
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("relu", [None, nn.ReLU()])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 2), (6, 4)])
+def test_a_frozen_norm_is_the_norm(affine: bool, relu: nn.ReLU | None, shape: tuple[int, ...]) -> None:
+    norm, x, y = norm_of(4, affine, len(shape) == 2), numbers(*shape), numbers(*shape)
+    expected = norm(x) if relu is None else relu(norm(x))
+    found = FrozenNorm(norm, relu)(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    slopes = [torch.autograd.grad((result * y).sum(), x)[0] for result in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(FrozenNorm(norm), x)
+
+
+def test_a_norm_or_relu_that_somebody_listens_to_is_called() -> None:
+    for which in (0, 1):
+        norm, relu, heard = norm_of(4), nn.ReLU(), list[Tensor]()
+        (norm, relu)[which].register_forward_hook(lambda module, given, output, heard=heard: heard.append(output))
+        x = numbers(3, 4, 2, 2)
+        FrozenNorm(norm, relu)(x)
+        assert len(heard) == 1
+        assert torch.equal(heard[0], norm(x) if which == 0 else relu(norm(x)))
+
+
+def test_inside_batch_statistics_the_batchs_own_count() -> None:
+    teacher = Teacher(cifar_resnet("resnet20"), Task(10, 3, 16, (0.5,) * 3, (0.25,) * 3))
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    running = teacher(images)
+    with teacher.batch_statistics():
+        inside, expected = teacher(images), teacher.traced(images)
+        assert torch.equal(teacher.observe(images).logits, expected)
+    assert torch.equal(inside, expected)
+    assert not torch.allclose(inside, running)
+    torch.testing.assert_close(running, teacher.traced(images), rtol=1e-4, atol=1e-5)
+
+
+def test_the_weights_of_a_teacher_may_be_replaced_after_it_was_asked() -> None:
+    teacher = Teacher(cifar_resnet("resnet20"), Task(10, 3, 16, (0.5,) * 3, (0.25,) * 3))
+    images = torch.randn(4, 3, 16, 16)
+    before = teacher(images)
+    with torch.no_grad():
+        for norm in teacher.batch_norms:
+            norm.bias.add_(0.3)
+    after = teacher(images)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, teacher.traced(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rectifying_within_the_quantizer_changes_no_bit(bits: int, dtype: torch.dtype) -> None:
+    x, weight = numbers(4, 3, 8, 8).detach().to(dtype).requires_grad_(), numbers(4, 3, 8, 8).detach().to(dtype)
+    scale, zero = torch.tensor(0.11), torch.tensor(0.0)
+    expected, found = fake_quantize(x.relu(), scale, zero, bits, from_zero=True), rectify_and_quantize(x, scale, bits)
+    assert torch.equal(found, expected)
+    slopes = [torch.autograd.grad((result * weight).sum(), x)[0] for result in (found, expected)]
+    assert torch.equal(*slopes)
+    assert slopes[0].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_a_called_student_is_an_observed_one(name: str) -> None:
+    """Whatever the protocol: symmetric grids and clipped gradients are not rectified within the quantizer."""
+    torch.manual_seed(0)
+    teacher = Teacher(cifar_resnet("resnet20"), Task(10, 3, 16, (0.5,) * 3, (0.25,) * 3)).double()
+    for (
+        norm
+    ) in teacher.batch_norms:  # with a shift: sums of whole multiples of a step are often exactly 0, where rounding would decide on the gradient
+        norm.bias.normal_()
+    student = Student(teacher, PROTOCOLS[name], Bits(4, 4)).double()
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    student.track_ranges(True)
+    student(images)
+    student.track_ranges(False)
+    called, observed = student(images), student.observe(images).logits
+    torch.testing.assert_close(called, observed, rtol=1e-9, atol=1e-9)
+    slopes = [torch.autograd.grad(logits.square().sum(), images)[0] for logits in (called, observed)]
+    torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-9)
