@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import PurePath
 from typing import Any, Literal
@@ -92,22 +92,35 @@ class Cell:
             "precision": self.precision,
         }
 
+    def at(self, bits: Bits, seed: int) -> Cell:
+        """The same at another bit width and seed. Sweeps can be large: what is common to all of these cells is put into words once."""
+        other = replace(self, bits=bits, seed=seed)
+        other.__dict__["_common"] = self._common
+        return other
+
+    @cached_property
+    def _common(self) -> tuple[str, str, str]:
+        """Canonical JSON of the identity without bits and seed, before and after the place of the seed; and of the coordinates without them."""
+        identity = {key: value for key, value in self.identity().items() if key not in ("bits", "seed")}
+        after = {key: identity.pop(key) for key in list(identity) if key > "seed"}
+        place = [self.method, self.changed, self.teacher.weights_sha256, self.evaluation.digest]
+        return canonical_json(identity)[1:-1], canonical_json(after)[1:-1], canonical_json(place)[1:-1]
+
     @cached_property
     def id(self) -> str:
-        return fingerprint(self.identity())
+        """The fingerprint of the identity."""
+        before, after, _ = self._common
+        return hashlib.sha256(f'{{"bits":"{self.bits}",{before},"seed":{self.seed},{after}}}'.encode()).hexdigest()[:12]
 
     @cached_property
     def coordinates(self) -> str:
         """What a table's reader takes for the same experiment. Cells that agree in it and differ in their id are stale to each other."""
-        return canonical_json([self.method, self.changed, self.teacher.weights_sha256, self.evaluation.digest, str(self.bits), self.seed])
+        return f'[{self._common[2]},"{self.bits}",{self.seed}]'
 
     @cached_property
-    def bundle_key(self) -> str:
+    def bundle_key(self) -> tuple[str, ...]:
         """Equal for cells that can run in lockstep: all but the bits is the same, and the images do not depend on the student."""
-        identity = self.identity()
-        if self.shares_synthesis:
-            identity.pop("bits")
-        return canonical_json(identity)
+        return (*self._common[:2], str(self.seed), "" if self.shares_synthesis else str(self.bits))
 
     @property
     def label(self) -> str:
@@ -161,7 +174,7 @@ class Bundle:
 
 def bundles(cells: Iterable[Cell]) -> list[Bundle]:
     """Groups cells by what they can share, in the order in which they first appear."""
-    groups: dict[str, list[Cell]] = {}
+    groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault(cell.bundle_key, []).append(cell)
     return [Bundle(tuple(sorted(group, key=lambda c: c.bits, reverse=True))) for group in groups.values()]

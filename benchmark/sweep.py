@@ -261,25 +261,23 @@ def _span(sweep: Sweep, parts: _Parts) -> list[Cell]:
     for teacher, (method, config, changed) in itertools.product(parts.teachers, parts.variants):
         settings, source = config.model_dump(mode="json"), method.info.source.as_dict()  # once for all seeds and widths: sweeps can be large
         protocol = parts.protocol.for_method(method.info.name, method.ranges, method.batch_norm)
-        cells += [
-            Cell(
-                method=method.info.name,
-                method_version=method.version,
-                config=settings,
-                teacher=teacher,
-                evaluation=parts.evaluation_card,
-                protocol=protocol,
-                bits=width,
-                seed=seed if method.uses_seed else 0,
-                precision=sweep.precision,
-                shares_synthesis=method.info.shares_synthesis,
-                changed=changed,
-                fidelity=method.info.fidelity,
-                plugin=f"{method.info.origin} {method.info.source_sha256[:12]}",
-                source=source,
-            )
-            for seed, width in itertools.product(sweep.seeds, parts.bits)
-        ]
+        first = Cell(
+            method=method.info.name,
+            method_version=method.version,
+            config=settings,
+            teacher=teacher,
+            evaluation=parts.evaluation_card,
+            protocol=protocol,
+            bits=parts.bits[0],
+            seed=0,
+            precision=sweep.precision,
+            shares_synthesis=method.info.shares_synthesis,
+            changed=changed,
+            fidelity=method.info.fidelity,
+            plugin=f"{method.info.origin} {method.info.source_sha256[:12]}",
+            source=source,
+        )
+        cells += [first.at(width, seed if method.uses_seed else 0) for seed, width in itertools.product(sweep.seeds, parts.bits)]
     return list({cell.id: cell for cell in cells}.values())
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmark.cell import bundles
+from benchmark.cell import bundles, canonical_json, fingerprint
 from benchmark.config_text import find_config, text_digest
 from benchmark.errors import UserError, UserErrors
 from benchmark.memo import cache_folder
@@ -252,3 +252,14 @@ def test_the_text_digest_follows_the_file_and_its_variables(tmp_path: Path, monk
     before = text_digest(path)
     monkeypatch.setenv("SOMEWHERE", "/b")
     assert text_digest(path) != before
+
+
+def test_what_is_put_together_of_parts_is_the_canonical_text(sweep_file: SweepFile) -> None:
+    loaded = load_sweep(
+        sweep_file(methods=["gdfq", {"gdfq": {"bn_weight": [0.2, 0.3]}}, "round"], bits=["w4a4", "w3a3"], seeds=[0, 12]), cache_folder()
+    )
+    assert len(loaded.cells) == 14
+    for cell in loaded.cells:
+        assert cell.id == fingerprint(cell.identity())
+        where = [cell.method, cell.changed, cell.teacher.weights_sha256, cell.evaluation.digest, str(cell.bits), cell.seed]
+        assert cell.coordinates == canonical_json(where)
