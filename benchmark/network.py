@@ -260,8 +260,10 @@ class _ChannelMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
         ctx.shape = [-1 if d == 1 else 1 for d in range(x.dim())]
-        if x.device.type == "cpu" and x.dtype == about.dtype:  # the kernel of a training batch norm: reads x twice and writes nothing
-            mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        if x.device.type == "cpu" and x.dtype in (about.dtype, torch.bfloat16):
+            # the kernel of a training batch norm reads x twice and writes nothing; it answers in the precision of running statistics,
+            # which a momentum of 0 leaves as they are
+            mean, variance = torch.batch_norm_update_stats(x, about.clone(), torch.ones_like(about), 0.0)
         else:
             dims = [d for d in range(x.dim()) if d != 1]
             shifted = x.to(about.dtype) - about.view(ctx.shape)
@@ -278,6 +280,9 @@ class _ChannelMoments(torch.autograd.Function):
         slope = variance_gradient * (2.0 / count)
         constant = mean_gradient / count - slope * mean
         # the two terms nearly cancel where the mean is large: added in full precision, whatever x has
+        if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # as a batch norm of mean 0 and variance 1: no float32 copy
+            zeros, ones = torch.zeros_like(slope), torch.ones_like(slope)
+            return torch.batch_norm(x, slope, constant, zeros, ones, False, 0.0, 0.0, False), None
         return torch.addcmul(constant.view(ctx.shape), x, slope.view(ctx.shape)).to(x.dtype), None
 
 
