@@ -1,7 +1,7 @@
 """How fast each method trains here, next to yardsticks measured in the same run: the textbook loop, a competent eager loop, and the floor.
 
-Everything is measured in turn, round after round, so that what else the machine does falls on all alike; the median round counts. Ratios within one
-file can be trusted, seconds of two files cannot be compared unless the machine was idle.
+Everything is measured in turn, round after round, so that what else the machine does falls on all alike; the median round counts, and for ratios the
+median of every round's own. Ratios within one file can be trusted, seconds of two files cannot be compared unless the machine was idle.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ Progress = Callable[[str], None]
 class Row:
     """One contender. Seconds are those of one step of one bit width: a lockstep's time is divided by its widths.
 
-    against: textbook seconds / these; floor: the least seconds that arithmetic and bytes of this step could take; spread: slowest round / fastest.
+    against: textbook seconds / these, round by round; floor: the least seconds that arithmetic and bytes of this step could take;
+    spread: slowest round / fastest.
     """
 
     method: str
@@ -280,7 +281,7 @@ def measure(
                 for contender, repeat in zip(found, repeats, strict=True):
                     taken = _timed(lambda c=contender, n=repeat: [c.run() for _ in range(n)], stand.device)  # type: ignore[misc]
                     contender.rounds.append(taken / repeat / contender.steps / contender.widths)
-            plain = next((c.seconds for c in found if c.name == "textbook"), None)
+            plain = next((c.rounds for c in found if c.name == "textbook"), None)
             for contender in found:
                 yield Row(
                     method=name,
@@ -290,7 +291,7 @@ def measure(
                     widths=contender.widths,
                     seconds=contender.seconds,
                     spread=max(contender.rounds) / min(contender.rounds),
-                    against=plain / contender.seconds if plain else None,
+                    against=statistics.median(slow / own for slow, own in zip(plain, contender.rounds, strict=True)) if plain else None,
                     floor=contender.floor,
                 )
 
