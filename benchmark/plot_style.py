@@ -124,6 +124,23 @@ def add_legend(figure: Figure, handles: dict[str, Any], columns: int) -> None:
         )
 
 
+def leave_out_failures(ax: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Ends the axis above a few points (x, accuracy, colour) that lie below half of the best, so that the others can be told apart.
+
+    Each of them keeps an arrow at the edge, with its value. Where more than a third of the points are like that, nothing is left out.
+    """
+    best = max(y for _, y, _ in points)
+    failed = [point for point in points if point[1] < best / 2]
+    if not failed or 3 * len(failed) > len(points):
+        return
+    low, high = min(y for _, y, _ in points if y >= best / 2), ax.get_ylim()[1]
+    ax.set_ylim(low - 0.15 * (high - low), high)
+    for x, y, color in failed:
+        arrow: dict[str, Any] = {"arrowstyle": "-|>", "color": color, "lw": 0.8, "shrinkA": 0, "shrinkB": 0}
+        place: dict[str, Any] = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "arrowprops": arrow}
+        ax.annotate(f"{y:.1f}", (x, 0.0), (0, 11), ha="center", fontsize=6, color=color, **place)
+
+
 def wrapped(label: str, width: int = 36) -> str:
     """Long settings on several lines, broken at blanks; what has none is broken anywhere."""
     return "\n".join(textwrap.wrap(label, width)) or label

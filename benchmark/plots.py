@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmark.per_image import PerImage
-from benchmark.plot_style import COLUMN, SETTINGS, Style, add_legend, pages, panel_title, styles, wrapped
+from benchmark.plot_style import COLUMN, SETTINGS, Style, add_legend, leave_out_failures, pages, panel_title, styles, wrapped
 from benchmark.records import Reading, read_history
 from benchmark.tables import Block, Entry, Row, Rule
 
@@ -65,12 +65,13 @@ def accuracy(drawn: Drawn) -> list[Figure]:
     for figure, axes in pages("", drawn.blocks, HIGH, labels):
         handles: dict[str, Any] = {}
         for ax, block in axes:
-            widths = block.widths[::-1]
+            widths, points = block.widths[::-1], []
             for i, row in enumerate(block.rows[::-1]):
                 there = [w for w in widths if w in row.entries]
                 entries = [row.entries[w] for w in there]
                 x = np.array([widths.index(w) for w in there]) + _dodge(i, len(block.rows))
                 style = drawn.look[row.label]
+                points += [(float(place), e.mean, style.color) for place, e in zip(x, entries, strict=True)]
                 handles[row.label] = ax.errorbar(
                     x, [e.mean for e in entries], yerr=_reach(entries), color=style.color, marker=style.marker, ls=style.dashes, elinewidth=0.8
                 )
@@ -78,6 +79,7 @@ def accuracy(drawn: Drawn) -> list[Figure]:
             ax.set_xticks(range(len(widths)), [w.upper() for w in widths])
             ax.set_xlim(-0.5, len(widths) - 0.5)
             ax.set_ylabel(drawn.top1)
+            leave_out_failures(ax, points)
             ax.set_title(panel_title(block, drawn.blocks))
         handles = {label: handles[label] for label in labels if label in handles}
         add_legend(figure, handles, 1 if len(axes) == 1 else 2)
@@ -138,6 +140,7 @@ def cost(drawn: Drawn) -> list[Figure]:
         handles: dict[str, Any] = {}
         for ax, block in axes:
             ends: dict[str, tuple[float, float]] = {}
+            points: list[tuple[float, float, str]] = []
             for width in block.widths:
                 there = sorted((row.entries[width].seconds, -row.entries[width].mean, row.label) for row in block.rows if width in row.entries)
                 front: list[tuple[float, float]] = []
@@ -151,10 +154,12 @@ def cost(drawn: Drawn) -> list[Figure]:
                 ends[width.upper()] = (right * 1.3, front[-1][1])
                 for seconds, minus, label in there:
                     style = drawn.look[label]
+                    points.append((max(seconds, 1e-3), -minus, style.color))
                     handles[label] = ax.plot(max(seconds, 1e-3), -minus, color=style.color, marker=style.marker, ls="", zorder=2)[0]
             ax.set_xscale("log")
             low, high = ax.get_xlim()
             ax.set_xlim(low, high * (high / low) ** 0.1)
+            leave_out_failures(ax, points)
             _name_ends(ax, ends)
             ax.set(xlabel=f"{block.time} per cell", ylabel=drawn.top1)
             ax.set_title(panel_title(block, drawn.blocks))

@@ -6,10 +6,11 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from synthetic_store import cells, make_store, write_cell
 
 from benchmark.figures import files, prepare
-from benchmark.plot_style import COLOURS, rendered, styles
+from benchmark.plot_style import COLOURS, leave_out_failures, rendered, styles
 from benchmark.plots import KINDS, Drawn, NothingToDraw, draw
 from benchmark.records import read_store
 from benchmark.store import Store
@@ -135,3 +136,17 @@ def test_a_method_that_logs_no_loss_and_no_accuracy_is_left_out_of_the_curves(tm
     named = {text.get_text() for figure in figures for legend in figure.legends for text in legend.get_texts()}
     assert "gdfq" in named
     assert "zaq" not in named
+
+
+def test_a_few_failures_do_not_flatten_the_rest() -> None:
+    figure = Figure()
+    ax = figure.subplots()
+    points = [(0.0, 80.0, "red"), (1.0, 70.0, "blue"), (2.0, 85.0, "green"), (3.0, 12.0, "black")]
+    for x, y, color in points:
+        ax.plot(x, y, "o", color=color)
+    leave_out_failures(ax, points)
+    assert 12.0 < ax.get_ylim()[0] < 70.0
+    assert [text.get_text() for text in ax.texts] == ["12.0"]
+    ax.set_ylim(0, 90)
+    leave_out_failures(ax, [*points, (4.0, 11.0, "black"), (5.0, 10.0, "black")])  # half of them: that is the result, not an exception
+    assert ax.get_ylim() == (0, 90)
