@@ -92,9 +92,8 @@ def test_a_called_student_is_an_observed_one(name: str) -> None:
     """Whatever the protocol: symmetric grids and clipped gradients are not rectified within the quantizer."""
     torch.manual_seed(0)
     teacher = Teacher(cifar_resnet("resnet20"), Task(10, 3, 16, (0.5,) * 3, (0.25,) * 3)).double()
-    for (
-        norm
-    ) in teacher.batch_norms:  # with a shift: sums of whole multiples of a step are often exactly 0, where rounding would decide on the gradient
+    # a shift: without one, sums of whole steps are often exactly 0, where rounding decides on the gradient
+    for norm in teacher.batch_norms:
         norm.bias.normal_()
     student = Student(teacher, PROTOCOLS[name], Bits(4, 4)).double()
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
