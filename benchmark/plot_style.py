@@ -129,7 +129,7 @@ def leave_out_failures(ax: Axes, points: list[tuple[float, float, str]]) -> None
 
     Each of them keeps an arrow at the edge, with its value. Where more than a third of the points are like that, nothing is left out.
     """
-    best = max(y for _, y, _ in points)
+    best = max((y for _, y, _ in points), default=0.0)
     failed = [point for point in points if point[1] < best / 2]
     if not failed or 3 * len(failed) > len(points):
         return

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmark.frozen_norm import FrozenNorm
-from benchmark.network import Teacher
+from benchmark.frozen_norm import BatchNorm, FrozenNorm, with_frozen_norms
+from benchmark.network import Teacher, trace
 from benchmark.protocol import PROTOCOLS, Bits
 from benchmark.quantization.fake import fake_quantize, rectify_and_quantize
+from benchmark.quantization.tuned import NormalisedLayer, RectifiedQuantizer, tuned
 from benchmark.student import Student
 from benchmark.task import Task
 from benchmark.teachers.cifar import cifar_resnet
@@ -104,3 +105,16 @@ def test_a_called_student_is_an_observed_one(name: str) -> None:
     torch.testing.assert_close(called, observed, rtol=1e-9, atol=1e-9)
     slopes = [torch.autograd.grad(logits.square().sum(), images)[0] for logits in (called, observed)]
     torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-9)
+
+
+def test_a_resnet_takes_the_short_way_everywhere() -> None:
+    """19 norms, of which 10 have a ReLU right behind them (in a block's second half the sum is between), and 19 quantizers behind a ReLU."""
+    task = Task(10, 3, 16, (0.5,) * 3, (0.25,) * 3)
+    graph = with_frozen_norms(trace(cifar_resnet("resnet20"), task))
+    called = [graph.get_submodule(str(node.target)) for node in graph.graph.nodes if node.op == "call_module"]
+    frozen = [module for module in called if isinstance(module, FrozenNorm)]
+    assert (len(frozen), sum(module.relu is not None for module in frozen)) == (19, 10)
+    assert not any(isinstance(module, BatchNorm) for module in called)
+    student = tuned(Student(Teacher(cifar_resnet("resnet20"), task), PROTOCOLS["lineage"], Bits(4, 4)).traced)
+    kinds = [type(student.get_submodule(str(node.target))) for node in student.graph.nodes if node.op == "call_module"]
+    assert (kinds.count(NormalisedLayer), kinds.count(RectifiedQuantizer), kinds.count(nn.ReLU)) == (19, 19, 0)

@@ -67,22 +67,23 @@ def tuned(traced: fx.GraphModule) -> fx.GraphModule:
     return _with_rectified_quantizers(_with_normalised_layers(traced))
 
 
-def _with_rectified_quantizers(tuned: fx.GraphModule) -> fx.GraphModule:
-    for node in list(tuned.graph.nodes):
-        quantizer = tuned.get_submodule(str(node.target)) if node.op == "call_module" else None
+def _with_rectified_quantizers(traced: fx.GraphModule) -> fx.GraphModule:
+    """Each quantizer behind a ReLU that it alone reads becomes a `RectifiedQuantizer`: in place."""
+    for node in list(traced.graph.nodes):
+        quantizer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
         before = node.args[0] if isinstance(quantizer, ActivationQuantizer) else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
-        relu = tuned.get_submodule(str(before.target))
+        relu = traced.get_submodule(str(before.target))
         if type(relu) is not nn.ReLU:
             continue
         node.target = f"rectified_{before.name}"
-        tuned.add_submodule(node.target, RectifiedQuantizer(relu, quantizer))  # type: ignore[arg-type]
+        traced.add_submodule(node.target, RectifiedQuantizer(relu, quantizer))  # type: ignore[arg-type]
         node.args = before.args
-        tuned.graph.erase_node(before)
-    tuned.graph.lint()
-    tuned.recompile()
-    return tuned
+        traced.graph.erase_node(before)
+    traced.graph.lint()
+    traced.recompile()
+    return traced
 
 
 def _with_normalised_layers(traced: fx.GraphModule) -> fx.GraphModule:
