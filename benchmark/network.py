@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from benchmark.errors import UserError
-from benchmark.frozen_norm import BatchNorm, with_frozen_norms
+from benchmark.frozen_norm import BatchNorm, gradient_of_moments, moments_of, with_frozen_norms
 from benchmark.quantization.activations import is_activation_module
 from benchmark.task import Task
 
@@ -147,16 +147,20 @@ class Observation:
 
     logits: N x C. features: the output of each stage, N x C_i x H_i x W_i. bn_inputs: what entered each BN layer, in the order
     of the forward pass (empty for networks without BN, and for students whose BN is folded). batch_norms: those layers.
+    moments: the `statistics` that came along, (None, None) where none did.
     """
 
     logits: Tensor
     features: list[Tensor]
     bn_inputs: list[Tensor]
     batch_norms: list[nn.BatchNorm2d]
+    moments: Sequence[tuple[Tensor, Tensor] | tuple[None, None]] = ()
 
     def statistics(self) -> list[tuple[Tensor, Tensor]]:
         """Mean and biased variance over (N, H, W) of each BN layer's input: pairs of C_l, float32, differentiable."""
-        return [channel_moments(x, bn.running_mean) for x, bn in zip(self.bn_inputs, self.batch_norms, strict=True)]  # type: ignore[arg-type]
+        known = self.moments or [(None, None)] * len(self.bn_inputs)
+        layers = zip(self.bn_inputs, self.batch_norms, known, strict=True)
+        return [channel_moments(x, bn.running_mean) if mean is None else (mean, variance) for x, bn, (mean, variance) in layers]  # type: ignore[arg-type,misc]
 
 
 class Network(nn.Module):
@@ -177,8 +181,8 @@ class Network(nn.Module):
 
     def observe(self, images: Tensor) -> Observation:
         """Runs the same graph, and also hands out the inner tensors (attached to autograd like the logits)."""
-        logits, features, bn_inputs = self._observing(images)
-        return Observation(logits, list(features), list(bn_inputs), self.batch_norms)
+        logits, features, bn_inputs, *moments = self._observing(images)
+        return Observation(logits, list(features), list(bn_inputs), self.batch_norms, *moments)
 
     @contextlib.contextmanager
     def batch_statistics(self) -> Iterator[None]:
@@ -208,11 +212,11 @@ class Network(nn.Module):
             features = sorted((n for n in graph.nodes if "stage" in n.meta), key=lambda n: n.meta["stage"])
             bn_inputs = sorted(((i, n) for n in graph.nodes for i in n.meta.get("bn_input", ())), key=lambda pair: pair[0])
             output.args = ((output.args[0], tuple(features), tuple(n for _, n in bn_inputs)),)
-            cached = self.__dict__["_observing_graph"] = self._prepared(fx.GraphModule(self.traced, graph))
+            cached = self.__dict__["_observing_graph"] = self._prepared(fx.GraphModule(self.traced, graph), observing=True)
         return cached
 
-    def _prepared(self, other: fx.GraphModule) -> fx.GraphModule:
-        """Another graph over the same modules, as this network wants to run it."""
+    def _prepared(self, other: fx.GraphModule, observing: bool = False) -> fx.GraphModule:
+        """Another graph over the same modules, as this network wants to run it; one that observes may also give `Observation.moments`."""
         return other
 
     def _apply(self, fn: Any, recurse: bool = True) -> Network:
@@ -245,8 +249,8 @@ class Teacher(Network):
         logits: Tensor = answering(images)
         return logits
 
-    def _prepared(self, other: fx.GraphModule) -> fx.GraphModule:
-        return with_frozen_norms(other)
+    def _prepared(self, other: fx.GraphModule, observing: bool = False) -> fx.GraphModule:
+        return with_frozen_norms(other, moments=observing)
 
     def train(self, mode: bool = True) -> Teacher:
         """A teacher never leaves eval mode."""
@@ -261,9 +265,7 @@ class _ChannelMoments(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
         ctx.shape = [-1 if d == 1 else 1 for d in range(x.dim())]
         if x.device.type == "cpu" and x.dtype in (about.dtype, torch.bfloat16):
-            # the kernel of a training batch norm reads x twice and writes nothing; it answers in the precision of running statistics,
-            # which a momentum of 0 leaves as they are
-            mean, variance = torch.batch_norm_update_stats(x, about.clone(), torch.ones_like(about), 0.0)
+            mean, variance = moments_of(x, about)
         else:
             dims = [d for d in range(x.dim()) if d != 1]
             shifted = x.to(about.dtype) - about.view(ctx.shape)
@@ -276,9 +278,7 @@ class _ChannelMoments(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, mean_gradient: Tensor, variance_gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
         x, mean = ctx.saved_tensors
-        count = x.numel() // mean.numel()
-        slope = variance_gradient * (2.0 / count)
-        constant = mean_gradient / count - slope * mean
+        slope, constant = gradient_of_moments(x, mean, mean_gradient, variance_gradient)
         # the two terms nearly cancel where the mean is large: added in full precision, whatever x has
         if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # as a batch norm of mean 0 and variance 1: no float32 copy
             zeros, ones = torch.zeros_like(slope), torch.ones_like(slope)

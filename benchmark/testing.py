@@ -295,7 +295,7 @@ class WatchedTeacher(Teacher):
 
     def observe(self, images: Tensor) -> Observation:
         plain = super().observe(images)
-        watched = WatchedObservation(plain.logits, plain.features, plain.bn_inputs, plain.batch_norms)
+        watched = WatchedObservation(plain.logits, plain.features, plain.bn_inputs, plain.batch_norms, plain.moments)
         watched.__dict__["used"] = self.used
         return watched
 

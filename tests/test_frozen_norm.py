@@ -32,14 +32,72 @@ def numbers(*shape: int) -> Tensor:
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("relu", [None, nn.ReLU()])
 @pytest.mark.parametrize("shape", [(3, 4, 5, 2), (6, 4)])
-def test_a_frozen_norm_is_the_norm(affine: bool, relu: nn.ReLU | None, shape: tuple[int, ...]) -> None:
-    norm, x, y = norm_of(4, affine, len(shape) == 2), numbers(*shape), numbers(*shape)
-    expected = norm(x) if relu is None else relu(norm(x))
-    found = FrozenNorm(norm, relu)(x)
+@pytest.mark.parametrize("with_shortcut", [False, True])
+@pytest.mark.parametrize("of", ["y", "moments", "both"])
+def test_a_frozen_norm_is_the_norm(affine: bool, relu: nn.ReLU | None, shape: tuple[int, ...], with_shortcut: bool, of: str) -> None:
+    norm, x, shortcut, weight = norm_of(4, affine, len(shape) == 2), numbers(*shape), numbers(*shape), numbers(*shape)
+    given = (x, shortcut) if with_shortcut else (x,)
+    total = norm(x) + shortcut if with_shortcut else norm(x)
+    variance, mean = torch.var_mean(x, [d for d in range(x.dim()) if d != 1], unbiased=False)
+    expected = (total if relu is None else relu(total), mean, variance)
+    found = FrozenNorm(norm, relu, moments=True)(*given)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    slopes = [torch.autograd.grad((result * y).sum(), x)[0] for result in (found, expected)]
-    torch.testing.assert_close(*slopes, rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(FrozenNorm(norm), x)
+    torch.testing.assert_close(FrozenNorm(norm, relu)(*given), expected[0], rtol=1e-12, atol=1e-12)
+
+    def loss(y: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        parts = {"y": (y * weight).sum(), "moments": (mean.square() - variance.square()).sum()}
+        return sum(parts.values()) if of == "both" else parts[of]
+
+    reached = given if of != "moments" else (x,)
+    slopes = [torch.autograd.grad(loss(*answer), reached, retain_graph=True) for answer in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-11, atol=1e-11)
+
+
+def test_each_moments_gradient_is_right_alone() -> None:
+    norm, x = FrozenNorm(norm_of(4), moments=True), numbers(3, 4, 5, 2)
+    for part in (1, 2):
+        assert torch.autograd.gradcheck(lambda x, part=part: norm(x)[part], x)
+
+
+class Sums(nn.Module):
+    """Sums behind norms, some of which another tensor's reader would notice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(6))
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(3, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.norms[0](x) + x)  # one operation
+        kept = self.norms[1](x)
+        kept += x  # one operation
+        moved = self.norms[2](kept)
+        shared = kept * 1
+        shared.add_(moved)  # in the place of another tensor, which is read below
+        doubled = self.norms[3](shared)
+        doubled = doubled + doubled
+        scaled = torch.add(self.norms[4](doubled), shared, alpha=2)
+        broadcast = self.norms[5](scaled) + scaled.mean((2, 3), keepdim=True)
+        return self.head((broadcast + shared).mean((2, 3)))
+
+
+def test_only_sums_that_nobody_else_reads_are_taken_in() -> None:
+    torch.manual_seed(0)
+    network = Sums()
+    for norm in network.norms:
+        nn.init.uniform_(norm.weight)
+        nn.init.normal_(norm.bias)
+    teacher = Teacher(network, Task(10, 3, 8, (0.5,) * 3, (0.25,) * 3)).double()
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = network.double().eval()(images.clone())
+    torch.testing.assert_close(teacher(images), expected)
+    seen = teacher.observe(images)
+    torch.testing.assert_close(seen.logits, expected)
+    assert all(mean is not None for mean, _ in seen.moments)
+    for (mean, variance), x in zip(seen.statistics(), seen.bn_inputs, strict=True):
+        torch.testing.assert_close((variance, mean), torch.var_mean(x, (0, 2, 3), unbiased=False))
+    calls = [n for n in teacher._observing.graph.nodes if n.op == "call_module" and str(n.target).startswith("frozen_")]
+    assert [len(n.args) for n in calls] == [2, 2, 1, 1, 1, 1]
 
 
 def test_a_norm_or_relu_that_somebody_listens_to_is_called() -> None:
@@ -108,12 +166,12 @@ def test_a_called_student_is_an_observed_one(name: str) -> None:
 
 
 def test_a_resnet_takes_the_short_way_everywhere() -> None:
-    """19 norms, of which 10 have a ReLU right behind them (in a block's second half the sum is between), and 19 quantizers behind a ReLU."""
+    """19 norms, each with its ReLU and in a block's second half with the sum between, and 19 quantizers behind a ReLU."""
     task = Task(10, 3, 16, (0.5,) * 3, (0.25,) * 3)
     graph = with_frozen_norms(trace(cifar_resnet("resnet20"), task))
     called = [graph.get_submodule(str(node.target)) for node in graph.graph.nodes if node.op == "call_module"]
     frozen = [module for module in called if isinstance(module, FrozenNorm)]
-    assert (len(frozen), sum(module.relu is not None for module in frozen)) == (19, 10)
+    assert (len(frozen), sum(module.relu is not None for module in frozen)) == (19, 19)
     assert not any(isinstance(module, BatchNorm) for module in called)
     student = tuned(Student(Teacher(cifar_resnet("resnet20"), task), PROTOCOLS["lineage"], Bits(4, 4)).traced)
     kinds = [type(student.get_submodule(str(node.target))) for node in student.graph.nodes if node.op == "call_module"]

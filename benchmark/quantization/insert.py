@@ -11,12 +11,12 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from benchmark.frozen_norm import SUMS
 from benchmark.protocol import Bits, Protocol
 from benchmark.quantization.activations import is_activation
 from benchmark.quantization.layers import ActivationQuantizer, QuantizedLayer
 
 LAYERS = (nn.Conv2d, nn.Linear)
-SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 # the output's values are all values of the input (or zero): what is on a grid stays on it
 _SAME_VALUES_MODULES = (
     nn.MaxPool2d,

@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from benchmark.errors import UserError
+from benchmark.frozen_norm import SUMS
 from benchmark.quantization.activations import is_activation
-from benchmark.quantization.insert import LAYERS, SUMS, bn_distribution
+from benchmark.quantization.insert import LAYERS, bn_distribution
 from benchmark.quantization.layers import ActivationQuantizer, QuantizedLayer
 from benchmark.task import Task
 

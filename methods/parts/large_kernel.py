@@ -50,5 +50,4 @@ class LongRangeGenerator(Generator):
         if self.place == "after":
             x = self.attention(x)
         x = F.leaky_relu(self.norm2(self.block2(x), *condition), 0.2, inplace=True)
-        images: Tensor = self.to_images(torch.tanh(self.last(x)[:, :, : self.size, : self.size]))
-        return images
+        return self._images(x)
