@@ -36,8 +36,6 @@ from methods.parts.generators import LabelledGenerator
 from methods.parts.losses import batch_norm_loss, divergence_loss
 from methods.parts.pictures import attention_sheet
 
-MEASURED_EVERY = 25  # steps between two looks at the attention distance where it is no part of the loss
-
 
 @register("acq", paper="arXiv:2301.07266", fidelity="abstract", shares_synthesis=True)
 class ACQ(GDFQ):
@@ -71,15 +69,6 @@ class ACQ(GDFQ):
                 raise ValueError("the adversary compares pairs: batch_size must be even")
             return self
 
-    @property
-    def static_step(self) -> bool:
-        """Without the consistency loss, only some steps measure the attention distance."""
-        return bool(self.config.consistency_weight)
-
-    def setup(self) -> None:
-        super().setup()
-        self.steps = 0  # counted where only some of them measure the attention distance
-
     def new_generator(self) -> nn.Module:
         c = self.config
         return LabelledGenerator(self.task, c.latent_dim, c.conditioning, c.center_dim, c.place) if c.condition else super().new_generator()
@@ -96,10 +85,10 @@ class ACQ(GDFQ):
         if c.adversarial_weight:
             first, second = answer.features[-1].flatten(1).chunk(2)
             loss = loss + c.adversarial_weight * self.log("pair_similarity", cosine_similarity(first, second).mean())
+        with torch.set_grad_enabled(c.consistency_weight > 0):  # without its weight the distance is only logged
+            distance = self.log("attention_distance", self.distance_of_modes(images, answer))
         if c.consistency_weight:
-            loss = loss + c.consistency_weight * self.log("attention_distance", self.distance_of_modes(images, answer))
-        else:
-            self.look_at_modes(images, answer)
+            loss = loss + c.consistency_weight * distance
         self.minimise(self.log("generator_loss", loss), self.optimizer)
         self.log("label_accuracy", (answer.logits.argmax(1) == labels).float().mean())
         self.log("center_spread", spread_within(found.detach(), labels, self.task.classes))
@@ -111,13 +100,6 @@ class ACQ(GDFQ):
         """How far attention with running statistics (`answer`) is from attention with the batch's own."""
         with self.teacher.batch_statistics():
             return attention_distance(answer.features, self.teacher.observe(images).features)
-
-    @torch.no_grad()
-    def look_at_modes(self, images: Tensor, answer: Observation) -> None:
-        """The same distance where it is no part of the loss: now and then, for the log alone."""
-        if self.steps % MEASURED_EVERY == 0:
-            self.log("attention_distance", self.distance_of_modes(images, answer))
-        self.steps += 1
 
     def generate(self) -> tuple[Tensor, Tensor, Tensor]:
         """Images with their labels and the centres that were asked for."""
