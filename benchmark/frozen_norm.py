@@ -47,10 +47,9 @@ class _Normalised(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         along = [-1 if d == 1 else 1 for d in range(x.dim())]
         mean, variance = moments_of(x, about) if about is not None else (None, None)
-        if shortcut is None:
-            y = torch.addcmul(shift.view(along), x, scale.view(along))
-        else:
-            y = torch.addcmul(shortcut, x, scale.view(along)).add_(shift.view(along))
+        y = torch.addcmul(shift.view(along), x, scale.view(along))
+        if shortcut is not None:
+            y.add_(shortcut)
         if rectified:
             y.relu_()
         ctx.along, ctx.rectified, ctx.with_shortcut = along, rectified, shortcut is not None
