@@ -16,9 +16,8 @@ that is reconstructed here: attention as the channel mean of squares (attention 
 sharpened soft-argmax, pairs compared by the cosine of their last-stage features, consistency over all stages. With all four
 components off this is GDFQ, to the bit. Reached here, after 1,500 student steps of 64 images (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 /
 W3A3, seeds 0 and 1): 84.92 / 75.71 %, with S2 (`student_loss: kl`, seed 0) 86.03 / 79.42 %, where GDFQ reaches 84.69 / 71.78 %. The consistency does
-it (alone 85.20 / 75.01 %; under S2 GDFQ's images give 85.64 / 78.60 %); the condition moves the attention (correlation 0.8) and gains nothing. Weights were
-chosen by KL on synthetic images:
-results/reference/acq-selection.
+it (alone 85.20 / 75.01 %; under S2 GDFQ's images give 85.64 / 78.60 %); the condition moves the attention (correlation 0.8) and gains
+nothing. Weights were chosen by KL on synthetic images: results/reference/acq-selection.
 """
 
 from __future__ import annotations
