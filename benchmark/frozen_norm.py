@@ -111,7 +111,7 @@ def with_frozen_norms(traced: fx.GraphModule, moments: bool = False) -> fx.Graph
     """
     found: dict[int, tuple[fx.Node, fx.Node]] = {}
     for node in list(traced.graph.nodes):
-        norm = _module_of(node, traced)
+        norm = module_of(node, traced)
         if not isinstance(norm, BatchNorm):
             continue
         replaced, inputs = [node], [node.args[0]]
@@ -120,7 +120,7 @@ def with_frozen_norms(traced: fx.GraphModule, moments: bool = False) -> fx.Graph
             inputs.append(next(a for a in reader.args if a is not node))
             replaced.append(reader)
         reader = _only_reader(replaced[-1])
-        relu = _module_of(reader, traced) if reader is not None else None
+        relu = module_of(reader, traced) if reader is not None else None
         if reader is not None and type(relu) is nn.ReLU:
             replaced.append(reader)
         name = f"frozen_{node.name}"
@@ -142,7 +142,8 @@ def with_frozen_norms(traced: fx.GraphModule, moments: bool = False) -> fx.Graph
     return traced
 
 
-def _module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
+def module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
+    """The module that `node` calls; None where it does something else."""
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 

@@ -12,7 +12,7 @@ import copy
 import torch
 from torch import Tensor, fx, nn
 
-from benchmark.frozen_norm import is_listened_to
+from benchmark.frozen_norm import is_listened_to, module_of
 from benchmark.quantization.fake import rectify_and_quantize
 from benchmark.quantization.layers import ActivationQuantizer, QuantizedLayer
 
@@ -70,7 +70,7 @@ def tuned(traced: fx.GraphModule) -> fx.GraphModule:
 def _with_rectified_quantizers(traced: fx.GraphModule) -> fx.GraphModule:
     """Each quantizer behind a ReLU that it alone reads becomes a `RectifiedQuantizer`: in place."""
     for node in list(traced.graph.nodes):
-        quantizer = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
+        quantizer = module_of(node, traced)
         before = node.args[0] if isinstance(quantizer, ActivationQuantizer) else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
@@ -91,7 +91,7 @@ def _with_normalised_layers(traced: fx.GraphModule) -> fx.GraphModule:
     used = [str(n.target) for n in traced.graph.nodes if n.op == "call_module"]
     tuned = fx.GraphModule(traced, copy.deepcopy(traced.graph))
     for node in list(tuned.graph.nodes):
-        norm = tuned.get_submodule(str(node.target)) if node.op == "call_module" else None
+        norm = module_of(node, tuned)
         before = node.args[0] if isinstance(norm, nn.BatchNorm2d) else None
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) > 1:
             continue
