@@ -124,6 +124,9 @@ def add_legend(figure: Figure, handles: dict[str, Any], columns: int) -> None:
         )
 
 
+CROWDED = 0.1  # of the axis: values nearer to each other are written above each other
+
+
 def leave_out_failures(ax: Axes, points: list[tuple[float, float, str]]) -> None:
     """Ends the axis above a few points (x, accuracy, colour) that lie below half of the best, so that the others can be told apart.
 
@@ -134,11 +137,14 @@ def leave_out_failures(ax: Axes, points: list[tuple[float, float, str]]) -> None
     if not failed or 3 * len(failed) > len(points):
         return
     low, high = min(y for _, y, _ in points if y >= best / 2), ax.get_ylim()[1]
-    ax.set_ylim(low - 0.15 * (high - low), high)
-    for x, y, color in failed:
-        arrow: dict[str, Any] = {"arrowstyle": "-|>", "color": color, "lw": 0.8, "shrinkA": 0, "shrinkB": 0}
+    ax.get_xlim()  # settles the axis, which places are measured along
+    places = [float(ax.transAxes.inverted().transform(ax.transData.transform((x, high)))[0]) for x, _, _ in failed]
+    below = [sum(here < there < here + CROWDED for there in places) for here in places]  # values to the right: no arrow goes through one
+    ax.set_ylim(low - (0.15 + 0.05 * max(below)) * (high - low), high)
+    for (x, y, color), lower in zip(failed, below, strict=True):
+        arrow: dict[str, Any] = {"arrowstyle": "-|>", "color": color, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0)}
         place: dict[str, Any] = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "arrowprops": arrow}
-        ax.annotate(f"{y:.1f}", (x, 0.0), (0, 11), ha="center", fontsize=6, color=color, **place)
+        ax.annotate(f"{y:.1f}", (x, 0.0), (0, 11 + 8 * lower), ha="left", fontsize=6, color=color, **place)
 
 
 def wrapped(label: str, width: int = 36) -> str:

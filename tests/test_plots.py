@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from synthetic_store import cells, make_store, write_cell
 
 from benchmark.figures import files, prepare
@@ -150,3 +151,22 @@ def test_a_few_failures_do_not_flatten_the_rest() -> None:
     ax.set_ylim(0, 90)
     leave_out_failures(ax, [*points, (4.0, 11.0, "black"), (5.0, 10.0, "black")])  # half of them: that is the result, not an exception
     assert ax.get_ylim() == (0, 90)
+
+
+def test_values_of_failures_side_by_side_are_not_written_over_each_other() -> None:
+    figure = Figure()
+    ax = figure.subplots()
+    points = [
+        (0.0, 80.0, "red"),
+        (0.01, 12.0, "blue"),
+        (0.02, 13.0, "green"),
+        (1.0, 14.0, "black"),
+        *((x, 82.0, "red") for x in (0.2, 0.4, 0.6, 0.8, 0.9)),
+    ]
+    for x, y, color in points:
+        ax.plot(x, y, "o", color=color)
+    leave_out_failures(ax, points)
+    figure.canvas.draw()
+    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without their arrows
+    assert len(boxes) == 3
+    assert not any(a.overlaps(b) for a in boxes for b in boxes if a is not b)
