@@ -23,7 +23,7 @@ demo: install $(TEACHER)
 
 # tables, plots and report of every reference store, from its files alone; the same files give the same bytes
 results: install
-	@set -e; for store in $(patsubst %/runs,%,$(wildcard results/reference/*/runs)); do \
+	@set -e; for store in $(sort $(patsubst %/runs/,%,$(dir $(wildcard results/reference/*/runs/*)))); do \
 		mkdir -p $$store/tables; \
 		for format in markdown:table.md latex:table.tex csv:cells.csv csv-means:means.csv; do \
 			$(BIN)/dfqbench table --results $$store --format $${format%%:*} > $$store/tables/$${format#*:}; \

@@ -144,7 +144,7 @@ def leave_out_failures(ax: Axes, points: list[tuple[float, float, str]]) -> None
     for (x, y, color), lower in zip(failed, below, strict=True):
         arrow: dict[str, Any] = {"arrowstyle": "-|>", "color": color, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0)}
         place: dict[str, Any] = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "arrowprops": arrow}
-        ax.annotate(f"{y:.1f}", (x, 0.0), (0, 11 + 8 * lower), ha="left", fontsize=6, color=color, **place)
+        ax.annotate(f"{y:.1f}", (x, 0.0), (0, 11 + 9 * lower), ha="left", fontsize=6, color=color, **place)
 
 
 def wrapped(label: str, width: int = 36) -> str:

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from synthetic_store import cells, make_store, write_cell
@@ -166,7 +167,9 @@ def test_values_of_failures_side_by_side_are_not_written_over_each_other() -> No
     for x, y, color in points:
         ax.plot(x, y, "o", color=color)
     leave_out_failures(ax, points)
-    figure.canvas.draw()
-    boxes = [Text.get_window_extent(text) for text in ax.texts]  # without their arrows
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for text in ax.texts:
+        text.update_positions(renderer)  # type: ignore[attr-defined]
+    boxes = [Text.get_window_extent(text, renderer) for text in ax.texts]  # without their arrows
     assert len(boxes) == 3
     assert not any(a.overlaps(b) for a in boxes for b in boxes if a is not b)
