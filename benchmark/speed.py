@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -33,7 +34,8 @@ from benchmark.task import Task
 from benchmark.teachers import TeacherCard
 
 WIDTHS = ("w5a5", "w4a4", "w3a3", "w2a2")
-MATRIX = 2048  # side of the matrices that the device's rate is measured with
+MATRIX = 2048  # side of the matrices that the device's rate is measured with,
+LAYER = (64, 128, 32)  # and its convolution's images, channels, and pixels of a side
 COPIED = 64 * 2**20  # floats copied to measure its bandwidth
 Progress = Callable[[str], None]
 
@@ -92,7 +94,7 @@ class _Bytes(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Device:
-    """Measured: floating-point operations per second of a large matrix product, and bytes per second of a large copy (read and written)."""
+    """Measured: floating-point operations per second, and bytes per second of a large copy (read and written)."""
 
     flops: dict[str, float]
     bandwidth: float
@@ -103,11 +105,18 @@ class Device:
 
 
 def measured_device(device: torch.device) -> Device:
-    """About a second."""
+    """About two seconds. Its arithmetic is that of a large matrix product or of a 3x3 convolution, whichever is faster: they are
+    different libraries' work, and one of them may not be at home on a CPU.
+    """
     rates = {}
+    images, channels, side = LAYER
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
-        rates[precision] = 2 * MATRIX**3 / _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+        x = torch.randn(images, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
+        weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+        product = 2 * MATRIX**3 / _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+        layer = 2 * 9 * channels**2 * images * side**2 / _best(lambda x=x, w=weight: conv2d(x, w, padding=1), device)  # type: ignore[misc]
+        rates[precision] = max(product, layer)
     source = torch.ones(COPIED, device=device)
     target = torch.empty_like(source)
     return Device(rates, 2 * 4 * COPIED / _best(lambda: target.copy_(source), device))

@@ -46,11 +46,11 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int, channel_axis: int | None, clipped: bool, from_zero: bool
     ) -> Tensor:
         if clipped:
-            level = torch.round(x * _along(channel_axis, 1.0 / scale, x) + _along(channel_axis, zero_point, x))
+            level = scaled(x, scale, channel_axis).add_(_along(channel_axis, zero_point, x)).round_()
             ctx.save_for_backward((level >= lowest) & (level <= highest))
         ctx.clipped = clipped
-        if x.is_cuda and x.dtype == torch.float32:
-            return fused_kernel(x, scale, zero_point, lowest, highest, channel_axis)
+        if x.is_cuda and x.dtype != torch.float64:
+            return fused_kernel(x.float(), scale, zero_point, lowest, highest, channel_axis).to(x.dtype)
         return elementwise(x, scale, None if from_zero else zero_point, lowest, highest, channel_axis)
 
     @staticmethod
@@ -66,16 +66,22 @@ def _along(axis: int | None, values: Tensor, x: Tensor) -> Tensor:
     return values if axis is None else values.view([-1 if d == axis else 1 for d in range(x.dim())])
 
 
+def scaled(x: Tensor, scale: Tensor, channel_axis: int | None) -> Tensor:
+    """x / scale as a new tensor: float64 where x is, else float32."""
+    factor = _along(channel_axis, 1.0 / scale, x)
+    return x * factor if x.dtype in (torch.float32, torch.float64) else x.float().mul_(factor)
+
+
 def elementwise(x: Tensor, scale: Tensor, zero_point: Tensor | None, lowest: int, highest: int, channel_axis: int | None) -> Tensor:
-    """The formula in six passes, four where the zero point is 0 (None), as behind a ReLU.
+    """The formula in six passes, four where the zero point is 0 (None), as behind a ReLU; in x's dtype, rounded in no less than float32.
 
     On a CPU this is six times faster than torch's fake-quantize kernel, which is not vectorised there.
     """
-    along, level = _along(channel_axis, scale, x), x * _along(channel_axis, 1.0 / scale, x)
+    along, level = _along(channel_axis, scale, x), scaled(x, scale, channel_axis)
     if zero_point is None:
-        return level.round_().clamp_(lowest, highest).mul_(along)
+        return level.round_().clamp_(lowest, highest).mul_(along).to(x.dtype)
     zero = _along(channel_axis, zero_point, x)
-    return level.add_(zero).round_().clamp_(lowest, highest).sub_(zero).mul_(along)
+    return level.add_(zero).round_().clamp_(lowest, highest).sub_(zero).mul_(along).to(x.dtype)
 
 
 def fused_kernel(x: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int, channel_axis: int | None) -> Tensor:
@@ -105,8 +111,8 @@ class _RectifyAndQuantize(torch.autograd.Function):
 
 def rectify_and_quantize(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     """`fake_quantize(x.relu(), scale, 0, bits, from_zero=True)` in one pass less."""
-    result: Tensor = _RectifyAndQuantize.apply(x if x.dtype == torch.float64 else x.float(), scale, levels(bits)[1])
-    return result.to(x.dtype)
+    result: Tensor = _RectifyAndQuantize.apply(x, scale, levels(bits)[1])
+    return result
 
 
 def fake_quantize(
@@ -127,7 +133,5 @@ def fake_quantize(
     be 0, which saves work on a CPU.
     """
     lowest, highest = levels(bits, symmetric)
-    result: Tensor = _FakeQuantize.apply(
-        x if x.dtype == torch.float64 else x.float(), scale, zero_point, lowest, highest, channel_axis, clipped_gradient, from_zero
-    )
-    return result.to(x.dtype)
+    result: Tensor = _FakeQuantize.apply(x, scale, zero_point, lowest, highest, channel_axis, clipped_gradient, from_zero)
+    return result

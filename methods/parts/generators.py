@@ -49,7 +49,7 @@ class UpsampleConv(nn.Conv2d):
         taps = taps[:, :, :, :-1] + taps[:, :, :, 1:]
         y = F.conv_transpose2d(x, taps.transpose(0, 1).flip(2, 3), stride=2, padding=1)
         assert self.bias is not None
-        return y.add_(self.bias[:, None, None])  # given to the convolution, its gradient would take a CPU as long as that of the weight
+        return y.add_(self.bias.to(y.dtype)[:, None, None])  # given to the convolution, its gradient would take a CPU as long as that of the weight
 
 
 class ClassConditionalBatchNorm(nn.Module):
