@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
@@ -13,7 +14,8 @@ from benchmark.tables import Block, Ranking
 from benchmark.wide_tables import WideTable
 
 Tables = Sequence[Block | WideTable]
-PAPER = 150  # characters of LaTeX's scriptsize across both columns of a paper; chosen here
+TEXT = 85  # characters of LaTeX's small size across a page of an article
+PAPER = 150  # of its scriptsize across both columns of a paper; both chosen here
 NAME = 24  # of them for a row's name, which wraps
 
 
@@ -58,17 +60,18 @@ LATEX |= {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
 
 
 def latex(found: Tables, ranking: Ranking | None = None) -> str:
-    """One booktabs table per block or per blocks side by side; needs \\usepackage{booktabs}."""
+    """One booktabs table per block or per blocks side by side; needs \\usepackage{booktabs}. What is too wide for a page is set small, in pieces."""
     parts = ["% needs \\usepackage{booktabs}; notes are part of the captions"]
     for table in map(sheet, found):
-        floating = "table*" if table.groups else "table"
-        name, *others = widths_of(table)
-        pieces = in_pieces(table, PAPER, [width + 2 for width in (min(name, NAME), *others)]) if table.groups else [table]
+        name, *others = (width + 2 for width in widths_of(table))
+        tight = bool(table.groups) or name + sum(others) > TEXT
+        floating = "table*" if tight else "table"
+        pieces = in_pieces(_in_groups(table), PAPER, [min(name, NAME + 2), *others]) if tight else [table]
         parts += [
             rf"\begin{{{floating}}}",
-            r"\centering\scriptsize\setlength{\tabcolsep}{3pt}" if table.groups else r"\centering\small",
+            r"\centering\scriptsize\setlength{\tabcolsep}{3pt}" if tight else r"\centering\small",
             rf"\caption{{{_tex(table.title)}. {_tex('. '.join(_sentence(note) for note in table.notes))}.}}",
-            "\n\n\\medskip\n".join(_tabular(piece) for piece in pieces),
+            "\n\n\\medskip\n".join(_tabular(piece, tight) for piece in pieces),
             rf"\end{{{floating}}}",
             "",
         ]
@@ -77,18 +80,31 @@ def latex(found: Tables, ranking: Ranking | None = None) -> str:
     return "\n".join(parts)
 
 
-def _tabular(table: Sheet) -> str:
-    columns = "".join("l" if head in LEFT else "r" for head in table.heads)
-    grouped, column = [], table.first + 1
+def _in_groups(table: Sheet) -> Sheet:
+    """A bit width's accuracy stays beside its drop and what is published: groups without a heading, for a table that has none."""
     if table.groups:
-        columns = r"p{12em}" + columns[1:]
+        return table
+    counts: list[int] = []
+    for head in table.heads[table.heads.index("seeds") + 1 :]:
+        if head in ("drop", "published"):
+            counts[-1] += 1
+        else:
+            counts.append(1)
+    return replace(table, groups=[("", count) for count in counts])
+
+
+def _tabular(table: Sheet, tight: bool) -> str:
+    columns = "".join("l" if head in LEFT else "r" for head in table.heads)
+    columns = r"p{12em}" + columns[1:] if tight else columns
+    grouped, column = [], table.first + 1
+    if any(heading for heading, _ in table.groups):
         rules = []
         for _, count in table.groups:
             rules.append(rf"\cmidrule(lr){{{column}-{column + count - 1}}}")
             column += count
         above = [""] * table.first + [rf"\multicolumn{{{count}}}{{c}}{{{_wrapped(heading, count)}}}" for heading, count in table.groups]
         grouped = [" & ".join(above) + r" \\", " ".join(rules)]
-    lines = [_tex_line(line, bool(table.groups)) for line in table.lines]
+    lines = [_tex_line(line, tight) for line in table.lines]
     return "\n".join(
         [
             rf"\begin{{tabular}}{{{columns}}}",
