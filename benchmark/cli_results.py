@@ -98,6 +98,7 @@ def read_cells(config: str | None, results: Path, plugins: list[str] | None) -> 
     if reading.skipped:
         print(f"{len(reading.skipped)} skipped, nothing was changed", file=sys.stderr)
     again = f"dfqbench run {config}" + ("" if results == DEFAULT_RESULTS else f" --results {results}")
+    again += "".join(f" --plugin {plugin}" for plugin in plugins or ())
     if wanted is not None:
         done = {result["id"] for result in reading.results}
         missing = [name for cell_id, name in wanted.items() if cell_id not in done]
