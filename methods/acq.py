@@ -15,8 +15,8 @@ Fidelity: abstract. Only the two abstracts could be read; they state these four 
 that is reconstructed here: attention as the channel mean of squares (attention transfer) at the teacher's last stage, its centre by a
 sharpened soft-argmax, pairs compared by the cosine of their last-stage features, consistency over all stages. With all four
 components off this is GDFQ, to the bit. Reached here, after 1,500 student steps of 64 images (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 /
-W3A3, seeds 0 and 1): 84.92 / 75.71 %, with S2 (`student_loss: kl`, seed 0) 86.03 / 79.42 %, where GDFQ reaches 84.69 / 71.78 %. The consistency does
-it (alone 85.20 / 75.01 %; under S2 GDFQ's images give 85.64 / 78.60 %); the condition moves the attention (correlation 0.8) and gains
+W3A3, means of seeds 0 and 1): 84.92 / 75.71 %, with S2 (`student_loss: kl`) 85.92 / 79.22 %, where GDFQ reaches 84.69 / 71.78 %, and with S2
+85.64 / 78.26 %. The consistency does it (alone 84.99 / 75.66 %); the condition moves the attention (correlation 0.8) and gains
 nothing. Weights were chosen by KL on synthetic images: results/reference/acq-selection.
 """
 
