@@ -12,7 +12,7 @@ from their class's centre in feature space (marginal distance), and aim at a pro
 Fidelity: the authors' code (zysxmu/IntraQ). Deviations: a class's centre is the mean over all of its stored images (theirs drops the last of
 them, up to 63); activation ranges by a moving average with the right bias correction; the last epoch is reported. The preset `imagenet` is their
 script's, in which the soft targets and both bounds are off; the paper's values are not public. Reached here, with 1,280 images of
-300 steps and 1,500 student steps of 64 images (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 / W3A3, means of seeds 0 and 1): 86.04 / 82.33 % at a rate
+300 steps and 1,500 student steps of 64 images (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 / W3A3, means of two seeds): 86.04 / 82.33 % at a rate
 of 1e-5; at the authors' 1e-4 it diverges.
 """
 
