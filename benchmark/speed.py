@@ -34,8 +34,8 @@ from benchmark.task import Task
 from benchmark.teachers import TeacherCard
 
 WIDTHS = ("w5a5", "w4a4", "w3a3", "w2a2")
-MATRIX = 2048  # side of the matrices that the device's rate is measured with,
-LAYER = (64, 128, 32)  # and its convolution's images, channels, and pixels of a side
+MATRIX = 2048  # side of the matrices whose product the device's rate is measured with
+LAYER = (64, 128, 32)  # images, channels and pixels of a side of the convolution that it is measured with, too
 COPIED = 64 * 2**20  # floats copied to measure its bandwidth
 Progress = Callable[[str], None]
 
@@ -105,8 +105,8 @@ class Device:
 
 
 def measured_device(device: torch.device) -> Device:
-    """About two seconds. Its arithmetic is that of a large matrix product or of a 3x3 convolution, whichever is faster: they are
-    different libraries' work, and one of them may not be at home on a CPU.
+    """About two seconds. The arithmetic is that of a large matrix product or of a 3x3 convolution, whichever is faster: on a CPU they are
+    different libraries' work, and one of these may not be at home there.
     """
     rates = {}
     images, channels, side = LAYER

@@ -5,11 +5,10 @@ from __future__ import annotations
 import html
 import textwrap
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pandas as pd
 
-from benchmark.table_sheets import LEFT, Line, Sheet, Text, in_pieces, sheet, widths_of
+from benchmark.table_sheets import LEFT, Line, Sheet, Text, grouped_by_width, in_pieces, sheet, widths_of
 from benchmark.tables import Block, Ranking
 from benchmark.wide_tables import WideTable
 
@@ -66,7 +65,7 @@ def latex(found: Tables, ranking: Ranking | None = None) -> str:
         name, *others = (width + 2 for width in widths_of(table))
         tight = bool(table.groups) or name + sum(others) > TEXT
         floating = "table*" if tight else "table"
-        pieces = in_pieces(_in_groups(table), PAPER, [min(name, NAME + 2), *others]) if tight else [table]
+        pieces = in_pieces(grouped_by_width(table), PAPER, [min(name, NAME + 2), *others]) if tight else [table]
         parts += [
             rf"\begin{{{floating}}}",
             r"\centering\scriptsize\setlength{\tabcolsep}{3pt}" if tight else r"\centering\small",
@@ -78,19 +77,6 @@ def latex(found: Tables, ranking: Ranking | None = None) -> str:
     if ranking:
         parts += [_tex(". ".join(_sentence(line) for line in ranking_lines(ranking))) + ".", ""]
     return "\n".join(parts)
-
-
-def _in_groups(table: Sheet) -> Sheet:
-    """A bit width's accuracy stays beside its drop and what is published: groups without a heading, for a table that has none."""
-    if table.groups:
-        return table
-    counts: list[int] = []
-    for head in table.heads[table.heads.index("seeds") + 1 :]:
-        if head in ("drop", "published"):
-            counts[-1] += 1
-        else:
-            counts.append(1)
-    return replace(table, groups=[("", count) for count in counts])
 
 
 def _tabular(table: Sheet, tight: bool) -> str:

@@ -11,6 +11,7 @@ from benchmark.tables import Block, Entry, Row
 from benchmark.wide_tables import WideRow, WideTable
 
 LEFT = ("method", "follows")
+BESIDE = ("drop", "published")  # columns that belong to the bit width before them
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,19 @@ def grid(block: Block) -> tuple[list[str], list[list[Text]]]:
         (f"{block.time}/cell".replace("seconds", "s"), lambda row: Text(f"{row.seconds:.0f}" if row.seconds >= 10 else f"{row.seconds:.2g}"))
     )
     return [head for head, _ in columns], [[text_of(row) for _, text_of in columns] for row in block.rows]
+
+
+def grouped_by_width(found: Sheet) -> Sheet:
+    """A bit width, its drop and what is published about it as one group without a heading, for `in_pieces`; what has groups is left as it is."""
+    if found.groups:
+        return found
+    counts: list[int] = []
+    for head in found.heads[found.heads.index("seeds") + 1 :]:
+        if head in BESIDE:
+            counts[-1] += 1
+        else:
+            counts.append(1)
+    return replace(found, groups=[("", count) for count in counts])
 
 
 def _of_entry(width: str, text_of: Callable[[Entry], Text], row: Row) -> Text:

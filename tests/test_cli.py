@@ -266,7 +266,9 @@ def test_table_names_damaged_files_and_goes_on(dfqbench: Run, finished: tuple[Pa
     assert "tiny on digits" in out
 
 
-def test_what_was_not_run_is_named_with_the_command_that_runs_it(dfqbench: Run, finished: tuple[Path, Path], sweep_file: SweepFile) -> None:
+def test_what_was_not_run_is_named_with_the_command_that_runs_it(
+    dfqbench: Run, finished: tuple[Path, Path], sweep_file: SweepFile, tmp_path: Path
+) -> None:
     import yaml
 
     content = yaml.safe_load(finished[0].read_text())
@@ -285,6 +287,10 @@ def test_what_was_not_run_is_named_with_the_command_that_runs_it(dfqbench: Run, 
     assert code == 2
     assert "nothing is finished in" in err.splitlines()[-1]
     assert "dfqbench run" in err.splitlines()[-1]
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("")
+    _, _, err = dfqbench("table", sweep_file(methods=["zeroq"]), "--results", finished[1], "--plugin", plugin)
+    assert err.rstrip().endswith(f"--results {finished[1]} --plugin {plugin}")
 
 
 def test_merge_reports_and_exits_with_1_on_a_conflict(dfqbench: Run, finished: tuple[Path, Path], tmp_path: Path) -> None:
