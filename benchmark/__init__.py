@@ -1,6 +1,6 @@
-"""The benchmark's engine, and the public names that a method's author imports from it.
+"""A benchmark of data-free quantization, and the public names that a method's author imports from it.
 
-`from benchmark import Method, TrainingConfig, Phase, Batch, Field, register` is all that a plug-in needs.
+`from dfqbench import Method, TrainingConfig, Phase, Batch, Field, register` is all that a plug-in needs.
 """
 
 from __future__ import annotations
@@ -9,42 +9,44 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benchmark.errors import UserError as UserError
-    from benchmark.hosting import HostingConfig as HostingConfig
-    from benchmark.hosting import HostingMethod as HostingMethod
-    from benchmark.method import Batch as Batch
-    from benchmark.method import Method as Method
-    from benchmark.method import MethodConfig as MethodConfig
-    from benchmark.method import Phase as Phase
-    from benchmark.method import TrainingConfig as TrainingConfig
-    from benchmark.network import Observation as Observation
-    from benchmark.network import Teacher as Teacher
-    from benchmark.registry import register as register
-    from benchmark.settings import Field as Field
-    from benchmark.student import Student as Student
-    from benchmark.task import Task as Task
+    from dfqbench.errors import UserError as UserError
+    from dfqbench.method.contract import Batch as Batch
+    from dfqbench.method.contract import Method as Method
+    from dfqbench.method.contract import Phase as Phase
+    from dfqbench.method.contract import stream_seed as stream_seed
+    from dfqbench.method.hosting import HostingConfig as HostingConfig
+    from dfqbench.method.hosting import HostingMethod as HostingMethod
+    from dfqbench.method.registry import register as register
+    from dfqbench.method.settings import Field as Field
+    from dfqbench.method.settings import MethodConfig as MethodConfig
+    from dfqbench.method.settings import TrainingConfig as TrainingConfig
+    from dfqbench.network.network import Observation as Observation
+    from dfqbench.network.network import Teacher as Teacher
+    from dfqbench.quantization.student import Student as Student
+    from dfqbench.task import Task as Task
 
 _HOME = {
-    "Batch": "benchmark.method",
-    "Field": "benchmark.settings",
-    "Method": "benchmark.method",
-    "HostingConfig": "benchmark.hosting",
-    "HostingMethod": "benchmark.hosting",
-    "MethodConfig": "benchmark.method",
-    "Observation": "benchmark.network",
-    "Phase": "benchmark.method",
-    "Student": "benchmark.student",
-    "Task": "benchmark.task",
-    "Teacher": "benchmark.network",
-    "TrainingConfig": "benchmark.method",
-    "UserError": "benchmark.errors",
-    "register": "benchmark.registry",
+    "Batch": "dfqbench.method.contract",
+    "Field": "dfqbench.method.settings",
+    "Method": "dfqbench.method.contract",
+    "HostingConfig": "dfqbench.method.hosting",
+    "HostingMethod": "dfqbench.method.hosting",
+    "MethodConfig": "dfqbench.method.settings",
+    "Observation": "dfqbench.network.network",
+    "Phase": "dfqbench.method.contract",
+    "Student": "dfqbench.quantization.student",
+    "Task": "dfqbench.task",
+    "Teacher": "dfqbench.network.network",
+    "TrainingConfig": "dfqbench.method.settings",
+    "UserError": "dfqbench.errors",
+    "register": "dfqbench.method.registry",
+    "stream_seed": "dfqbench.method.contract",
 }
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: `import benchmark` alone must not cost the seconds that torch takes."""
+    """Imports on first use: `import dfqbench` alone must not cost the seconds that torch takes."""
     if name not in _HOME:
-        raise AttributeError(f"module 'benchmark' has no attribute {name!r}")
+        raise AttributeError(f"module 'dfqbench' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -29,12 +29,12 @@ from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from benchmark import Batch, Field, Observation, Student, register
-from methods.gdfq import GDFQ
-from methods.parts.attention import attention_center, attention_distance, attention_map, correlation, spread_within
-from methods.parts.generators import LabelledGenerator
-from methods.parts.losses import batch_norm_loss, divergence_loss
-from methods.parts.pictures import attention_sheet
+from dfqbench import Batch, Field, Observation, Student, register
+from dfqbench_methods.gdfq import GDFQ
+from dfqbench_methods.parts.attention import attention_center, attention_distance, attention_map, correlation, spread_within
+from dfqbench_methods.parts.generators import LabelledGenerator
+from dfqbench_methods.parts.losses import batch_norm_loss, divergence_loss
+from dfqbench_methods.parts.pictures import attention_sheet
 
 
 @register("acq", paper="arXiv:2301.07266", fidelity="abstract", shares_synthesis=True)

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from benchmark import Batch, Field, HostingConfig, HostingMethod, Student, register
-from methods.parts.losses import divergence_loss
+from dfqbench import Batch, Field, HostingConfig, HostingMethod, Student, register
+from dfqbench_methods.parts.losses import divergence_loss
 
 BISECTIONS = 5
 CLOSE_ENOUGH = 0.01  # of the share that is wanted: bisection ends there

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
-from benchmark import Batch, Field, Method, Phase, Student, TrainingConfig, register
-from methods.parts.generators import LabelledGenerator
-from methods.parts.losses import batch_norm_loss, distillation_loss
+from dfqbench import Batch, Field, Method, Phase, Student, TrainingConfig, register
+from dfqbench_methods.parts.generators import LabelledGenerator
+from dfqbench_methods.parts.losses import batch_norm_loss, distillation_loss
 
 
 @register("gdfq", paper="arXiv:2003.03603", fidelity="code", shares_synthesis=True)

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
-from benchmark import Batch, Field, Method, Observation, Phase, Student, TrainingConfig, register
-from methods.parts.generators import Generator
-from methods.parts.losses import divergence_loss
-from methods.parts.pixels import clip_to_pixels, jitter, roughness, same_class_similarity
+from dfqbench import Batch, Field, Method, Observation, Phase, Student, TrainingConfig, register
+from dfqbench_methods.parts.generators import Generator
+from dfqbench_methods.parts.losses import divergence_loss
+from dfqbench_methods.parts.pixels import clip_to_pixels, jitter, roughness, same_class_similarity
 
 
 @register("gznq", paper="arXiv:2101.08430", fidelity="abstract", shares_synthesis=True)

@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
-from benchmark import Batch, Field, Student, register
-from methods.parts.generators import LabelledGenerator
-from methods.parts.losses import divergence_loss
-from methods.parts.stored_images import StoredImages, StoredImagesConfig
+from dfqbench import Batch, Field, Student, register
+from dfqbench_methods.parts.generators import LabelledGenerator
+from dfqbench_methods.parts.losses import divergence_loss
+from dfqbench_methods.parts.stored_images import StoredImages, StoredImagesConfig
 
 
 @register("intraq", paper="arXiv:2111.09136", fidelity="code", shares_synthesis=True)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
-from benchmark import Batch, Field, Student, register
-from methods.parts.large_kernel import LongRangeGenerator
-from methods.parts.losses import decoupled_loss
-from methods.parts.stored_images import StoredImages, StoredImagesConfig
+from dfqbench import Batch, Field, Student, register
+from dfqbench_methods.parts.large_kernel import LongRangeGenerator
+from dfqbench_methods.parts.losses import decoupled_loss
+from dfqbench_methods.parts.stored_images import StoredImages, StoredImagesConfig
 
 
 @register("lrq", paper="arXiv:2211.06816", fidelity="code", shares_synthesis=True)

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.optim import Adam
 
-from benchmark import Batch, Field, Student, Teacher, register
-from methods.gdfq import GDFQ
-from methods.parts.generators import Generator
-from methods.parts.losses import batch_norm_loss, distillation_loss
+from dfqbench import Batch, Field, Student, Teacher, register
+from dfqbench_methods.gdfq import GDFQ
+from dfqbench_methods.parts.generators import Generator
+from dfqbench_methods.parts.losses import batch_norm_loss, distillation_loss
 
 
 @dataclass

@@ -8,7 +8,7 @@ Reached here (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 / W3A3): 83.96 / 68
 
 from __future__ import annotations
 
-from benchmark import Field, Method, MethodConfig, Student, register
+from dfqbench import Field, Method, MethodConfig, Student, register
 
 
 @register("round", paper="arXiv:1906.04721", fidelity="paper", shares_synthesis=True)

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from benchmark import Batch, Field, Method, Observation, Phase, Student, TrainingConfig, register
-from methods.parts.generators import Generator
-from methods.parts.relations import relation_loss
+from dfqbench import Batch, Field, Method, Observation, Phase, Student, TrainingConfig, register
+from dfqbench_methods.parts.generators import Generator
+from dfqbench_methods.parts.relations import relation_loss
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from benchmark import Batch, Field, Method, MethodConfig, Observation, Phase, register
+from dfqbench import Batch, Field, Method, MethodConfig, Observation, Phase, register
 
 EPS = 1e-6
 

@@ -11,33 +11,33 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from benchmark.config_text import find_config, noted_cells, sweep_name
-from benchmark.errors import UserError, counted
-from benchmark.store import Store
+from dfqbench.errors import UserError, counted
+from dfqbench.store import Store
+from dfqbench.sweep.config_file import find_config, noted_cells, sweep_name
 
 if TYPE_CHECKING:
-    from slurm.launcher import Plan
-    from slurm.profile import Profile
+    from dfqbench_slurm.launcher import Plan
+    from dfqbench_slurm.profile import Profile
 
 WATCH_EVERY_S = 5.0
 
 
 def submit(config: str, profile_name: str, results: Path, *, local: bool, dry_run: bool, retry_failed: bool, plugins: list[str]) -> None:
-    from slurm.profile import find_profile
+    from dfqbench_slurm.profile import find_profile
 
     if local and dry_run:
         raise UserError("--local runs the jobs, --dry-run does not: take one of them")
     name, profile = find_profile(profile_name)
     path = find_config(config)
     Store(results)
-    from slurm import launcher
+    from dfqbench_slurm import launcher
 
     if not (local or dry_run):
         launcher.check_slurm()
-    from benchmark.memo import cache_folder
-    from benchmark.runner import note_sweep
-    from benchmark.sweep import load_sweep
-    from slurm.cluster import NoAnswer, array_limit, queue
+    from dfqbench.cache import cache_folder
+    from dfqbench.run.runner import note_sweep
+    from dfqbench.sweep.load import load_sweep
+    from dfqbench_slurm.cluster import NoAnswer, array_limit, queue
 
     loaded = load_sweep(path, cache_folder(), plugins)
     if "%" in str(results.absolute()):
@@ -97,7 +97,7 @@ def _plan_in_words(plan: Plan) -> str:
 
 
 def _run_here(plan: Plan, text: str, profile: Profile, config: str, where: str) -> None:
-    from slurm.launcher import run_here
+    from dfqbench_slurm.launcher import run_here
 
     said, crew = run_here(plan, text, profile, _say)
     _say(said)
@@ -112,13 +112,13 @@ def _run_here(plan: Plan, text: str, profile: Profile, config: str, where: str) 
 
 
 def status(config: str, results: Path, *, watch: bool, plugins: list[str]) -> None:
-    from slurm.overview import look
+    from dfqbench_slurm.overview import look
 
     store = Store(results)
     cells = noted_cells(config, results)
     if cells is None:
-        from benchmark.memo import cache_folder
-        from benchmark.sweep import load_sweep
+        from dfqbench.cache import cache_folder
+        from dfqbench.sweep.load import load_sweep
 
         cells = {cell.id: str(cell) for cell in load_sweep(find_config(config), cache_folder(), plugins).cells}
     console = Console()
@@ -143,7 +143,7 @@ def status(config: str, results: Path, *, watch: bool, plugins: list[str]) -> No
 
 
 def cancel(config: str, results: Path) -> None:
-    from slurm.launcher import cancel as cancel_jobs
+    from dfqbench_slurm.launcher import cancel as cancel_jobs
 
     name = sweep_name(find_config(config))
     ended = cancel_jobs(Store(results), name)

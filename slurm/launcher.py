@@ -13,20 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmark.cell import Bundle, bundles
-from benchmark.errors import UserError, counted
-from benchmark.hours import Speeds, hours, in_words, read_speed_files
-from benchmark.status import Status, statuses
-from benchmark.store import Store
-from slurm import cluster
-from slurm.cluster import Job, NoAnswer
-from slurm.packing import Split, pack, split
-from slurm.profile import Profile
-from slurm.submission import Array, Submission, new_token, snapshot, submissions, submitting, write_new
-from slurm.supervisor import Crew, Supervisor, visible_gpus
+from dfqbench.errors import UserError, counted
+from dfqbench.run.status import Status, statuses
+from dfqbench.speed.estimate import Speeds, hours, in_words, read_speed_files
+from dfqbench.store import Store
+from dfqbench.sweep.cell import Bundle, bundles
+from dfqbench_slurm import cluster
+from dfqbench_slurm.cluster import Job, NoAnswer
+from dfqbench_slurm.packing import Split, pack, split
+from dfqbench_slurm.profile import Profile
+from dfqbench_slurm.submission import Array, Submission, new_token, snapshot, submissions, submitting, write_new
+from dfqbench_slurm.supervisor import Crew, Supervisor, visible_gpus
 
 if TYPE_CHECKING:
-    from benchmark.sweep import LoadedSweep
+    from dfqbench.sweep.load import LoadedSweep
 
 Say = Callable[[str], None]
 WAIT_FOR_ANOTHER_SUBMIT_S = 300.0

@@ -11,12 +11,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from benchmark.errors import counted
-from benchmark.progress import duration
-from benchmark.store import Store
-from slurm import cluster
-from slurm.cluster import Job, NoAnswer
-from slurm.submission import Submission, submissions
+from dfqbench.errors import counted
+from dfqbench.run.progress import duration
+from dfqbench.store import Store
+from dfqbench_slurm import cluster
+from dfqbench_slurm.cluster import Job, NoAnswer
+from dfqbench_slurm.submission import Submission, submissions
 
 
 class Word(enum.Enum):

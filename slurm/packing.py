@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmark.cell import Bundle
-from slurm.profile import Profile
-from slurm.submission import Task
+from dfqbench.sweep.cell import Bundle
+from dfqbench_slurm.profile import Profile
+from dfqbench_slurm.submission import Task
 
 UNTRAINED = 16  # bundles of methods that train nothing (seconds each) that are chained where no speed was measured; chosen here
 

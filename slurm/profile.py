@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from benchmark.errors import UserError, UserErrors, nearest
+from dfqbench.errors import UserError, UserErrors, nearest
 
 SHIPPED = Path(__file__).parent / "profiles"
 # what dfqbench sets itself; a profile that sets it too would break the bookkeeping

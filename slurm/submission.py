@@ -20,9 +20,10 @@ from typing import Any
 
 import yaml
 
-from benchmark.errors import UserError
-from benchmark.store import Lease, Store, kept_alive, read_json, write_atomically, write_json
-from slurm.cluster import Job
+from dfqbench.errors import UserError
+from dfqbench.files import read_json, write_atomically, write_json
+from dfqbench.store import Lease, Store, kept_alive
+from dfqbench_slurm.cluster import Job
 
 # one job: its lanes run side by side, each a process that works through its bundles, each of those a list of cell ids
 Lane = list[list[str]]

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmark.store import LEASE_EXPIRES_S, Store, slurm_job
-from slurm.profile import Profile
-from slurm.submission import Lane, Submission, read_submission
-from slurm.worker import FAILED, REFUSED, STOPPED
+from dfqbench.store import LEASE_EXPIRES_S, Store, slurm_job
+from dfqbench_slurm.profile import Profile
+from dfqbench_slurm.submission import Lane, Submission, read_submission
+from dfqbench_slurm.worker import FAILED, REFUSED, STOPPED
 
 POLL_S = 0.25
 TRIES = 3  # workers that a bundle may cost before it counts as failed; chosen here
@@ -198,7 +198,18 @@ class Crew:
     def _start(self, lane: _Lane, cells: list[str], slot: int) -> None:
         p = self.profile
         name = f"[{lane.number}] " if self.several else ""
-        words = [sys.executable, "-P", "-u", "-m", "slurm.worker", str(self.submission.folder), "--device", p.runs_on, "--threads", str(p.threads)]
+        words = [
+            sys.executable,
+            "-P",
+            "-u",
+            "-m",
+            "dfqbench_slurm.worker",
+            str(self.submission.folder),
+            "--device",
+            p.runs_on,
+            "--threads",
+            str(p.threads),
+        ]
         words += ["--checkpoint-every", str(p.checkpoint_every), "--name", name, *cells]
         environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {})
         lane.process, lane.slot, lane.waiting_since = subprocess.Popen(words, cwd=self.submission.cwd, env=environment), slot, None

@@ -11,14 +11,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmark.errors import UserError
+from dfqbench.errors import UserError
 
 FAILED, REFUSED, STOPPED = 1, 2, 143
 
 
 def work(folder: Path, cell_ids: list[str], device: str, threads: int, checkpoint_every: float, name: str) -> int:
     """Raises UserError where the snapshot does not stand for the submitted cells any more."""
-    from slurm.submission import read_submission, sha256
+    from dfqbench_slurm.submission import read_submission, sha256
 
     submission = read_submission(folder)
     for file, digest in submission.plugins.items():
@@ -29,11 +29,12 @@ def work(folder: Path, cell_ids: list[str], device: str, threads: int, checkpoin
     torch.set_num_threads(threads)
     from rich.console import Console
 
-    from benchmark.memo import cache_folder
-    from benchmark.progress import Progress
-    from benchmark.runner import Options, StopFlag, run_cells
-    from benchmark.store import Store
-    from benchmark.sweep import load_sweep
+    from dfqbench.cache import cache_folder
+    from dfqbench.run.options import Options, StopFlag
+    from dfqbench.run.progress import Progress
+    from dfqbench.run.runner import run_cells
+    from dfqbench.store import Store
+    from dfqbench.sweep.load import load_sweep
 
     with StopFlag().installed() as stop:
         loaded = load_sweep(folder / "sweep.yaml", cache_folder())

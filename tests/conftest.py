@@ -77,7 +77,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def dfqbench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs the command in this process, wide enough that no line wraps: exit code, standard output, standard error."""
-    from benchmark import cli
+    from dfqbench.cli import app as cli
 
     monkeypatch.setenv("COLUMNS", "250")
 
@@ -130,7 +130,7 @@ class Example:
         assert done.returncode == 0, done.stderr
 
     def dfqbench(self, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        command = [str(self.python), "-m", "benchmark.cli", *map(str, words)]
+        command = [str(self.python), "-m", "dfqbench.cli", *map(str, words)]
         given = {**os.environ, "COLUMNS": "250", "OMP_NUM_THREADS": "1", **environment}
         return subprocess.run(command, cwd=self.folder, env=given, capture_output=True, text=True, timeout=600)
 

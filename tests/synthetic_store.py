@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmark.cell import Cell, EvaluationCard
-from benchmark.protocol import PROTOCOLS, Bits
-from benchmark.store import Store, write_atomically, write_json
-from benchmark.task import Task
-from benchmark.teachers import TeacherCard
+from dfqbench.files import write_atomically, write_json
+from dfqbench.quantization import PROTOCOLS, Bits
+from dfqbench.store import Store
+from dfqbench.sweep.cell import Cell, EvaluationCard
+from dfqbench.task import Task
+from dfqbench.teachers import TeacherCard
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("gdfq", {}),

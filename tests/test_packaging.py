@@ -24,10 +24,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_packages_and_configs_and_nothing_else_at_the_top(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"benchmark", "methods", "slurm", f"{wheel.name.split('-')[0]}-0.1.0.dist-info"}
-    shipped = "benchmark/configs/quickstart.yaml benchmark/configs/imagenet.yaml methods/gdfq.py benchmark/quantization/fake.py"
-    written = "benchmark/templates/method.py benchmark/templates/digits.yaml benchmark/templates/package/pyproject.toml methods/README.md"
-    read = "benchmark/published.csv benchmark/report_page/page.js"
+    assert {name.split("/")[0] for name in names} == {"dfqbench", "dfqbench_methods", "dfqbench_slurm", f"{wheel.name.split('-')[0]}-0.1.0.dist-info"}
+    shipped = "dfqbench/configs/quickstart.yaml dfqbench/configs/imagenet.yaml dfqbench_methods/gdfq.py dfqbench/quantization/fake_quantize.py"
+    templates = "dfqbench/method/templates"
+    written = f"{templates}/method.py {templates}/digits.yaml {templates}/package/pyproject.toml dfqbench_methods/README.md"
+    read = "dfqbench/results/published.csv dfqbench/analysis/report/page/page.js"
     for name in (*shipped.split(), *written.split(), *read.split()):
         assert name in names
 

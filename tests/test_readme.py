@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from benchmark.memo import cache_folder
-from benchmark.runner import Options, StopFlag, run_sweep
-from benchmark.store import Store
-from benchmark.sweep import Sweep, load_sweep
+from dfqbench.cache import cache_folder
+from dfqbench.run.runner import Options, StopFlag, run_sweep
+from dfqbench.store import Store
+from dfqbench.sweep.load import Sweep, load_sweep
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -23,7 +23,7 @@ def blocks(language: str) -> list[str]:
 def test_the_example_method_runs(sweep_file: Callable[..., Path], tmp_path: Path) -> None:
     from rich.console import Console
 
-    from benchmark.progress import Progress
+    from dfqbench.run.progress import Progress
 
     (code,) = blocks("python")
     (tmp_path / "noise.py").write_text(code)
@@ -44,7 +44,7 @@ def test_the_example_sweep_has_only_keys_that_exist() -> None:
 def test_every_command_that_it_names_exists() -> None:
     from typer.main import get_command
 
-    from benchmark.cli import app
+    from dfqbench.cli.main import app
 
     named = set(re.findall(r"^dfqbench (\w+)", README, re.MULTILINE))
     assert named == set(get_command(app).commands)  # type: ignore[attr-defined]

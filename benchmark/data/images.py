@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmark.errors import UserError
-from benchmark.task import Task
+from dfqbench.errors import UserError
+from dfqbench.task import Task
 
 MEMORY_SHARE = 1 / 3  # of the available memory; above it images are streamed
 CHUNK = 64  # images that a thread decodes at a time

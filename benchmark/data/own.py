@@ -12,10 +12,10 @@ from typing import ClassVar, TypeVar
 import numpy as np
 from PIL import Image
 
-from benchmark import plugins
-from benchmark.data.images import Labels, Pixels
-from benchmark.data.sets import EvaluationSet, content_digest
-from benchmark.errors import UserError
+from dfqbench.data.images import Labels, Pixels
+from dfqbench.data.sets import BUILT_IN, EvaluationSet, content_digest
+from dfqbench.errors import UserError
+from dfqbench.method import plugins
 
 ENTRY_POINTS = "dfqbench.sets"
 S = TypeVar("S", bound="type[OwnSet]")
@@ -37,7 +37,7 @@ class OwnSet(EvaluationSet):
     def load(self) -> tuple[Pixels, Labels]:
         """The test images and their labels: N x H x W (grey) or N x H x W x 3, uint8, 0 to 255; and N class indices, whole numbers.
 
-        Raise `benchmark.UserError` with one line where something is missing.
+        Raise `dfqbench.UserError` with one line where something is missing.
         """
 
     @functools.cached_property
@@ -80,8 +80,6 @@ def register_set(name: str) -> Callable[[S], S]:
     """Class decorator that makes an evaluation set known by `name`. Raises UserError if the name is taken, naming both places."""
 
     def add(cls: S) -> S:
-        from benchmark.data import BUILT_IN
-
         file, known = Path(inspect.getfile(cls)), _sets.get(name)
         if name in BUILT_IN:
             raise UserError(f"two evaluation sets are called {name!r}: the built-in one and that in {file}")

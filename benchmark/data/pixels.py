@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 
-from benchmark.errors import UserError
-from benchmark.memo import cache_folder
-from benchmark.task import Task
+from dfqbench.cache import cache_folder
+from dfqbench.errors import UserError
+from dfqbench.task import Task
 
 Pixels = npt.NDArray[np.uint8]
 WORTH_KEEPING = 2**28  # bytes; smaller sets are decoded in seconds

@@ -18,13 +18,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmark.data.images import Images, Labels, Pixels, open_image, prepare
-from benchmark.data.pixels import kept
-from benchmark.errors import UserError
-from benchmark.memo import cache_folder, remembered
-from benchmark.task import Task
+from dfqbench.cache import cache_folder, remembered
+from dfqbench.data.images import Images, Labels, Pixels, open_image, prepare
+from dfqbench.data.pixels import kept
+from dfqbench.errors import UserError
+from dfqbench.task import Task
 
 IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
+
+BUILT_IN = {
+    "digits": "scikit-learn's handwritten digits, 599 test images; needs no download",
+    "cifar10": "CIFAR-10, 10,000 test images; cifar10:ROOT, downloaded into it where absent",
+    "cifar100": "CIFAR-100, 10,000 test images; cifar100:ROOT, downloaded into it where absent",
+    "imagenet": "ImageNet, 50,000 validation images; imagenet:ROOT or $IMAGENET",
+    "imagefolder": "a folder with one sub-folder of images per class; imagefolder:PATH",
+}
 
 
 class EvaluationSet(ABC):

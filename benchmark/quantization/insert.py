@@ -11,10 +11,10 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from benchmark.frozen_norm import SUMS
-from benchmark.protocol import Bits, Protocol
-from benchmark.quantization.activations import is_activation
-from benchmark.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.network.activations import is_activation
+from dfqbench.network.frozen_batch_norm import SUMS
+from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.quantization.protocol import Bits, Protocol
 
 LAYERS = (nn.Conv2d, nn.Linear)
 # the output's values are all values of the input (or zero): what is on a grid stays on it

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmark.protocol import Protocol
-from benchmark.quantization.fake import fake_quantize, grid, levels
-from benchmark.quantization.ranges import RangeEstimator
+from dfqbench.quantization.fake_quantize import fake_quantize, grid, levels
+from dfqbench.quantization.protocol import Protocol
+from dfqbench.quantization.ranges import RangeEstimator
 
 
 class QuantizedLayer(nn.Module):

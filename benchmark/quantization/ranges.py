@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from benchmark.protocol import RangeEstimatorName
-from benchmark.quantization.fake import fake_quantize, grid
+from dfqbench.quantization.fake_quantize import fake_quantize, grid
+from dfqbench.quantization.protocol import RangeEstimatorName
 
 MOMENTUM = 0.9  # of the lineage's code
 PERCENTILE = 0.9999

@@ -7,16 +7,45 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from benchmark.errors import UserError
+from dfqbench.errors import UserError
+from dfqbench.teachers.spec import UNTRAINED, TeacherSpec
 
+T = TypeVar("T")  # python 3.11 has no other way to say it
 WRAPPERS = ("state_dict", "model")  # what training scripts call the weights in a checkpoint that holds more
+
+
+def weights_of(spec: TeacherSpec, download: Callable[[], Mapping[str, Tensor]] | None = None) -> Mapping[str, Tensor]:
+    """The weights from the file that the spec names, else from the zoo; none where the network is to stay untrained."""
+    if spec.weights == UNTRAINED:
+        return {}
+    if spec.weights_file is not None:
+        return read_weights(spec.weights_file)
+    assert download is not None
+    return downloaded(spec, download)
+
+
+def downloaded(spec: TeacherSpec, download: Callable[[], T]) -> T:
+    try:
+        return download()
+    except Exception as error:  # every hub fails in its own way: URLError, requests' and httpx' errors, a wrong hash as RuntimeError or ValueError
+        raise UserError(f"{spec.model}: the zoo's weights could not be had ({one_line(error)}); give `weights: FILE`") from error
+
+
+def fit(network: nn.Module, state: Mapping[str, Tensor], spec: TeacherSpec) -> None:
+    if spec.weights == UNTRAINED:
+        return
+    try:
+        fit_weights(network, state, f"{spec.model}: {spec.weights or 'the zoo weights'}")
+    except UserError as error:
+        hint = "; `classes: N` builds the network for N classes" if spec.classes is None and "other shape" in str(error) else ""
+        raise UserError(f"{error}{hint}") from None
 
 
 def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:

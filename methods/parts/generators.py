@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmark import Task
+from dfqbench import Task
 
 
 def relative_coordinates(centers: Tensor, size: int) -> Tensor:

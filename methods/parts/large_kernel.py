@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmark import Task
-from methods.parts.generators import Generator
+from dfqbench import Task
+from dfqbench_methods.parts.generators import Generator
 
 
 class LargeKernelAttention(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmark import Observation
+from dfqbench import Observation
 
 
 def batch_norm_loss(answer: Observation) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from benchmark import Task
+from dfqbench import Task
 
 
 def jitter(images: Tensor, pixels: int, stream: torch.Generator) -> Tensor:

@@ -17,10 +17,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from benchmark import Batch, Field, Method, Phase, TrainingConfig
-from methods.parts.augment import crop_and_flip
-from methods.parts.centers import ClassCenters
-from methods.parts.losses import batch_norm_loss
+from dfqbench import Batch, Field, Method, Phase, TrainingConfig
+from dfqbench_methods.parts.augment import crop_and_flip
+from dfqbench_methods.parts.centers import ClassCenters
+from dfqbench_methods.parts.losses import batch_norm_loss
 
 
 class StoredImagesConfig(TrainingConfig):

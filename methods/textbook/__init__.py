@@ -21,11 +21,11 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from methods.textbook.loop import Loop
+    from dfqbench_methods.textbook.loop import Loop
 
 NAMES = {"gdfq": "TextbookGDFQ", "acq": "TextbookACQ", "zaq": "TextbookZAQ", "lrq": "TextbookLRQ", "gznq": "TextbookGZNQ"}
 
 
 def loops() -> dict[str, type[Loop]]:
     """By the method's name."""
-    return {name: getattr(importlib.import_module(f"methods.textbook.{name}"), loop) for name, loop in NAMES.items()}
+    return {name: getattr(importlib.import_module(f"dfqbench_methods.textbook.{name}"), loop) for name, loop in NAMES.items()}

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmark.task import Task
-from methods.textbook.gdfq import TextbookGDFQ
+from dfqbench import Task
+from dfqbench_methods.textbook.gdfq import TextbookGDFQ
 
 
 class PlacedGenerator(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from methods.textbook.loop import Loop
+from dfqbench_methods.textbook.loop import Loop
 
 
 class TextbookGZNQ(Loop):

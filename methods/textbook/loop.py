@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmark.method import stream_seed
-from benchmark.task import Task
+from dfqbench import Task, stream_seed
 
 
 class StraightThrough(torch.autograd.Function):

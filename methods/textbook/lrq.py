@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmark.task import Task
-from methods.parts.augment import crop_and_flip
-from methods.textbook.loop import Loop
+from dfqbench import Task
+from dfqbench_methods.parts.augment import crop_and_flip
+from dfqbench_methods.textbook.loop import Loop
 
 
 class LargeKernelAttention(nn.Module):

@@ -24,8 +24,8 @@ SLOW = '''
 import os
 import time
 
-from benchmark import register
-from methods.gdfq import GDFQ
+from dfqbench import register
+from dfqbench_methods.gdfq import GDFQ
 
 
 @register("slow", paper="none", fidelity="paper", shares_synthesis=True)
@@ -83,7 +83,7 @@ class Place:
         return path
 
     def start(self, *words: object, **environment: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "benchmark.cli", *map(str, words)]
+        command = [sys.executable, "-m", "dfqbench.cli", *map(str, words)]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, cwd=self.folder, env=self.environment | environment, stdout=pipe, stderr=pipe, text=True)
 

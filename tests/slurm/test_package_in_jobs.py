@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from benchmark.cli import app
+from dfqbench.cli.main import app
 
 if TYPE_CHECKING:
     from conftest import Example

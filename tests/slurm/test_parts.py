@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.cell import Bundle
-from benchmark.errors import UserError
-from benchmark.memo import cache_folder
-from benchmark.store import Store
-from benchmark.sweep import load_sweep
-from slurm import cluster
-from slurm.cluster import Job, NoAnswer
-from slurm.overview import Word, look
-from slurm.packing import pack, split
-from slurm.profile import Profile, find_profile, minutes, shipped
-from slurm.submission import Array, Submission, submissions
-from slurm.supervisor import STUCK, Crew, Supervisor
+from dfqbench.cache import cache_folder
+from dfqbench.errors import UserError
+from dfqbench.store import Store
+from dfqbench.sweep.cell import Bundle
+from dfqbench.sweep.load import load_sweep
+from dfqbench_slurm import cluster
+from dfqbench_slurm.cluster import Job, NoAnswer
+from dfqbench_slurm.overview import Word, look
+from dfqbench_slurm.packing import pack, split
+from dfqbench_slurm.profile import Profile, find_profile, minutes, shipped
+from dfqbench_slurm.submission import Array, Submission, submissions
+from dfqbench_slurm.supervisor import STUCK, Crew, Supervisor
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_arrays_cover_every_task_once_within_both_limits(tasks: int, limit: int,
 
 @pytest.fixture
 def found(sweep_file: Callable[..., Path]) -> list[Bundle]:
-    from benchmark.cell import bundles
+    from dfqbench.sweep.cell import bundles
 
     loaded = load_sweep(sweep_file(seeds=[0, 1, 2, 3, 4], methods=["gdfq"]), cache_folder())
     return bundles(loaded.cells)
@@ -102,7 +102,7 @@ def test_bundles_are_chained_by_their_measured_time(found: list[Bundle]) -> None
 
 
 def test_methods_without_training_are_chained(sweep_file: Callable[..., Path]) -> None:
-    from benchmark.cell import bundles
+    from dfqbench.sweep.cell import bundles
 
     loaded = load_sweep(sweep_file(methods=[{"round": {"n": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]}}], bits=["w8a8", "w4a4", "w3a3"]), cache_folder())
     chosen = bundles(loaded.cells)

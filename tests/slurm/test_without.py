@@ -60,7 +60,7 @@ import os
 import pathlib
 import signal
 
-from benchmark import Method, MethodConfig, Phase, Batch, register
+from dfqbench import Method, MethodConfig, Phase, Batch, register
 
 
 class _Bad(Method):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from benchmark.data import OwnSet, register_set
+from dfqbench.data import OwnSet, register_set
 
 
 @register_set("blobs")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from benchmark import Batch, Field, Method, Phase, Student, TrainingConfig, register
+from dfqbench import Batch, Field, Method, Phase, Student, TrainingConfig, register
 
 
 @register("ripples", paper="none", fidelity="paper", shares_synthesis=True)

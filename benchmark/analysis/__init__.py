@@ -1,0 +1,1 @@
+"""What is read out of stores: records, statistics, the ledger of claims, merging; tables/, plots/ and report/ show it. No torch here."""

@@ -1,0 +1,158 @@
+"""Two finished cells on one evaluation set, image by image: how far apart, how sure that is, and in what else they differ. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dfqbench.analysis.per_image import PerImage
+from dfqbench.analysis.records import CELL_ID, Reading, read_store
+from dfqbench.analysis.stats import Estimate, McNemar
+from dfqbench.errors import UserError, counted
+from dfqbench.store import Store
+from dfqbench.sweep.cell import leaves
+
+NAMED = 5  # cells that an ambiguous prefix stands for and that are named
+OF_THE_PLACE = ("host", "slurm_job")  # of provenance: where it happened to run
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Something in which two cells differ, with both values as text; None where a cell has no such thing."""
+
+    what: str
+    first: str | None
+    second: str | None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two results, compared on the images of their last epoch.
+
+    difference: accuracy of the first minus the second's, in percentage points, over test images alone. both, neither: images that both and that none
+    of them got right; `test` counts the rest.
+    """
+
+    first: dict[str, Any]
+    second: dict[str, Any]
+    difference: Estimate
+    test: McNemar
+    both: int
+    neither: int
+    differences: list[Difference]
+
+
+def compare(store: Store, first: str, second: str) -> Pair:
+    """Two cells by their ids or by prefixes that no other id has. UserError where that says no two finished cells with results on the same images."""
+    ids = [find_cell(store, given) for given in (first, second)]
+    if ids[0] == ids[1]:
+        raise UserError(f"{first} and {second} are the same cell, {ids[0]}: give two")
+    reading = read_store(store, set(ids))
+    ours, theirs = (_finished(reading, cell_id) for cell_id in ids)
+    sets = [(r["cell"]["evaluation"]["name"], r["cell"]["identity"]["evaluation"], r["images"]) for r in (ours, theirs)]
+    if sets[0][1:] != sets[1][1:]:
+        said = [f"{cell_id} was tested on {name} ({images} images, {digest[:8]})" for cell_id, (name, digest, images) in zip(ids, sets, strict=True)]
+        raise UserError(f"{' and '.join(said)}: only cells on the same test images can be compared")
+    right = [_correct(reading, result) for result in (ours, theirs)]
+    per_image = PerImage(reading)
+    test, both = per_image.mcnemar(ids[0], ids[1]), int(np.bitwise_count(right[0] & right[1]).sum())
+    return Pair(
+        first=ours,
+        second=theirs,
+        difference=per_image.difference([ids[0]], [ids[1]]),
+        test=test,
+        both=both,
+        neither=ours["images"] - both - test.only_first - test.only_second,
+        differences=list(_differences(ours, theirs)),
+    )
+
+
+def find_cell(store: Store, given: str) -> str:
+    """The id that is `given` or, alone of all in the store, starts with it."""
+    found = [cell_id for cell_id in store.ids() if CELL_ID.fullmatch(cell_id) and cell_id.startswith(given)]
+    if not found:
+        raise UserError(f"{given!r}: no cell in {store.root / 'runs'} has such an id; `dfqbench table --format csv` and the report show them")
+    if len(found) > 1:
+        named = ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
+        raise UserError(f"{given!r}: {len(found)} cells have such an id: {named}")
+    return found[0]
+
+
+def _finished(reading: Reading, cell_id: str) -> dict[str, Any]:
+    for result in reading.results:
+        if result["id"] == cell_id:
+            return result
+    folder = reading.store.folder(cell_id)
+    damaged = next((line for line in reading.skipped if line.startswith(f"{folder / 'result.json'}: ")), None)
+    failed = next((f"cell {cell_id} failed: {f['kind']}: {f['message']}".splitlines()[0] for f in reading.failures if f["id"] == cell_id), None)
+    raise UserError(damaged or failed or f"cell {cell_id} is not finished: there is no result.json in {folder}")
+
+
+def _correct(reading: Reading, result: dict[str, Any]) -> Any:
+    packed = reading.correct(result)
+    if packed is None:
+        path = reading.store.folder(result["id"]) / "correct.npy"
+        raise UserError(f"{path}: missing, damaged or not this result's: without it nothing can be compared image by image")
+    return packed
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> Iterator[Difference]:
+    """Of the cells' identity, then of what they were measured on. A name alone, of a set or protocol of equal content, is no difference."""
+    for pair in ((_named(ours), _named(theirs)), (ours["provenance"], theirs["provenance"])):
+        first, second = ({name: _short(value) for name, value in leaves(found)} for found in pair)
+        for name in dict.fromkeys([*first, *second]):
+            if first.get(name) != second.get(name) and name not in OF_THE_PLACE:
+                yield Difference(name.removeprefix("config."), first.get(name), second.get(name))
+
+
+def _named(result: dict[str, Any]) -> dict[str, Any]:
+    """The identity in the order in which people ask, with the teacher as tables call it and where the method's code came from."""
+    cell, identity = result["cell"], result["cell"]["identity"]
+    teacher = {"": cell["teacher"]["label"]} | dict(identity.get("teacher") or {"weights": cell["teacher"]["weights_sha256"]})
+    first = {"method": cell["method"], "bits": cell["bits"], "seed": cell["seed"], "teacher": teacher, "teacher top-1": result["teacher"]["top1"]}
+    more = {"student steps": result["steps"], "code": cell.get("plugin", "")}
+    return first | more | {key: value for key, value in identity.items() if key not in first}
+
+
+def in_words(pair: Pair) -> Iterator[str]:
+    """Lines for a terminal."""
+    for name, result in (("first", pair.first), ("second", pair.second)):
+        cell = result["cell"]
+        called = f"{cell['label']} {cell['teacher']['label']} {cell['evaluation']['name']} {cell['bits']} seed {cell['seed']}"
+        yield f"{name:<7} {result['id']}  {called}: {result['top1']:.2f} % ({result['correct']} of {result['images']})"
+    d, test = pair.difference, pair.test
+    yield ""
+    yield f"first - second: {d.value:+.2f} points, 95 % interval {d.low:+.2f} to {d.high:+.2f}, p = {d.p:.2g} (paired bootstrap over test images)"
+    yield f"McNemar's exact test: p = {test.p:.2g}"
+    yield "both are about the last epoch of these two runs on these images: what other seeds would give is not in them"
+    yield ""
+    counts = [[str(n) for n in row] for row in ((pair.both, test.only_first), (test.only_second, pair.neither))]
+    heads, wide = ("second right", "second wrong"), len("second wrong")
+    yield f"{counted(pair.first['images'], 'image'):<14}" + "".join(f"  {head}" for head in heads)
+    for name, row in zip(("first right", "first wrong"), counts, strict=True):
+        yield f"{name:<14}" + "".join(f"  {n:>{wide}}" for n in row)
+    yield ""
+    yield from _differences_in_words(pair.differences)
+
+
+def _differences_in_words(differences: list[Difference]) -> Iterator[str]:
+    if not differences:
+        yield "they differ in nothing that was recorded"
+        return
+    yield "they differ in"
+    for d in differences:
+        if d.first is not None and d.second is not None:
+            yield f"  {d.what}: {d.first} | {d.second}"
+    for name, mine, other in (("first", "first", "second"), ("second", "second", "first")):
+        alone = [f"{d.what} {getattr(d, mine)}" for d in differences if getattr(d, other) is None]
+        if alone:
+            yield f"  only the {name} has: {', '.join(alone)}"
+
+
+def _short(value: Any) -> str:
+    """Hashes are cut: 12 digits tell them apart."""
+    text = str(value)
+    return text[:12] if len(text) >= 40 and all(letter in "0123456789abcdef+" for letter in text) else text

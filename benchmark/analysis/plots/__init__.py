@@ -1,0 +1,1 @@
+"""Plots: kinds.py lists them, figures.py writes them to files."""

@@ -1,0 +1,59 @@
+"""Plots as files: what is drawn is decided in plots.py, how it looks in plot_style.py. No torch here."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+from dfqbench.analysis.ledger import load_ledger
+from dfqbench.analysis.per_image import PerImage
+from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
+from dfqbench.analysis.plots.kinds import draw
+from dfqbench.analysis.plots.style import rendered
+from dfqbench.analysis.records import Reading
+from dfqbench.analysis.tables.blocks import Rule, blocks
+
+WORKERS = 4  # each takes up to 200 MB more
+_shared: Drawn | None = None
+
+
+def prepare(reading: Reading, rule: Rule = "last") -> Drawn:
+    """The tables of a store with everything that its plots need."""
+    per_image = PerImage(reading)
+    return Drawn(reading, blocks(reading.results, rule, ledger=load_ledger(), per_image=per_image), per_image, rule)
+
+
+def files(drawn: Drawn, kind: str, formats: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """(file name, content) of every page of one kind in every format. Raises NothingToDraw."""
+    found = draw(kind, drawn)
+    for number, figure in enumerate(found, 1):
+        name = kind if len(found) == 1 else f"{kind}-{number}"
+        for extension, content in rendered(figure, formats).items():
+            yield f"{name}.{extension}", content
+
+
+def drawn_kinds(drawn: Drawn, kinds: Iterable[str], formats: Iterable[str]) -> Iterator[tuple[str, list[tuple[str, bytes]] | NothingToDraw]]:
+    """(kind, its files or why there are none), in the order given, drawn side by side on as many cores as there are."""
+    global _shared
+    kinds, formats = list(kinds), list(formats)
+    workers = max(1, min(len(kinds), os.cpu_count() or 1, WORKERS))
+    if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
+        yield from ((kind, _files_or_why(kind, formats, drawn)) for kind in kinds)
+        return
+    _shared = drawn  # what is forked need not be sent
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
+            yield from zip(kinds, pool.map(_files_or_why, kinds, [formats] * len(kinds)), strict=True)
+    finally:
+        _shared = None
+
+
+def _files_or_why(kind: str, formats: list[str], drawn: Drawn | None = None) -> list[tuple[str, bytes]] | NothingToDraw:
+    given = drawn or _shared
+    assert given is not None
+    try:
+        return list(files(given, kind, formats))
+    except NothingToDraw as why:
+        return why

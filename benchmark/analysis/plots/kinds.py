@@ -1,0 +1,33 @@
+"""The kinds of plots. Each takes the tables' blocks and gives figures, or the reason why there is nothing to draw. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from dfqbench.analysis.plots.style import SETTINGS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+from dfqbench.analysis.plots.ablation import ablation
+from dfqbench.analysis.plots.accuracy import accuracy, cost, drop, published
+from dfqbench.analysis.plots.drawn import Drawn
+from dfqbench.analysis.plots.training import curves, losses
+
+KINDS: dict[str, tuple[str, Callable[[Drawn], list[Figure]]]] = {
+    "accuracy": ("accuracy against bits", accuracy),
+    "published": ("measured against published", published),
+    "cost": ("accuracy against seconds", cost),
+    "curves": ("accuracy while training, last and best epoch", curves),
+    "losses": ("training loss", losses),
+    "drop": ("drop against the teacher", drop),
+    "ablation": ("what single settings change", ablation),
+}
+
+
+def draw(kind: str, drawn: Drawn) -> list[Figure]:
+    """Figures of one kind (see KINDS), a page each. Raises NothingToDraw."""
+    from matplotlib import rc_context
+
+    with rc_context(SETTINGS):
+        return KINDS[kind][1](drawn)

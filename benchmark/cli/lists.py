@@ -1,0 +1,71 @@
+"""dfqbench models, sets and protocols: what an experiment can be made of, beside methods."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from dfqbench.cli.options import Plugins
+from dfqbench.errors import UserError, nearest
+
+
+def sets(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'cifar*'.")] = "*", plugin: Plugins = None) -> None:
+    """List the evaluation sets: built in, of installed packages, and of plug-in files."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dfqbench.data import list_sets
+    from dfqbench.method import plugins
+
+    if plugin:
+        from dfqbench.method.registry import load_plugin
+
+        for file in plugin:
+            load_plugin(file)
+    found = list_sets(pattern)
+    for broken, why in plugins.broken.items():
+        print(f"broken plug-in {broken}: {why}", file=sys.stderr)
+    if not found:
+        raise UserError(f"no evaluation set matches {pattern!r}: {nearest(pattern, [name for name, _, _ in list_sets()])}")
+    shown = Table(box=None, pad_edge=False)
+    for heading in ("set", "from", ""):
+        shown.add_column(heading, no_wrap=bool(heading))
+    for row in found:
+        shown.add_row(*row)
+    Console().print(shown)
+
+
+def protocols(
+    given: Annotated[list[str] | None, typer.Argument(help="Names and YAML files; default: the built-in ones.")] = None,
+) -> None:
+    """Show protocols side by side, a line per rule: the built-in ones, or those that are named (a file is checked by that)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dfqbench.quantization import PROTOCOLS, Protocol, find_protocol
+
+    chosen = [find_protocol(name) for name in given] if given else list(PROTOCOLS.values())
+    shown = Table(box=None, pad_edge=False)
+    shown.add_column("rule", no_wrap=True)
+    for protocol in chosen:
+        shown.add_column(protocol.name, overflow="fold")
+    shown.add_column("meaning")
+    for rule, field in Protocol.model_fields.items():
+        if rule == "name":
+            continue
+        values = [getattr(protocol, rule) for protocol in chosen]
+        shown.add_row(rule, *("null" if v is None else str(v).lower() if isinstance(v, bool) else str(v) for v in values), field.description or "")
+    Console().print(shown)
+
+
+def models(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'pytorchcv:resnet*_cifar10'.")] = "*") -> None:
+    """List the networks that can be teachers; `my_nets.py:*` and `my_package.nets:*` list a file's and a module's factories."""
+    from dfqbench.errors import nearest
+    from dfqbench.teachers import list_models
+
+    found = list_models(pattern)
+    if not found:
+        raise UserError(f"no network matches {pattern!r}: {nearest(pattern, list_models())}")
+    print("\n".join(found))

@@ -1,0 +1,161 @@
+"""dfqbench methods: list, show, new, check."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dfqbench.cli.options import Plugins
+from dfqbench.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from dfqbench.method.contract import Method
+    from dfqbench.method.info import MethodInfo
+
+app = typer.Typer(help="List the methods; show one with its settings; write a new one; check one.", invoke_without_command=True)
+
+
+@app.callback()
+def methods(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_methods("*", None)
+
+
+@app.command("list")
+def list_methods(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'z*'.")] = "*", plugin: Plugins = None) -> None:
+    """List methods: paper, what the implementation follows, what it needs, whether bit widths share synthesis, where it comes from."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from dfqbench.method import registry
+
+    _load(plugin)
+    found = list(registry.list_methods(pattern))
+    _tell_broken()
+    if not found:
+        raise UserError(f"no method matches {pattern!r}: {nearest(pattern, [m.info.name for m in registry.list_methods()])}")
+    heading = ("method", "paper", "follows", "needs", "lockstep", "from")
+    rows = [heading, *(_row(method.info) for method in found)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    console = Console()
+    for row, method in zip(rows, [None, *found], strict=True):
+        line = "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
+        console.print(line.rstrip(), style=None if method else "bold", highlight=False, markup=False, soft_wrap=True)
+        if method is not None:
+            console.print(Padding(Text(method.info.summary, style="dim"), (0, 0, 0, 2)))
+
+
+def _row(info: MethodInfo) -> tuple[str, ...]:
+    needs = ", ".join("BN" if need == "statistics" else need for need in info.needs)
+    return info.name, info.paper, info.fidelity, needs or "logits only", "yes" if info.shares_synthesis else "no", info.origin
+
+
+@app.command("show")
+def show_method(name: str, plugin: Plugins = None) -> None:
+    """Show one method: what it is, where it comes from, and every setting with default, unit, meaning and source."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dfqbench.method.info import NEEDS
+    from dfqbench.method.settings import settings_of
+
+    method = _find(name, plugin)
+    info, console = method.info, Console()
+    source = info.source
+    lines = [
+        f"{info.name}: {info.summary}",
+        f"paper      {info.paper}, follows the {info.fidelity}",
+        f"from       {info.origin}, {source.file}, sha256 {source.sha256[:12]}",
+        *(f"needs      {NEEDS[need]}" for need in info.needs),
+        f"lockstep   {'yes: one stream of images serves all bit widths' if info.shares_synthesis else 'no: the images depend on the student'}",
+    ]
+    rules = [f"{rule} {value}" for rule, value in (("ranges", method.ranges), ("batch norm", method.batch_norm)) if value]
+    if rules:
+        lines.append(f"own rules  {', '.join(rules)}")
+    for check, reason in method.expected_failures.items():
+        lines.append(f"fails      {check}: {reason}")
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    settings = list(settings_of(method.Config))
+    if not settings:
+        console.print("no settings")
+        return
+    console.print()
+    shown = Table(box=None, pad_edge=False)
+    for heading in ("setting", "default", "unit", "meaning", "source"):
+        shown.add_column(heading, no_wrap=heading == "setting", overflow="fold")
+    for setting in settings:
+        shown.add_row(setting.name, setting.default, setting.unit, setting.meaning, setting.source)
+    console.print(shown)
+    for preset, values in method.Config.presets.items():
+        console.print(f"preset {preset}: " + ", ".join(f"{k}={v}" for k, v in values.items()), highlight=False)
+
+
+@app.command("new")
+def new_method(
+    name: Annotated[str, typer.Argument(help="What it is to be called: lower case, words with hyphens.")],
+    package: Annotated[bool, typer.Option("--package", help="An installable package instead of one file.")] = False,
+) -> None:
+    """Write a working method into this folder: a file and a sweep over it, or a package with a test."""
+    from dfqbench.method.scaffold import write_file, write_package
+
+    written, then = write_package(name) if package else write_file(name)
+    print("\n".join(["wrote", *(f"  {path}" for path in written), "then", *(f"  {command}" for command in then)]))
+
+
+@app.command("check")
+def check_method(name: str, plugin: Plugins = None) -> None:
+    """Run the conformance checks on a method, on a small random network: what held, what failed, how to mend it."""
+    method = _find(name, plugin)
+    from dfqbench.testing import outcomes
+
+    print(f"{method.info.name} ({method.info.origin})")
+    started, counts = time.perf_counter(), dict.fromkeys(("held", "expected", "failed", "outdated"), 0)
+    for outcome in outcomes(method):
+        counts[outcome.verdict] += 1
+        print(f"  {'FAILED' if not outcome.good else outcome.verdict:<9} {outcome.check}: {outcome.meaning}")
+        if outcome.verdict == "outdated":
+            print("            what  it is declared in expected_failures, but it holds\n            mend  Take it out of expected_failures.")
+        elif outcome.failure is not None:
+            print(f"            what  {_indented(outcome.failure)}")
+            print(
+                f"            why   {outcome.excuse}" if outcome.excuse else f"            mend  {outcome.mend[:1].upper()}{outcome.mend[1:]}",
+                flush=True,
+            )
+        sys.stdout.flush()
+    failed = counts["failed"] + counts["outdated"]
+    parts = [f"{counts['held']} held", f"{counts['expected']} failed as declared" if counts["expected"] else "", f"{failed} failed" if failed else ""]
+    print(f"{sum(counts.values())} checks: {', '.join(filter(None, parts))} ({time.perf_counter() - started:.0f} s)")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _indented(text: str) -> str:
+    return text.strip().replace("\n", "\n                  ")
+
+
+def _find(name: str, plugins: list[str] | None) -> type[Method]:
+    from dfqbench.method.registry import find_method
+
+    _load(plugins)
+    _tell_broken()
+    return find_method(name)
+
+
+def _load(plugins: list[str] | None) -> None:
+    from dfqbench.method.registry import load_plugin
+
+    for file in plugins or []:
+        load_plugin(file)
+
+
+def _tell_broken() -> None:
+    from dfqbench.method import registry
+
+    registry.discover()
+    for plugin, why in registry.broken.items():
+        print(f"broken plug-in {plugin}: {why}", file=sys.stderr)

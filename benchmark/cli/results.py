@@ -1,0 +1,253 @@
+"""The commands that read a store: table, compare, plot, report; merge, which brings stores together; wandb sync. None of them needs torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dfqbench.cli.options import DEFAULT_RESULTS, Plugins, Results, one_of
+from dfqbench.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from dfqbench.analysis.records import Reading
+    from dfqbench.analysis.tables.blocks import Rule
+    from dfqbench.store import Store
+
+OnlyConfig = Annotated[str | None, typer.Argument(help="Only this sweep's cells; default: all of the store.")]
+RuleOption = Annotated[str, typer.Option("--rule", help="last, or best-on-test (chosen on the test labels).")]
+TABLE_FORMATS = ("text", "markdown", "latex", "html", "csv", "csv-means")
+NAMED = 5  # missing cells that are named; the rest is counted
+
+
+def table(
+    config: OnlyConfig = None,
+    results: Results = DEFAULT_RESULTS,
+    rule: RuleOption = "last",
+    output: Annotated[
+        str, typer.Option("--format", help="text, markdown, latex, html; csv: a line per cell; csv-means: a line per row and width.")
+    ] = "text",
+    layout: Annotated[
+        str, typer.Option(help="blocks: a table per teacher and evaluation set; wide: one table of methods by networks and bit widths.")
+    ] = "blocks",
+    plugin: Plugins = None,
+) -> None:
+    """Print the table of finished cells."""
+    checked = _rule(rule)
+    one_of("--format", output, TABLE_FORMATS)
+    one_of("--layout", layout, ("blocks", "wide"))
+    if layout == "wide" and output.startswith("csv"):
+        raise UserError(f"--layout wide: --format {output} has a line for every cell or mean, whatever the layout")
+    reading = read_cells(config, results, plugin)
+    from dfqbench.analysis.tables.blocks import load_frame
+
+    if output == "csv":
+        load_frame(reading.results).to_csv(sys.stdout, index=False)
+        return
+    from dfqbench.analysis.ledger import load_ledger
+    from dfqbench.analysis.per_image import PerImage
+    from dfqbench.analysis.tables import formats as table_formats
+    from dfqbench.analysis.tables.blocks import blocks, ranking
+
+    found = blocks(reading.results, checked, ledger=load_ledger(), per_image=PerImage(reading))
+    ranks = ranking(found)
+    if output == "csv-means":
+        table_formats.means_frame(found).to_csv(sys.stdout, index=False)
+        return
+    from dfqbench.analysis.tables.wide import side_by_side
+
+    tables = side_by_side(found) if layout == "wide" else found
+    if output == "text":
+        from rich.console import Console
+
+        from dfqbench.analysis.tables.terminal import print_tables
+
+        print_tables(tables, ranks, Console())
+    else:
+        formats = {"markdown": table_formats.markdown, "latex": table_formats.latex, "html": table_formats.html_page}
+        print(formats[output](tables, ranks), end="")
+
+
+def _rule(given: str) -> Rule:
+    one_of("--rule", given, ("last", "best-on-test"))
+    return given  # type: ignore[return-value]
+
+
+def read_cells(config: str | None, results: Path, plugins: list[str] | None) -> Reading:
+    """The finished cells of a store or of one sweep. Says on standard error what is damaged and what is missing; UserError where nothing is left."""
+    from dfqbench.analysis.records import read_store
+    from dfqbench.store import Store
+
+    store = Store(results)
+    wanted = cells_of(config, store, plugins) if config else None
+    reading = read_store(store, set(wanted) if wanted is not None else None)
+    for line in reading.skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    if reading.skipped:
+        print(f"{len(reading.skipped)} skipped, nothing was changed", file=sys.stderr)
+    again = f"dfqbench run {config}" + ("" if results == DEFAULT_RESULTS else f" --results {results}")
+    again += "".join(f" --plugin {plugin}" for plugin in plugins or ())
+    if wanted is not None:
+        done = {result["id"] for result in reading.results}
+        missing = [name for cell_id, name in wanted.items() if cell_id not in done]
+        if missing:
+            named = "".join(f"\n  {name}" for name in missing[:NAMED]) + (f"\n  and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+            print(f"{len(missing)} of {len(wanted)} cells are not done, {again} runs them:{named}", file=sys.stderr)
+    if not reading.results:
+        raise UserError(f"nothing is finished in {store.root / 'runs'}" + (f" of {config}: {again}" if config else ""))
+    return reading
+
+
+def cells_of(config: str, store: Store, plugins: list[str] | None) -> dict[str, str]:
+    """The ids of a sweep's cells with their names: as its last run noted them, or, if the config has changed since, worked out anew (needs torch)."""
+    from dfqbench.sweep.config_file import find_config, noted_cells
+
+    noted = noted_cells(config, store.root)
+    if noted is not None:
+        return noted
+    from dfqbench.cache import cache_folder
+    from dfqbench.sweep.load import load_sweep
+
+    return {cell.id: str(cell) for cell in load_sweep(find_config(config), cache_folder(), plugins).cells}
+
+
+def plot(
+    config: OnlyConfig = None,
+    results: Results = DEFAULT_RESULTS,
+    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: figures in the results folder.")] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="Only this kind; may be given again. accuracy, published, cost, curves, losses, drop, ablation.")
+    ] = None,
+    output: Annotated[list[str] | None, typer.Option("--format", help="png, pdf or svg; may be given again. Default: all three.")] = None,
+    rule: RuleOption = "last",
+    plugin: Plugins = None,
+) -> None:
+    """Draw the plots of finished cells."""
+    from dfqbench.analysis.plots.drawn import NothingToDraw
+    from dfqbench.analysis.plots.kinds import KINDS
+    from dfqbench.analysis.plots.style import FORMATS
+
+    checked = _rule(rule)
+    for name in kind or []:
+        if name not in KINDS:
+            raise UserError(f"--kind {name!r}: {nearest(name, KINDS)}")
+    for name in output or []:
+        one_of("--format", name, FORMATS)
+    reading = read_cells(config, results, plugin)
+    from dfqbench.analysis.plots.figures import drawn_kinds, prepare
+    from dfqbench.files import write_atomically
+
+    folder = out or results / "figures"
+    for name, found in drawn_kinds(prepare(reading, checked), kind or KINDS, output or FORMATS):
+        if isinstance(found, NothingToDraw):
+            if kind:
+                raise UserError(f"{name}: {found}")
+            print(f"not drawn: {name}: {found}", file=sys.stderr)
+            continue
+        try:
+            for file, content in found:
+                write_atomically(folder / file, content)
+                print(folder / file)
+        except OSError as error:
+            raise UserError(f"{folder}: {error.strerror}") from None
+
+
+def report(
+    config: OnlyConfig = None,
+    results: Results = DEFAULT_RESULTS,
+    out: Annotated[Path | None, typer.Option(help="The HTML file to write; default: report.html in the results folder.")] = None,
+    rule: RuleOption = "last",
+    plugin: Plugins = None,
+) -> None:
+    """Write one HTML file with tables, plots, synthetic images and everything about every cell; it needs no network."""
+    checked = _rule(rule)
+    target = out or results / "report.html"
+    if target.is_dir():
+        raise UserError(f"--out {target}: a folder; name a file, like {target / 'report.html'}")
+    reading = read_cells(config, results, plugin)
+    from dfqbench.analysis.report import default_title, write_report
+
+    try:
+        write_report(reading, target, default_title(reading.store) if config is None else f"dfqbench: {Path(config).stem}", checked)
+    except OSError as error:
+        raise UserError(f"{target}: {error.strerror}") from None
+    print(target)
+
+
+def compare(
+    first: Annotated[str, typer.Argument(metavar="CELL", help="A finished cell's id, or as many of its first letters as no other has.")],
+    second: Annotated[str, typer.Argument(metavar="CELL", help="Another one, on the same evaluation set.")],
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Compare two finished cells image by image: difference with interval, McNemar's exact test, and what else they differ in."""
+    from dfqbench.analysis.compare import compare as compared
+    from dfqbench.analysis.compare import in_words
+    from dfqbench.store import Store
+
+    for line in in_words(compared(Store(results), first, second)):
+        print(line)
+
+
+def merge(
+    others: Annotated[list[Path], typer.Argument(metavar="OTHER_RESULTS...", help="Results folders of others.")],
+    results: Results = DEFAULT_RESULTS,
+) -> None:
+    """Copy the cells of other results folders into this one; nothing is overwritten, conflicts are reported."""
+    from dfqbench.analysis import merge as merging
+
+    done = merging.merge(others, results)
+    for line in done.skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    for line in done.conflicts:
+        print(f"conflict: {line}", file=sys.stderr)
+    print(f"{done} ({results})")
+    if done.conflicts:
+        raise typer.Exit(1)
+
+
+wandb_app = typer.Typer(help="Weights & Biases.", no_args_is_help=True)
+
+
+@wandb_app.callback()
+def _wandb() -> None:
+    """Weights & Biases."""
+
+
+@wandb_app.command("sync")
+def wandb_sync(
+    config: OnlyConfig = None,
+    results: Results = DEFAULT_RESULTS,
+    project: Annotated[str, typer.Option(help="The W&B project.")] = "dfqbench",
+    entity: Annotated[str | None, typer.Option(help="A W&B user or team; default: the one that is logged in.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Write offline folders into wandb/ of the results folder, for `wandb sync`.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Also those that were pushed before.")] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Push finished cells to Weights & Biases, also those that ran without it; each once."""
+    from pydantic import ValidationError
+
+    from dfqbench.sweep.schema import Tracking
+    from dfqbench.tracking.runs import sync
+
+    try:
+        where = Tracking(wandb="offline" if offline else "online", project=project, entity=entity)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--{first['loc'][0]} {first['input']!r}: letters, digits, '.', '_' and '-' only") from None
+    reading = read_cells(config, results, plugin)
+    os.environ.setdefault("WANDB_SILENT", "true")
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("W&B is not installed: pip install wandb") from None
+    if not offline and not wandb.login(prompt=False):
+        raise UserError("W&B: not logged in: `wandb login`, or set WANDB_API_KEY; without an account: --offline")
+    try:
+        pushed, there = sync(reading.store, reading.results, where, again, print)
+    except (wandb.Error, OSError, TimeoutError) as error:
+        raise UserError(f"W&B: {(str(error).splitlines() or [type(error).__name__])[0]}; the same command goes on with what is missing") from None
+    place = f"{results / 'wandb'}: upload them with `wandb sync {results / 'wandb'}/offline-run-*`" if offline else f"project {project}"
+    print(f"{pushed} pushed" + (f", {there} already there" if there else "") + f" ({place})")

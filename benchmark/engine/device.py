@@ -1,0 +1,81 @@
+"""The device of a training process: which one, in which precision it computes, its memory, and seconds measured on it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from dfqbench.errors import UserError
+from dfqbench.sweep.cell import Cell
+
+# malloc.h of the GNU C library
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+def check_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:1`. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: auto, cpu, cuda or cuda:N is expected") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r}: no GPU is visible here; take --device cpu")
+    return device
+
+
+def autocast_of(cell: Cell, device: torch.device) -> torch.autocast:
+    """The context in which a cell computes: bfloat16 where its precision says so."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=cell.precision == "bf16")
+
+
+class Stopwatch:
+    """Seconds by name. On a GPU they are taken from events, so that measuring waits for nothing until it is read."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.totals: dict[str, float] = {}
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        if self.device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            stream = torch.cuda.current_stream(self.device)  # that of this device, which need not be torch's current one (cuda:1)
+            start.record(stream)
+            yield
+            end.record(stream)
+            self._events.append((name, start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self.totals[name] = self.totals.get(name, 0.0) + time.perf_counter() - started
+
+    def read(self) -> dict[str, float]:
+        """All totals so far; on a GPU this waits for the work that was measured."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            for name, start, end in self._events:
+                self.totals[name] = self.totals.get(name, 0.0) + start.elapsed_time(end) / 1000
+            self._events.clear()
+        return self.totals
+
+
+def keep_freed_memory() -> None:
+    """Tells the C library to keep what is freed for the next step, which asks for the same sizes again.
+
+    By default large tensors go back to the operating system at once, and every step gets them anew, page by page and filled with zeros:
+    some 5 % of a step. Where the C library is another one, nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 64 * 2**20)

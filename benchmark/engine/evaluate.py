@@ -1,0 +1,98 @@
+"""Accuracy of a network on an evaluation set, image by image, and a hash that shows whether evaluating changed it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dfqbench.data import Images
+from dfqbench.errors import UserError
+from dfqbench.task import Task
+from dfqbench.teachers.weights import hash_tensors
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network got right. `correct` has one entry per image in the set's order, so that two networks can be compared image by image."""
+
+    correct: npt.NDArray[np.bool_]
+    top1: float  # percent
+    top5: float | None  # percent; None below 6 classes, where it would say nothing
+    loss: float  # mean cross-entropy in nats; nan for a network that diverged
+
+
+@torch.inference_mode()
+def evaluate(
+    network: nn.Module, images: Images, task: Task, device: torch.device | str = "cpu", precision: Precision = "fp32", batch_size: int = 500
+) -> Evaluation:
+    """Run every image through the network in eval mode; training flags are as before afterwards.
+
+    The network is moved to `device` and stays there. An answer that is not finite counts as wrong. `bf16` is autocast; `fp32` leaves TF32, where a
+    GPU has it, to the caller's global settings. Raises UserError where the network does not answer with one logit per class of the set.
+    """
+    device = torch.device(device)
+    network.to(device)
+    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (task.mean, task.std))
+    hits1, hits5, losses = [], [], []
+    with _eval_mode(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for pixels, labels in images.batches(batch_size):
+            target = _to(labels, device)
+            logits = network(normalise(_to(pixels, device), mean, std))
+            _check(logits, len(labels), images.classes)
+            logits = logits.float()
+            finite = torch.isfinite(logits).all(1)
+            hits1.append((logits.argmax(1) == target) & finite)
+            if images.classes > 5:
+                hits5.append((logits.topk(5, 1).indices == target[:, None]).any(1) & finite)
+            losses.append(F.cross_entropy(logits, target, reduction="none"))
+    correct = torch.cat(hits1)  # nothing is fetched from the device before all batches are under way
+    return Evaluation(
+        correct=correct.cpu().numpy(),
+        top1=100.0 * correct.double().mean().item(),
+        top5=100.0 * torch.cat(hits5).double().mean().item() if hits5 else None,
+        loss=torch.cat(losses).double().mean().item(),
+    )
+
+
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """N x H x W x C uint8 -> N x C x H x W float32 in channels_last order, as the teacher was trained on; mean and std are 1 x C x 1 x 1."""
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def state_hash(network: nn.Module) -> str:
+    """sha256 of all parameters and buffers, those that a state_dict leaves out included; device and memory layout do not enter."""
+    parameters, buffers = network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False)
+    return hash_tensors([*parameters, *buffers])
+
+
+def _to(array: npt.NDArray[np.uint8] | npt.NDArray[np.int64], device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _check(logits: object, count: int, classes: int) -> None:
+    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+    if shape != (count, classes):
+        raise UserError(f"the network answers {count} images with {shape}, the evaluation set needs ({count}, {classes})")
+
+
+@contextmanager
+def _eval_mode(network: nn.Module) -> Iterator[None]:
+    """Each module's own flag is restored: a student in training may hold some of its modules in eval mode."""
+    flags = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

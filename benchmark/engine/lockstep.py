@@ -1,0 +1,292 @@
+"""The lockstep engine: one stream of synthetic batches, students of several bit widths trained on it side by side.
+
+Whatever a student ends with is bit-identical to what it would end with alone: students share the images and nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dfqbench.engine.device import Stopwatch, autocast_of
+from dfqbench.engine.evaluate import Evaluation
+from dfqbench.engine.learning_rate import is_fused, learning_rate, place_rates, rate_of, set_rate
+from dfqbench.engine.method_state import optimizers_of, restore_state, set_up, state_of
+from dfqbench.engine.step_graph import CapturedParts, CudaRecorder, Eager, Parts, Recorder
+from dfqbench.method.contract import Batch, Phase
+from dfqbench.method.log import Log
+from dfqbench.network import Teacher
+from dfqbench.quantization.student import Student
+from dfqbench.sweep.cell import Bundle, Cell
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+class Watcher(Protocol):
+    """What the engine tells while it runs, and what it asks."""
+
+    def step(self, lockstep: Lockstep, phase: Phase) -> None:
+        """After every step; may save a checkpoint, may raise Interrupted."""
+
+    def epoch(self, lockstep: Lockstep, phase: Phase) -> None:
+        """After every epoch, when history has its new row."""
+
+
+@dataclass
+class Trainee:
+    """One cell's student with what belongs to it alone."""
+
+    cell: Cell
+    student: Student
+    optimizer: torch.optim.Optimizer | None
+    history: list[dict[str, Any]] = field(default_factory=list)
+    failed: str | None = None
+    evaluation: Evaluation | None = None  # the latest
+
+    @property
+    def name(self) -> str:
+        return str(self.cell.bits)
+
+
+class Lockstep:
+    """A bundle in training. `run` goes from where it is to the end; `state` and `restore` carry it over an interruption.
+
+    epoch, iteration: position in the plan: `iteration` steps of `epoch` (counted over all phases) are done. parts: how the parts of a step are run;
+    as they are, unless `replay_steps` was called.
+    """
+
+    SHARED = "shared"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        teacher: Teacher,
+        device: torch.device,
+        evaluate: Callable[[Student], Evaluation],
+        evaluate_every: int | None = None,
+        work: Path | None = None,
+    ):
+        first = bundle.cells[0]
+        self.bundle, self.device, self.evaluate, self.evaluate_every = bundle, device, evaluate, evaluate_every
+        self.autocast = autocast_of(first, device)
+        self.teacher = teacher.to(device).to(memory_format=torch.channels_last)
+        self.method = set_up(first, self.teacher, device, work)
+        self.phases = self.method.phases()
+        self.epochs = [(phase, index) for phase in self.phases for index in range(phase.epochs)]
+        self.trainees = [self._trainee(cell) for cell in bundle.cells]
+        self.epoch = self.iteration = 0
+        self.watch = Stopwatch(device)
+        self.last_batch: Batch | None = None
+        self.parts: Parts = Eager()
+        self._place_rates()
+        self.images_from: dict[str, Any] | None = None  # the cell that made them and in how many seconds, where they were taken over
+
+    def _trainee(self, cell: Cell) -> Trainee:
+        student = Student(self.teacher, cell.protocol, cell.bits).to(self.device).to(memory_format=torch.channels_last)
+        trains = any(phase.distill for phase in self.phases)
+        optimizer = self.method.student_optimizer(student) if trains else None
+        if optimizer is not None:
+            c = self.method.config
+            self.method.schedule(optimizer, getattr(c, "milestones", []), getattr(c, "lr_decay", 1.0))
+        return Trainee(cell, student, optimizer)
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """The method's own and the students'."""
+        return [*optimizers_of(self.method), *(t.optimizer for t in self.trainees if t.optimizer is not None)]
+
+    def _place_rates(self) -> None:
+        if self.device.type == "cuda" and self.method.static_step:
+            for optimizer in self.optimizers:
+                place_rates(optimizer, self.device)
+
+    def replay_steps(self, say: Callable[[str], None], make_recorder: Callable[[], Recorder] | None = None) -> None:
+        """From here on, steps are recorded and replayed (as CUDA graphs): see `step_graph`. Where that cannot be, `say` gets a line that says why."""
+        name, loose = self.method.info.name, [type(optimizer).__name__ for optimizer in self.optimizers if not is_fused(optimizer)]
+        if not self.method.static_step:
+            say(f"steps of {name} are not replayed but run as they are: they are not the same operations every time (static_step)")
+        elif loose:
+            say(f"steps of {name} are not replayed but run as they are: its {loose[0]} is not one of torch's fused optimizers (fused=True)")
+        else:
+            students = {t.name: (t.student, t.optimizer) for t in self.trainees}
+            self.parts = CapturedParts(self.method, students, make_recorder or (lambda: CudaRecorder(self.device)), say)
+
+    @property
+    def active(self) -> list[Trainee]:
+        """The students still in training: one that diverged has left."""
+        return [t for t in self.trainees if t.failed is None]
+
+    def iterations_of(self, phase: Phase) -> int:
+        """Steps per epoch."""
+        return phase.iterations if phase.iterations is not None else int(self.method.config.iterations)
+
+    @property
+    def steps_done(self) -> int:
+        return sum(self.iterations_of(phase) for phase, _ in self.epochs[: self.epoch]) + self.iteration
+
+    @property
+    def steps(self) -> int:
+        return sum(self.iterations_of(phase) for phase, _ in self.epochs)
+
+    @property
+    def making_epochs(self) -> int:
+        """Epochs at the beginning of the plan that only make images: no student takes part."""
+        return next((i for i, (phase, _) in enumerate(self.epochs) if phase.step is None), len(self.epochs))
+
+    @property
+    def student_steps(self) -> int:
+        """Updates that each student gets."""
+        return sum(self.iterations_of(phase) for phase, _ in self.epochs if phase.distill)
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self, watcher: Watcher) -> None:
+        """Trains to the end of the plan, then lets the method finish every student and evaluates it.
+
+        Raises what the method raises, and Interrupted where the watcher does.
+        """
+        while self.epoch < len(self.epochs) and self.active:
+            phase, index = self.epochs[self.epoch]
+            calibrating = index < phase.calibration_epochs
+            self.begin_epoch(phase, calibrating)
+            while self.iteration < self.iterations_of(phase):
+                self.step(phase, calibrating)
+                self.iteration += 1
+                watcher.step(self, phase)
+            self._end_epoch(phase, self.method._log.averages(Log.SHARED))
+            self.epoch, self.iteration = self.epoch + 1, 0
+            watcher.epoch(self, phase)
+        for trainee in self.active:
+            with self.watch.of(trainee.name):
+                self.method.finish(trainee.student)
+            trainee.student.check_ranges()
+            trainee.evaluation = self.evaluate(trainee.student)
+
+    def begin_epoch(self, phase: Phase, calibrating: bool) -> None:
+        """Learning rates and modes of an epoch."""
+        epoch = sum(phase.step is None for phase, _ in self.epochs[: self.epoch])  # a milestone never counts the making of images
+        for optimizer, milestones, decay in self.method._schedules:
+            for group in optimizer.param_groups:
+                set_rate(group, learning_rate(group["initial_lr"], milestones, decay, epoch))
+        self.parts.begin((phase, calibrating))
+        for trainee in self.active:
+            trainee.student.training_mode(phase.distill)
+            trainee.student.track_ranges(calibrating)
+
+    def skip_epoch(self, logged: dict[str, float], seconds: float) -> None:
+        """Goes past an epoch that only makes images, whose work was brought here from elsewhere.
+
+        logged: the epoch's averages. seconds: what the work had cost by its end.
+        """
+        phase, _ = self.epochs[self.epoch]
+        self.begin_epoch(phase, calibrating=False)
+        self.watch.totals[self.SHARED] = seconds
+        self._end_epoch(phase, logged)
+        self.epoch += 1
+
+    def step(self, phase: Phase, calibrating: bool) -> None:
+        """One step of a phase: images, then every student."""
+        with self.watch.of(self.SHARED):
+            batch = self.parts.run(self.SHARED, lambda: self._synthesize(phase))
+        if phase.step is not None:
+            return
+        assert batch is not None
+        self.last_batch = batch
+        for trainee in self.active if phase.distill or calibrating else ():
+            with self.watch.of(trainee.name):
+                self.parts.run(trainee.name, lambda trainee=trainee: self._train(trainee, batch, phase.distill))  # type: ignore[misc]
+
+    def _synthesize(self, phase: Phase) -> Batch | None:
+        with self.autocast:
+            if phase.step is not None:
+                phase.step()
+                return None
+            return (phase.batch or self.method.synthesize)()
+
+    def _train(self, trainee: Trainee, batch: Batch, distill: bool) -> None:
+        """One student's part: an update, or a look at the batch that its ranges are tracked on."""
+        with self.method._log.of(trainee.name):
+            if not distill:
+                with torch.no_grad(), self.autocast:
+                    trainee.student(batch.images)
+                return
+            assert trainee.optimizer is not None
+            with self.autocast:
+                loss = self.method.distill(trainee.student, batch)
+            self.method.log("loss", loss)
+            self.method.student_step(trainee.student, loss, trainee.optimizer)
+            if not self.method.info.shares_synthesis:
+                with self.autocast:
+                    self.method.adversary(trainee.student)
+
+    def _end_epoch(self, phase: Phase, shared: dict[str, float]) -> None:
+        """shared: the averages of what was logged outside any student."""
+        log, epoch, seconds = self.method._log, self.epoch + 1, self.watch.read()
+        for trainee in self.active:
+            trainee.student.training_mode(False)
+            trainee.student.track_ranges(False)
+            row: dict[str, Any] = {"epoch": epoch, "phase": phase.name, **shared, **log.averages(trainee.name)}
+            if trainee.optimizer is not None and phase.distill:
+                row["student_lr"] = rate_of(trainee.optimizer.param_groups[0])
+            if self._evaluates_after(epoch, trainee):
+                trainee.evaluation = self.evaluate(trainee.student)
+                row["top1"] = trainee.evaluation.top1
+            row["seconds"] = round(seconds.get(self.SHARED, 0.0) + seconds.get(trainee.name, 0.0), 3)
+            trainee.history.append(row)
+            if not math.isfinite(row.get("loss", 0.0)):
+                trainee.failed = f"diverged: the loss is {row['loss']} in epoch {epoch}"
+        log.reset()
+
+    def _evaluates_after(self, epoch: int, trainee: Trainee) -> bool:
+        """The last epoch is evaluated after `finish`; a student without ranges has nothing to say yet."""
+        due = self.evaluate_every is not None and epoch % self.evaluate_every == 0 and epoch < len(self.epochs)
+        return due and all(q.has_range for q in trainee.student.quantizers.values())
+
+    # --- interruption -------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers and strings only: everything that the rest of the run depends on."""
+        return {
+            "members": [t.cell.id for t in self.trainees],
+            "epoch": self.epoch,
+            "iteration": self.iteration,
+            "method": state_of(self.method),
+            "students": {
+                t.name: {
+                    "network": t.student.state_dict(),
+                    "optimizer": t.optimizer.state_dict() if t.optimizer else None,
+                    "history": t.history,
+                    "failed": t.failed,
+                }
+                for t in self.trainees
+            },
+            "global_random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "seconds": dict(self.watch.read()),
+            "images_from": self.images_from,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on from a state saved by a bundle of the same members."""
+        self.epoch, self.iteration = state["epoch"], state["iteration"]
+        restore_state(self.method, state["method"])
+        for trainee in self.trainees:
+            saved = state["students"][trainee.name]
+            trainee.student.load_state_dict(saved["network"])
+            if trainee.optimizer is not None:
+                trainee.optimizer.load_state_dict(saved["optimizer"])
+            trainee.history, trainee.failed = saved["history"], saved["failed"]
+        self._place_rates()  # loaded optimizers hold other tensors
+        self.parts.forget()
+        torch.set_rng_state(state["global_random"].cpu())
+        if state["cuda_random"] is not None:
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+        self.watch.totals = dict(state["seconds"])
+        self.images_from = state.get("images_from")

@@ -1,0 +1,202 @@
+"""The contract of a method: what a data-free quantizer writes, and what the engine does for it.
+
+A method owns its losses and its images. The engine owns everything else: the loop, devices, precision, the quantizer and its
+ranges, learning-rate schedules, evaluation, checkpoints, logging and progress. A method never sees data: it is handed the
+teacher, a description of the task, and random streams.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dfqbench.method.image_set import ImageSet
+from dfqbench.method.info import MethodInfo, Needs
+from dfqbench.method.log import Log, Value
+from dfqbench.method.settings import MethodConfig
+from dfqbench.quantization.protocol import BatchNormMode, RangeEstimatorName
+from dfqbench.task import Task
+
+if TYPE_CHECKING:
+    from dfqbench.network import Teacher
+    from dfqbench.quantization.student import Student
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of epochs in which every step does the same.
+
+    Each step synthesizes one batch. In the first `calibration_epochs` every student runs on it with its activation ranges
+    tracked; afterwards they are frozen. With `distill`, every student is also trained on the batch.
+
+    iterations: steps per epoch, the config's `iterations` where None. batch: what makes this phase's batches, `synthesize` where
+    None. step: what a step does instead of all that, where no student takes part yet (optimising images, say).
+    """
+
+    name: str
+    epochs: int
+    distill: bool = False
+    calibration_epochs: int = 0
+    iterations: int | None = None
+    batch: Callable[[], Batch] | None = None
+    step: Callable[[], None] | None = None
+
+
+@dataclass
+class Batch:
+    """N synthetic images with what belongs to them, all detached from autograd.
+
+    images: N x C x H x W, normalised. labels: N (int64), or None where a method has none. teacher_logits: N x classes.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    teacher_logits: Tensor
+
+
+def stream_seed(seed: int, name: str) -> int:
+    """The seed of a named random stream: it depends on the cell's seed and the name, and on nothing else of the cell."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big") >> 1
+
+
+class Method:
+    """A data-free quantizer. Subclass it, decorate the class with `register`, and write what is the method's own:
+
+    - `Config`: its settings;
+    - `setup()`: builds what it needs (generators, their optimizers) as plain attributes;
+    - `phases()`: how long, and what happens to the students;
+    - `synthesize()`: one batch of images (and the step of the generator, if there is one);
+    - `distill(student, batch)`: the loss of one student on one batch.
+
+    A method without training overrides only `finish(student)`.
+
+    Everything assigned to `self` in `setup` or later is checkpointed: modules, optimizers and whatever else has a
+    `state_dict`, tensors, random streams, numbers, strings, other methods, and lists, tuples and dicts of these. A module or optimizer must
+    exist after `setup`, so that its state can be loaded into it.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    version: ClassVar[int] = 1  # raise it whenever the same settings give other numbers than before
+    ranges: ClassVar[RangeEstimatorName | None] = None  # None: the protocol's choice
+    batch_norm: ClassVar[BatchNormMode | None] = None  # None: the protocol's choice
+    uses_seed: ClassVar[bool] = True  # False: nothing is random, one cell serves all seeds
+    needs: ClassVar[set[Needs]] = set()  # beside the teacher's logits: "statistics" (BN), "features" (of stages), "labels"
+    quick: ClassVar[dict[str, Any]] = {}  # settings with which the conformance checks take seconds, beside a small budget
+    expected_failures: ClassVar[dict[str, str]] = {}  # conformance checks that cannot hold, each with the reason
+    info: ClassVar[MethodInfo]  # set by `register`
+
+    config: Any
+
+    @property
+    def static_step(self) -> bool:
+        """Whether every step of a phase, as configured, is the same operations on the same tensors, so that a GPU can replay a captured one.
+
+        Then `synthesize`, `distill` and whatever else runs in a step wait for nothing (`.item()`, masks as indices, `torch.tensor(...)`), branch on
+        nothing that moves, keep no number and bind no new tensor in `self`, and use torch's fused optimizers. A conformance check holds it.
+        """
+        return False
+
+    def __init__(self, teacher: Teacher, config: MethodConfig, seed: int, device: torch.device | str = "cpu", work: Path | None = None):
+        self.teacher = teacher
+        self.task: Task = teacher.task
+        self.config = config
+        self.seed = seed
+        self.device = torch.device(device)
+        self._streams: dict[str, torch.Generator] = {}
+        self._schedules: list[tuple[torch.optim.Optimizer, list[int], float]] = []
+        self._log = Log()
+        self._work = work
+        self._image_sets: list[ImageSet] = []
+
+    # --- what a method writes -----------------------------------------------------------------------------------------
+
+    def setup(self) -> None:
+        """Builds what the method needs. New modules and tensors are made on the right device without being told."""
+
+    def phases(self) -> list[Phase]:
+        """The training plan; none means that `finish` does it all. Asked before `setup` too, to tell how long a run will take."""
+        return []
+
+    def synthesize(self) -> Batch:
+        """One batch, and whatever is learned in making it. It sees no student: with `shares_synthesis` it serves all bit widths."""
+        raise NotImplementedError(f"{type(self).__name__} has phases but no synthesize()")
+
+    def distill(self, student: Student, batch: Batch) -> Tensor:
+        """The loss (scalar) that one student is to minimise on one batch."""
+        raise NotImplementedError(f"{type(self).__name__} has a phase with distill=True but no distill()")
+
+    def student_optimizer(self, student: Student) -> torch.optim.Optimizer:
+        """SGD with Nesterov momentum over all weights, biases and BN parameters, as the lineage has it."""
+        c = self.config
+        return torch.optim.SGD(
+            student.parameters(), lr=c.student_lr, momentum=c.student_momentum, weight_decay=c.student_weight_decay, nesterov=True, fused=True
+        )
+
+    def student_step(self, student: Student, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """One update of a student; override it where the update itself is the idea."""
+        self.minimise(loss, optimizer)
+
+    def adversary(self, student: Student) -> None:
+        """After every update of a student, where images are to depend on it: the generator's move against this student.
+
+        Only for methods that do not share synthesis, whose bundles have one student each.
+        """
+
+    def finish(self, student: Student) -> None:
+        """After the last phase, before evaluation: post-training edits."""
+
+    def pictures(self) -> dict[str, Tensor]:
+        """What is worth a look after the run, beside a grid of the last images: file name without ending -> 3 x H x W in [0, 1].
+
+        Asked for once, after everything else; it changes no number. Write names as words with hyphens.
+        """
+        return {}
+
+    # --- what a method uses -------------------------------------------------------------------------------------------
+
+    def random(self, stream: str) -> torch.Generator:
+        """The random stream of that name, on the method's device; pass it as `generator=` to torch's random functions."""
+        if stream not in self._streams:
+            if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(f"the random stream {stream!r} is first drawn from in the captured step: the steps before were others")
+            self._streams[stream] = torch.Generator(self.device).manual_seed(stream_seed(self.seed, stream))
+        return self._streams[stream]
+
+    def draw_labels(self, count: int) -> Tensor:
+        """`count` class indices, uniform over the task's classes."""
+        return torch.randint(self.task.classes, (count,), generator=self.random("labels"), device=self.device)
+
+    def draw_noise(self, *shape: int) -> Tensor:
+        """Standard normal noise."""
+        return torch.randn(*shape, generator=self.random("noise"), device=self.device)
+
+    def image_set(self, name: str) -> ImageSet:
+        """A new, empty set for finished images; assign it to an attribute in `setup`."""
+        self._image_sets.append(ImageSet(name, self._work, self.device))
+        return self._image_sets[-1]
+
+    def minimise(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """One step of `optimizer` down the gradient of `loss`."""
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    def schedule(self, optimizer: torch.optim.Optimizer, milestones: Sequence[int], decay: float) -> None:
+        """Multiplies the optimizer's learning rates by `decay` from each milestone on.
+
+        Milestones are epochs, counted over all phases but those whose steps only make images.
+        """
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self._schedules.append((optimizer, list(milestones), decay))
+
+    def log(self, name: str, value: Value) -> Value:
+        """Averages a scalar over the epoch into history.csv, and hands it back. Within `distill` and `student_step` it belongs to that student."""
+        self._log.add(name, value)
+        return value

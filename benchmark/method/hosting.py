@@ -1,0 +1,90 @@
+"""Methods that wrap another one: a rule for the student's training that works with any host's images, say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from pydantic import model_validator
+
+from dfqbench.errors import UserError
+from dfqbench.method.contract import Batch, Method, Phase
+from dfqbench.method.registry import find_method
+from dfqbench.method.settings import Field, MethodConfig, TrainingConfig
+from dfqbench.quantization.student import Student
+
+if TYPE_CHECKING:
+    from dfqbench.network import Teacher
+
+SHARED_SETTINGS = ("epochs", "iterations", "batch_size", "milestones", "lr_decay")  # what the wrapping method says for both
+
+
+class HostingConfig(TrainingConfig):
+    """Settings of a method that wraps the one named in `host`. Epochs, steps, batch, milestones and decay are said once, for both.
+
+    The host's version and all of its settings enter the cell's identity through `host_identity`.
+    """
+
+    host: str = Field("gdfq", description="the method that makes the images", source="chosen here")
+    host_settings: dict[str, Any] = Field({}, description="what differs from the host's defaults", source="chosen here")
+    host_identity: dict[str, Any] = Field({}, description="the host's version and complete settings: filled in, not to be given", source="the host")
+
+    @model_validator(mode="after")
+    def _host_is_complete(self) -> Self:
+        method, config = host_of(self)
+        complete = {"version": method.version, **config.model_dump(mode="json")}
+        if self.host_identity not in ({}, complete):
+            raise ValueError("host_identity is filled in: leave it out, and give host_settings")
+        self.__dict__["host_identity"] = complete  # frozen for everybody else
+        return self
+
+
+def host_of(config: HostingConfig) -> tuple[type[Method], MethodConfig]:
+    """The host with its settings. Raises ValueError (pydantic's way) where that method cannot be wrapped, or a setting is wrong."""
+    try:
+        method = find_method(config.host)
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    why_not = {
+        "it wraps a method itself": issubclass(method.Config, HostingConfig),
+        "it trains no student": not issubclass(method.Config, TrainingConfig),
+        "its images depend on the student": not method.info.shares_synthesis,
+        "it has rules of its own for ranges or BN": bool(method.ranges or method.batch_norm),
+    }
+    for reason, holds in why_not.items():
+        if holds:
+            raise ValueError(f"{config.host} cannot be wrapped: {reason}")
+    twice = [name for name in SHARED_SETTINGS if name in config.host_settings]
+    if twice:
+        raise ValueError(f"host_settings: {', '.join(twice)}: give it beside `host`, it holds for both")
+    return method, method.Config(**{name: getattr(config, name) for name in SHARED_SETTINGS}, **config.host_settings)
+
+
+class HostingMethod(Method):
+    """A method whose images are another's. `self.host` is that method; `setup` sets it up as it would be alone: the same seed gives it the same bits.
+
+    What is left to write is how a student learns: `distill`, `student_optimizer`, `student_step`. The host's log, schedules, pictures and final
+    edits are kept; checkpoints hold its state.
+    """
+
+    def __init__(self, teacher: Teacher, config: MethodConfig, seed: int, device: torch.device | str = "cpu", work: Path | None = None):
+        super().__init__(teacher, config, seed, device, work)
+        method, host_config = host_of(self.config)
+        self.host = method(self.teacher, host_config, self.seed, self.device, self._work)
+        self.host._log, self.host._schedules = self._log, self._schedules
+
+    def setup(self) -> None:
+        self.host.setup()
+
+    def phases(self) -> list[Phase]:
+        return self.host.phases()
+
+    def synthesize(self) -> Batch:
+        return self.host.synthesize()
+
+    def finish(self, student: Student) -> None:
+        self.host.finish(student)
+
+    def pictures(self) -> dict[str, Any]:
+        return self.host.pictures()

@@ -1,0 +1,115 @@
+"""The student: a quantized copy of the teacher, the thing that a method trains."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dfqbench.errors import UserError
+from dfqbench.network import Network, Teacher
+from dfqbench.network.frozen_batch_norm import BatchNorm
+from dfqbench.quantization.bn_ranges import activation_ranges
+from dfqbench.quantization.insert import insert_quantizers
+from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.quantization.protocol import Bits, Protocol
+from dfqbench.quantization.tune_mode import tuned
+
+
+class Student(Network):
+    """A quantized copy of `teacher`. Its weights start as the teacher's; its activation quantizers have no range yet.
+
+    Called, it computes convolutions with the batch norms behind them; observed, one after the other: the same up to rounding.
+
+    left_float: layers that no quantizer is known for; they compute in full precision.
+    """
+
+    _other_graphs: ClassVar[tuple[str, ...]] = (*Network._other_graphs, "_tuned_graph")
+
+    def __init__(self, teacher: Teacher, protocol: Protocol, bits: Bits):
+        traced = copy.deepcopy(teacher.traced)
+        left_float = insert_quantizers(traced, protocol, bits)
+        super().__init__(traced, teacher.task)
+        self.protocol, self.bits, self.left_float = protocol, bits, left_float
+        self.requires_grad_(True)
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        graph = self.__dict__.get("_tuned_graph")
+        if graph is None:
+            graph = self.__dict__["_tuned_graph"] = tuned(self.traced)
+        logits: Tensor = graph(images)
+        return logits
+
+    @property
+    def quantizers(self) -> dict[str, ActivationQuantizer]:
+        """Activation quantizers in the order of the forward pass, by the name of the graph node they follow."""
+        nodes = (str(n.target) for n in self.traced.graph.nodes if n.op == "call_module")
+        found = {name: self.traced.get_submodule(name) for name in nodes}
+        return {name.removeprefix("quantizers."): m for name, m in found.items() if isinstance(m, ActivationQuantizer)}
+
+    @property
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """Layers with quantized weights, by their names in the teacher."""
+        return {name.removeprefix("traced."): m for name, m in self.named_modules() if isinstance(m, QuantizedLayer)}
+
+    def training_mode(self, training: bool) -> None:
+        """What a training step wants: BN layers move their statistics only under batch_norm 'trained'; nothing else differs from eval."""
+        for module in self.modules():
+            if isinstance(module, BatchNorm):
+                module.train(training and self.protocol.batch_norm == "trained")
+
+    def track_ranges(self, tracking: bool) -> None:
+        """Whether activation ranges follow what passes through. They never move otherwise."""
+        for quantizer in self.quantizers.values():
+            quantizer.tracking = tracking
+
+    def set_ranges_from_bn(self, n: float) -> None:
+        """Activation ranges from the BN parameters alone: see `activation_ranges`. Raises UserError where they do not say enough."""
+        ranges, quantizers = activation_ranges(self.traced, self.task, n), self.quantizers
+        for name, (low, high) in ranges.items():
+            quantizers[name].set_range(low, high)
+
+    @torch.no_grad()
+    def correct_biases(self, images: Tensor) -> None:
+        """Takes out of every layer's bias what rounding its weights adds to its mean output on `images`, per output channel.
+
+        (DFQ, Nagel et al., ICCV 2019, section 4.2, with the inputs' means measured.) Layers without a bias get one.
+        """
+        inputs: list[Tensor] = []
+        for quantized in self.layers.values():  # in turn: each sees the inputs that the corrected layers before it give
+            hook = quantized.register_forward_pre_hook(lambda module, given: inputs.append(given[0].clone()))
+            self(images)
+            hook.remove()
+            layer, x = quantized.layer, inputs.pop()
+            inputs.clear()
+            added = quantized(x) - layer(x)
+            channels = 1 if isinstance(layer, nn.Conv2d) else added.dim() - 1
+            shift = added.mean([d for d in range(added.dim()) if d != channels])
+            layer.bias = nn.Parameter(-shift if layer.bias is None else layer.bias - shift)
+
+    def check_ranges(self) -> None:
+        """Raises UserError naming the quantizers that never got a range."""
+        without = [name for name, quantizer in self.quantizers.items() if not quantizer.has_range]
+        if without:
+            shown = ", ".join(without[:3]) + (f" and {len(without) - 3} more" if len(without) > 3 else "")
+            raise UserError(
+                f"{len(without)} activation quantizers have no range ({shown}): a phase needs calibration_epochs, or finish() must set them"
+            )
+
+    @contextlib.contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Inside, every quantizer is off: the network computes what the float network with these weights computes."""
+        parts = [m for m in self.modules() if isinstance(m, ActivationQuantizer | QuantizedLayer)]
+        before = [part.enabled for part in parts]
+        for part in parts:
+            part.enabled = False
+        try:
+            yield
+        finally:
+            for part, enabled in zip(parts, before, strict=True):
+                part.enabled = enabled

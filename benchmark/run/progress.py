@@ -1,0 +1,119 @@
+"""What a run shows while it runs: a live display in a terminal, plain lines elsewhere. No torch here."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from dfqbench.sweep.cell import Bundle, Cell
+
+PLAIN_EVERY_S = 10.0
+
+
+class Progress:
+    """Plain lines: one when something begins or ends, and at most one every ten seconds in between."""
+
+    def __init__(self, console: Console, name: str = ""):
+        """name: what every line begins with, where several processes write side by side."""
+        self.console, self.name = console, name
+        self.steps = self.step_number = self.first_step = 0
+        self.began = self.said = time.monotonic()
+
+    def start(self, todo: int, total: int) -> None:
+        done = f", {total - todo} of {total} need nothing" if todo < total else ""
+        self.say(f"{todo} cells to run{done}")
+
+    def bundle(self, bundle: Bundle, steps: int, steps_done: int) -> None:
+        """A bundle begins, at a step that is not 0 if it was interrupted before."""
+        self.say(str(bundle))
+        self.steps, self.step_number, self.first_step, self.began = steps, steps_done, steps_done, time.monotonic()
+
+    def step(self, phase: str) -> None:
+        self.step_number += 1
+        now = time.monotonic()
+        if now - self.said >= PLAIN_EVERY_S:
+            rate = (self.step_number - self.first_step) / max(now - self.began, 1e-9)
+            left = (self.steps - self.step_number) / rate
+            self.say(f"  {phase}: step {self.step_number}/{self.steps}, {rate:.2f} steps/s, {duration(left)} left")
+
+    def evaluating(self) -> None:
+        """Test images are running through a student."""
+
+    def epoch(self, epoch: int, epochs: int, rows: dict[str, dict[str, Any]]) -> None:
+        """After an epoch: the newest row of each student's history."""
+        evaluated = ", ".join(f"{name} {row['top1']:.2f} %" for name, row in rows.items() if "top1" in row)
+        if evaluated:
+            self.say(f"  epoch {epoch}/{epochs}: top-1 {evaluated}")
+
+    def done(self, cell: Cell, top1: float, teacher_top1: float) -> None:
+        self.say(f"  done: {cell}: top-1 {top1:.2f} % (teacher {teacher_top1:.2f} %)")
+
+    def failed(self, cell: Cell, why: str) -> None:
+        self.say(f"  failed: {cell}: {why}", style="red")
+
+    def say(self, line: str, style: str = "") -> None:
+        self.said = time.monotonic()
+        self.console.print(Text(self.name + line, style=style), soft_wrap=True)
+
+    def stop(self) -> None:
+        """Nothing follows."""
+
+
+class LiveProgress(Progress):
+    """The same lines above a moving bar with speed and time left."""
+
+    def __init__(self, console: Console):
+        super().__init__(console)
+        self.bar = RichProgress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            refresh_per_second=4,
+        )
+        self.task: TaskID | None = None
+
+    def bundle(self, bundle: Bundle, steps: int, steps_done: int) -> None:
+        self.stop()
+        super().bundle(bundle, steps, steps_done)
+        if steps:
+            self.bar.start()
+            self.task = self.bar.add_task("", total=steps, completed=steps_done, rate="")
+
+    def step(self, phase: str) -> None:
+        self.step_number += 1
+        if self.task is not None:
+            rate = (self.step_number - self.first_step) / max(time.monotonic() - self.began, 1e-9)
+            self.bar.update(self.task, completed=self.step_number, description=phase, rate=f"{rate:.2f} steps/s")
+
+    def evaluating(self) -> None:
+        if self.task is not None:
+            self.bar.update(self.task, description="evaluating")
+
+    def stop(self) -> None:
+        self.bar.stop()
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+            self.task = None
+
+
+def make_progress(console: Console) -> Progress:
+    """Live in a terminal, plain elsewhere."""
+    return LiveProgress(console) if console.is_terminal else Progress(console)
+
+
+def duration(seconds: float) -> str:
+    """`2 h 05 min`, `3 min 20 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"

@@ -1,0 +1,253 @@
+"""One process at work: trains a bundle, evaluates its students and writes what they reached."""
+
+from __future__ import annotations
+
+import errno
+import io
+import signal
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dfqbench.data import Images
+from dfqbench.engine.checkpoint import load_checkpoint
+from dfqbench.engine.evaluate import Evaluation, evaluate, state_hash
+from dfqbench.engine.learning_rate import unreached_milestones
+from dfqbench.engine.lockstep import Interrupted, Lockstep, Trainee
+from dfqbench.engine.synthesis_cache import MadeImages
+from dfqbench.errors import UserError
+from dfqbench.files import read_json, write_atomically, write_json
+from dfqbench.network import Teacher
+from dfqbench.quantization.student import Student
+from dfqbench.run.options import Options, StopFlag, Summary
+from dfqbench.run.progress import Progress
+from dfqbench.run.samples import png, sample_grid, sample_images
+from dfqbench.run.watcher import Watcher
+from dfqbench.store import Store
+from dfqbench.store.provenance import git_revision, provenance
+from dfqbench.sweep.cell import Bundle, Cell, fingerprint
+from dfqbench.sweep.load import LoadedSweep
+from dfqbench.teachers import TeacherCard, load
+from dfqbench.tracking.process import Observer
+
+SAMPLES = 64
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+class Worker:
+    """Runs bundles one after the other, keeping the evaluation images and the last teacher in memory."""
+
+    def __init__(
+        self, loaded: LoadedSweep, store: Store, device: torch.device, options: Options, progress: Progress, stop: StopFlag, watching: Observer
+    ):
+        self.loaded, self.store, self.device, self.options, self.progress, self.stop = loaded, store, device, options, progress, stop
+        self.watching = watching
+        git_revision()  # as it is now, when the code is loaded, not when a cell ends
+        self._images: dict[str, Images] = {}
+        self._teacher: tuple[TeacherCard, Teacher] | None = None
+
+    def run(self, bundle: Bundle, summary: Summary) -> None:
+        try:
+            self._run(bundle, summary)
+        except OSError as error:
+            if error.errno not in DISK_TROUBLE:
+                raise
+            raise UserError(
+                f"results folder {self.store.root}: {error.strerror}; what is saved so far stays, the same command goes on from there"
+            ) from error
+
+    def _run(self, bundle: Bundle, summary: Summary) -> None:
+        for cell in bundle.cells:
+            self.store.write_cell(cell.record())
+            self.watching.begun(cell.id)
+        try:
+            lockstep = self._train(bundle)
+        except Interrupted:
+            summary.interrupted = True
+            summary.left += len(bundle.cells)
+            return
+        except Exception as error:  # one bad cell never sinks the others: recorded as what it is, with its traceback
+            if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+                raise  # not the cell's fault
+            for cell in bundle.cells:
+                self._failed(cell, type(error).__name__, str(error).strip() or type(error).__name__, traceback.format_exc())
+            summary.failed += len(bundle.cells)
+            return
+        pictures = self._pictures(lockstep)
+        for trainee in lockstep.trainees:
+            if trainee.failed is not None:
+                self._failed(trainee.cell, "Diverged", trainee.failed, "")
+                summary.failed += 1
+            else:
+                self._finished(trainee, lockstep, pictures)
+                summary.done += 1
+        self.store.finished_bundle(bundle.id)
+
+    def _train(self, bundle: Bundle) -> Lockstep:
+        first = bundle.cells[0]
+        card = first.teacher
+        teacher = self._load_teacher(card)
+        images = self._decoded(card)
+        self._measure_teacher(first, teacher, images)
+
+        def evaluate_student(student: Student) -> Evaluation:
+            self.progress.evaluating()
+            watcher.evaluating()
+            before = state_hash(student)
+            result = self._evaluate(student, first, images)
+            if state_hash(student) != before:
+                raise RuntimeError("evaluation changed the student: its weights or ranges are not those from before")
+            return result
+
+        work = self.store.bundle_folder(bundle.id)
+        watcher = Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop, self.watching)
+        lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, self.loaded.sweep.evaluate_every, work)
+        if self.options.graphs:
+            lockstep.replay_steps(lambda line: self._log(bundle, line))
+        made = MadeImages(self.store.images_folder, work, lockstep)
+        state, why_not = load_checkpoint(watcher.path, [cell.id for cell in bundle.cells])
+        if state is not None:
+            lockstep.restore(state)
+            about_images = ""
+        else:
+            about_images = made.take_over()
+        self.progress.bundle(bundle, lockstep.steps, lockstep.steps_done)
+        self._say_about(lockstep, resumed=state is not None, why_not=why_not, about_images=about_images)
+        watcher.when_made = lambda: self._keep(made, bundle)
+        watcher.start(lockstep)
+        try:
+            lockstep.run(watcher)
+        except Interrupted:
+            self._log(bundle, f"stopped by {signal.Signals(self.stop.signal or 0).name} after step {lockstep.steps_done}, saved")
+            raise
+        return lockstep
+
+    def _keep(self, made: MadeImages, bundle: Bundle) -> None:
+        trouble = made.keep()
+        if trouble:
+            self._log(bundle, trouble)
+
+    def _say_about(self, lockstep: Lockstep, resumed: bool, why_not: str, about_images: str) -> None:
+        lines = [f"resumed at step {lockstep.steps_done} of {lockstep.steps}"] if resumed else [f"started, {lockstep.steps} steps"]
+        if why_not:
+            lines.append(f"starting again from the beginning: {why_not}")
+        if about_images:
+            lines.append(about_images)
+        beyond = unreached_milestones(lockstep.method.config)
+        if beyond:
+            lines.append(
+                f"learning-rate milestones {', '.join(map(str, beyond))} lie beyond the last epoch and are not reached (they are never rescaled)"
+            )
+        left_float = lockstep.trainees[0].student.left_float
+        if left_float:
+            lines.append(f"kept in float, no quantizer is known for them: {', '.join(left_float)}")
+        for line in lines:
+            self._log(lockstep.bundle, line)
+
+    def _log(self, bundle: Bundle, line: str) -> None:
+        self.progress.say(line)
+        for cell in bundle.cells:
+            self.store.append_log(cell.id, line)
+
+    def _load_teacher(self, card: TeacherCard) -> Teacher:
+        if self._teacher is None or self._teacher[0] != card:
+            self._teacher = (card, Teacher(load(self.loaded.teachers[card]), card.task))
+        return self._teacher[1]
+
+    def _decoded(self, card: TeacherCard) -> Images:
+        key = fingerprint(card.task.as_dict())
+        if key not in self._images:
+            self._images = {key: self.loaded.evaluation.decode(card.task)}
+        return self._images[key]
+
+    def _evaluate(self, network: Any, cell: Cell, images: Images) -> Evaluation:
+        return evaluate(network, images, cell.teacher.task, device=self.device, precision=cell.precision, batch_size=self.options.evaluation_batch)
+
+    def _measure_teacher(self, cell: Cell, teacher: Teacher, images: Images) -> dict[str, Any]:
+        """The teacher's own accuracy, in full precision: measured once per teacher and set."""
+        path = teacher_record(self.store, cell)
+        known = read_json(path)
+        if known is None:
+            teacher.to(self.device).to(memory_format=torch.channels_last)
+            result = evaluate(teacher, images, cell.teacher.task, device=self.device, precision="fp32", batch_size=self.options.evaluation_batch)
+            known = {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], **_scores(result)}
+            write_json(path, known)
+        return dict(known)
+
+    def _pictures(self, lockstep: Lockstep) -> dict[str, bytes]:
+        """File name -> PNG of what the method wants to show. A picture that fails is told, and costs no result."""
+        found = {}
+        if lockstep.last_batch is not None:
+            found["samples.png"] = sample_grid(*sample_images(lockstep.last_batch, SAMPLES), lockstep.method.task)
+        try:
+            with torch.no_grad(), lockstep.autocast:
+                found |= {f"{name}.png": png(picture) for name, picture in lockstep.method.pictures().items()}
+        except Exception as error:
+            self._log(lockstep.bundle, f"no pictures from {lockstep.method.info.name}: {type(error).__name__}: {error}")
+        return found
+
+    def _finished(self, trainee: Trainee, lockstep: Lockstep, pictures: dict[str, bytes]) -> None:
+        cell, evaluation = trainee.cell, trainee.evaluation
+        assert evaluation is not None
+        seconds = lockstep.watch.read()
+        own, shared = seconds.get(trainee.name, 0.0), seconds.get(lockstep.SHARED, 0.0)
+        evaluated = [{"epoch": row["epoch"], "top1": row["top1"]} for row in trainee.history if "top1" in row]
+        last = {"epoch": len(lockstep.epochs), "top1": evaluation.top1}
+        best = max([*evaluated, last], key=lambda row: float(row["top1"]))
+        if trainee.history:
+            trainee.history[-1]["top1"] = evaluation.top1
+            self.store.write_history(cell.id, trainee.history)
+        buffer = io.BytesIO()
+        np.save(buffer, np.packbits(evaluation.correct))
+        write_atomically(self.store.folder(cell.id) / "correct.npy", buffer.getvalue())
+        for name, content in pictures.items():
+            write_atomically(self.store.folder(cell.id) / name, content)
+        result = {
+            "id": cell.id,
+            "cell": cell.record(),
+            **_scores(evaluation),
+            "best": best,
+            "evaluations": len(evaluated) + (not evaluated or evaluated[-1]["epoch"] != last["epoch"]),
+            "last_epoch": len(lockstep.epochs),
+            "steps": lockstep.student_steps,
+            "teacher": read_json(teacher_record(self.store, cell)),
+            "student_state": state_hash(trainee.student),
+            "left_float": trainee.student.left_float,
+            "seconds": {"own": round(own, 3), "shared": round(shared, 3), "bundle": [c.id for c in lockstep.bundle.cells]},
+            "provenance": self._provenance(lockstep),
+            "finished": time.time(),
+        }
+        self.store.append_log(cell.id, f"done: top-1 {evaluation.top1:.2f} % at epoch {last['epoch']}")
+        self.store.write_result(cell.id, result)
+        self.watching.finished(cell.id)
+        self.progress.done(cell, evaluation.top1, float(result["teacher"]["top1"]))
+
+    def _provenance(self, lockstep: Lockstep) -> dict[str, Any]:
+        """On what, and, where it was so: that steps were replayed, and which cell made the images in how many seconds."""
+        graphs = {"graphs": True} if lockstep.parts.replayed else {}
+        return provenance(self.device) | graphs | ({"images": lockstep.images_from} if lockstep.images_from else {})
+
+    def _failed(self, cell: Cell, kind: str, message: str, trace: str) -> None:
+        self.store.append_log(cell.id, f"failed: {kind}: {message}")
+        self.store.write_failure(cell.id, kind, message, trace)
+        self.watching.failed(cell.id)
+        self.progress.failed(cell, f"{kind}: {message.splitlines()[0]}")
+
+
+def teacher_record(store: Store, cell: Cell) -> Path:
+    """Where the teacher's own accuracy on the cell's evaluation set is kept."""
+    return store.root / "teachers" / f"{fingerprint([cell.identity()['teacher'], cell.evaluation.digest])}.json"
+
+
+def _scores(evaluation: Evaluation) -> dict[str, Any]:
+    return {
+        "top1": evaluation.top1,
+        "top5": evaluation.top5,
+        "correct": int(evaluation.correct.sum()),
+        "images": int(evaluation.correct.size),
+        "loss": evaluation.loss,
+    }

@@ -1,0 +1,157 @@
+"""The store: results as files. One folder per cell, small files, each written whole or not at all. No torch here.
+
+<results>/runs/<cell id>/cell.json      what was asked for
+                         result.json    exists = done
+                         failed.json    the traceback of the last try
+                         history.csv    one row per epoch
+                         correct.npy    packed bits, one per test image in the set's order
+                         samples.png, log.txt
+<results>/runs/<cell id>/lease.json     some process works on it; its heartbeat is the file's time
+                         progress.json  how far it is, or was when its process ended
+<results>/bundles/<bundle id>/          the checkpoint of unfinished work
+<results>/images/<key>/                 images that one cell made for itself and others (made_images.py)
+<results>/teachers/<key>.json           a teacher's own accuracy
+<results>/sweeps/<name>.json            which cells a config's last run stood for
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dfqbench.errors import UserError
+from dfqbench.files import read_json, write_atomically, write_json
+from dfqbench.store.lease import Lease, kept_alive
+
+
+class Store:
+    """The results folder. Raises UserError if it cannot be one (a file, not writable)."""
+
+    def __init__(self, root: str | Path, writable: bool = False):
+        self.root = Path(root)
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError(f"results folder {self.root} is a file: give a folder with --results")
+        if writable:
+            try:
+                (self.root / "runs").mkdir(parents=True, exist_ok=True)
+                probe = self.root / "runs" / f".writable.{os.getpid()}"
+                probe.touch()
+                probe.unlink()
+            except OSError as error:
+                raise UserError(f"results folder {self.root} cannot be written: {error.strerror}") from None
+
+    def folder(self, cell_id: str) -> Path:
+        return self.root / "runs" / cell_id
+
+    def speed_folders(self) -> list[Path]:
+        """Where `dfqbench speed` writes, and the same beside this store's runs."""
+        return list(dict.fromkeys([self.root / "speed", Path("results/speed")]))
+
+    def bundle_folder(self, bundle_id: str) -> Path:
+        return self.root / "bundles" / bundle_id
+
+    @property
+    def images_folder(self) -> Path:
+        """Images that cells of equal synthesis settings share; may be deleted at any time."""
+        return self.root / "images"
+
+    def ids(self) -> list[str]:
+        runs = self.root / "runs"
+        return sorted(p.name for p in runs.iterdir() if p.is_dir()) if runs.is_dir() else []
+
+    def result(self, cell_id: str) -> dict[str, Any] | None:
+        """The finished cell's result; None if there is none or it cannot be read."""
+        with contextlib.suppress(ValueError, OSError):
+            found = read_json(self.folder(cell_id) / "result.json")
+            return found if isinstance(found, dict) else None
+        return None
+
+    def failure(self, cell_id: str) -> dict[str, Any] | None:
+        with contextlib.suppress(ValueError, OSError):
+            found = read_json(self.folder(cell_id) / "failed.json")
+            return found if isinstance(found, dict) else None
+        return None
+
+    def lease(self, cell_id: str) -> Lease:
+        return Lease(self.folder(cell_id) / "lease.json")
+
+    def results(self) -> tuple[list[dict[str, Any]], list[str]]:
+        """All finished cells, and a line for every file that could not be read: those are left where they are."""
+        found, damaged = [], []
+        for cell_id in self.ids():
+            path = self.folder(cell_id) / "result.json"
+            try:
+                result = read_json(path)
+                if result is None:
+                    continue
+                if not {"id", "top1", "cell"} <= result.keys():
+                    raise ValueError("not a result of this suite")
+                found.append(result)
+            except (ValueError, OSError, AttributeError) as error:
+                damaged.append(f"{path}: {error}")
+        return found, damaged
+
+    def write_cell(self, record: dict[str, Any]) -> None:
+        write_json(self.folder(record["id"]) / "cell.json", record)
+
+    def write_result(self, cell_id: str, result: dict[str, Any]) -> None:
+        """Last of a cell's files: with it the cell is done."""
+        write_json(self.folder(cell_id) / "result.json", result)
+        for name in ("failed.json", "progress.json"):
+            (self.folder(cell_id) / name).unlink(missing_ok=True)
+
+    def write_failure(self, cell_id: str, kind: str, message: str, trace: str) -> None:
+        write_json(self.folder(cell_id) / "failed.json", {"kind": kind, "message": message, "traceback": trace, "time": time.time()})
+
+    def write_history(self, cell_id: str, rows: list[dict[str, Any]]) -> None:
+        """history.csv, whole: columns are all keys of all rows, in the order in which they first appear."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.folder(cell_id) / "history.csv", text.getvalue())
+
+    def write_progress(self, cell_id: str, progress: dict[str, Any]) -> None:
+        """For those who watch; nothing depends on it."""
+        path = self.folder(cell_id) / "progress.json"
+        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(progress))
+            temporary.replace(path)
+
+    def progress(self, cell_id: str) -> dict[str, Any] | None:
+        """phase, step, steps, rate (steps per second), time; None if the cell was never begun or is done."""
+        with contextlib.suppress(ValueError, OSError):
+            found = read_json(self.folder(cell_id) / "progress.json")
+            return found if isinstance(found, dict) else None
+        return None
+
+    def append_log(self, cell_id: str, line: str) -> None:
+        with open(self.folder(cell_id) / "log.txt", "a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
+
+    def finished_bundle(self, bundle_id: str) -> None:
+        """Removes the checkpoint of a bundle that needs it no more."""
+        shutil.rmtree(self.bundle_folder(bundle_id), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def leases(self, cell_ids: Iterable[str]) -> Iterator[list[str]]:
+        """Claims cells for this process and keeps the claims alive; yields those that it got."""
+        held = {}
+        for cell_id in cell_ids:
+            self.folder(cell_id).mkdir(parents=True, exist_ok=True)
+            lease = self.lease(cell_id)
+            if lease.acquire():
+                held[cell_id] = lease
+        with kept_alive(held.values()):
+            yield list(held)

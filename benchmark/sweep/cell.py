@@ -1,0 +1,180 @@
+"""A cell: one experiment, with the identity that makes its number citable; a bundle: cells that run in lockstep. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import PurePath
+from typing import Any, Literal
+
+from dfqbench.quantization import Bits, Protocol
+from dfqbench.teachers import TeacherCard
+
+# Raise the first wherever the engine gives other numbers than before for the same settings: what was run before are other cells.
+# Raise the second where only rounding differs: to a cell that means as much as another version of torch, its results are replicates.
+ENGINE_VERSION, ROUNDING_VERSION = 2, 5
+Precision = Literal["fp32", "bf16"]
+
+
+def canonical_json(value: Any) -> str:
+    """One text per value: sorted keys, no white space."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def fingerprint(value: Any) -> str:
+    """The first 12 hexadecimal digits of the sha256 of the canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:12]
+
+
+def leaves(identity: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(`config.epochs`, 400): every value of nested mappings under its whole name; an empty key stands for its parent."""
+    for key, value in identity.items():
+        name = f"{prefix}.{key}".strip(".")
+        if isinstance(value, dict):
+            yield from leaves(value, name)
+        else:
+            yield name, value
+
+
+@dataclass(frozen=True)
+class EvaluationCard:
+    """An evaluation set as a cell knows it: by its content's digest, never by its path."""
+
+    name: str
+    digest: str
+    classes: int
+    images: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Method and its complete settings, teacher, evaluation set, protocol, bits, seed and precision.
+
+    config holds every setting with its value; `changed` those that differ from the method's defaults (for labels only). `plugin` and `source`
+    (package, version, file, sha256) are provenance of the method's code; only its declared `version` takes part in the identity.
+    """
+
+    method: str
+    method_version: int
+    config: dict[str, Any]
+    teacher: TeacherCard
+    evaluation: EvaluationCard
+    protocol: Protocol
+    bits: Bits
+    seed: int
+    precision: Precision
+    shares_synthesis: bool = False
+    changed: dict[str, Any] = field(default_factory=dict)
+    fidelity: str = ""
+    plugin: str = ""
+    source: dict[str, str] = field(default_factory=dict)
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change the number."""
+        return {
+            "engine": ENGINE_VERSION,
+            "method": self.method,
+            "method_version": self.method_version,
+            "config": self.config,
+            "teacher": {
+                "model": self.teacher.model,
+                "weights": self.teacher.weights_sha256,
+                "source": self.teacher.source_sha256,
+                "task": self.teacher.task.as_dict(),
+            },
+            "evaluation": self.evaluation.digest,
+            "protocol": self.protocol.fingerprint(),
+            "bits": str(self.bits),
+            "seed": self.seed,
+            "precision": self.precision,
+        }
+
+    def at(self, bits: Bits, seed: int) -> Cell:
+        """The same at another bit width and seed. Sweeps can be large: what is common to all of these cells is put into words once."""
+        other = replace(self, bits=bits, seed=seed)
+        other.__dict__["_common"] = self._common
+        return other
+
+    @cached_property
+    def _common(self) -> tuple[str, str, str]:
+        """Canonical JSON of the identity without bits and seed, before and after the place of the seed; and of the coordinates without them."""
+        identity = {key: value for key, value in self.identity().items() if key not in ("bits", "seed")}
+        after = {key: identity.pop(key) for key in list(identity) if key > "seed"}
+        place = [self.method, self.changed, self.teacher.weights_sha256, self.evaluation.digest]
+        return canonical_json(identity)[1:-1], canonical_json(after)[1:-1], canonical_json(place)[1:-1]
+
+    @cached_property
+    def id(self) -> str:
+        """The fingerprint of the identity."""
+        before, after, _ = self._common
+        return hashlib.sha256(f'{{"bits":"{self.bits}",{before},"seed":{self.seed},{after}}}'.encode()).hexdigest()[:12]
+
+    @cached_property
+    def coordinates(self) -> str:
+        """What a table's reader takes for the same experiment. Cells that agree in it and differ in their id are stale to each other."""
+        return f'[{self._common[2]},"{self.bits}",{self.seed}]'
+
+    @cached_property
+    def bundle_key(self) -> tuple[str, ...]:
+        """Equal for cells that can run in lockstep: all but the bits is the same, and the images do not depend on the student."""
+        return (*self._common[:2], str(self.seed), "" if self.shares_synthesis else str(self.bits))
+
+    @property
+    def label(self) -> str:
+        """`gdfq`, or `gdfq(bn_weight=1.0)` where settings differ from the method's own."""
+        settings = ", ".join(f"{k}={_short(v)}" for k, v in sorted(self.changed.items()))
+        return f"{self.method}({settings})" if settings else self.method
+
+    def __str__(self) -> str:
+        return f"{self.label} {self.teacher.label} {self.evaluation.name} {self.bits} seed {self.seed}"
+
+    def record(self) -> dict[str, Any]:
+        """What cell.json holds."""
+        return {
+            "id": self.id,
+            "label": self.label,
+            "coordinates": self.coordinates,
+            "identity": self.identity(),
+            "method": self.method,
+            "changed": self.changed,
+            "fidelity": self.fidelity,
+            "plugin": self.plugin,
+            "source": self.source,
+            "teacher": {**self.teacher.as_dict(), "weights": PurePath(self.teacher.weights).name},
+            "evaluation": {"name": self.evaluation.name, "classes": self.evaluation.classes, "images": self.evaluation.images},
+            "protocol": self.protocol.name,
+            "bits": str(self.bits),
+            "seed": self.seed,
+            "precision": self.precision,
+        }
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).replace(" ", "")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Cells that share their images and run in lockstep in one process, widest first."""
+
+    cells: tuple[Cell, ...]
+
+    @cached_property
+    def id(self) -> str:
+        return fingerprint(sorted(cell.id for cell in self.cells))
+
+    def __str__(self) -> str:
+        first = self.cells[0]
+        bits = ", ".join(str(c.bits) for c in self.cells)
+        return f"{first.label} on {first.teacher.label} ({first.evaluation.name}), {bits}, seed {first.seed}"
+
+
+def bundles(cells: Iterable[Cell]) -> list[Bundle]:
+    """Groups cells by what they can share, in the order in which they first appear."""
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.bundle_key, []).append(cell)
+    return [Bundle(tuple(sorted(group, key=lambda c: c.bits, reverse=True))) for group in groups.values()]

@@ -1,0 +1,87 @@
+"""What a sweep's file may hold."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Tracking(BaseModel):
+    """The `tracking` key of a config: `wandb`, or `{wandb: offline, project: mine, entity: team}`. Never part of a cell's identity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    wandb: Literal["online", "offline"] = "online"
+    project: str = Field(default="dfqbench", pattern=r"^[A-Za-z0-9_.-]{1,100}$")
+    entity: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$", description="a W&B user or team; default: the one that is logged in")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name_alone(cls, given: Any) -> Any:
+        return {} if given == "wandb" else given
+
+    def run_id(self, cell_id: str) -> str:
+        return f"{self.project}-{cell_id}"
+
+
+class Budget(BaseModel):
+    """What every method that trains gets, whatever its own defaults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    epochs: int | None = Field(default=None, ge=0)
+    iterations: int | None = Field(default=None, ge=1)
+    batch_size: int | None = Field(default=None, ge=2)
+
+    def given(self) -> dict[str, int]:
+        return {k: v for k, v in self.model_dump().items() if v is not None}
+
+
+class NamedSet(BaseModel):
+    """An evaluation set with the name that tables are to give it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    set: str
+    name: str | None = Field(default=None, min_length=1)
+
+
+class Selection(BaseModel):
+    """Synthetic images on which `dfqbench select` compares settings: a method with its settings, a seed that nothing else has, how many."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    images: str | dict[str, dict[str, Any] | None]
+    seed: int = 1000
+    count: int = Field(1280, ge=1)
+
+
+class Sweep(BaseModel):
+    """A config file's content. See configs/ for examples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    teachers: list[str | dict[str, Any]] = Field(min_length=1)
+    evaluate: NamedSet
+    methods: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
+    bits: list[str] = Field(min_length=1)
+    seeds: list[int] = Field([0], min_length=1)
+    protocol: str | dict[str, Any] = "lineage"
+    preset: str | None = Field(None, description="the methods' own set of defaults, where a method has one of that name: imagenet")
+    budget: Budget = Budget()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    evaluate_every: int | None = Field(None, ge=1, description="epochs between evaluations; null: only at the end")
+    selection: Selection | None = Field(None, description="for `dfqbench select`; no part of any cell")
+    plugins: list[str] = Field([], description="Python files that register more methods or evaluation sets")
+    tracking: Tracking | None = Field(
+        None, description="W&B: wandb, or {wandb: online or offline, project: ..., entity: ...}; never changes a result"
+    )
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _set_without_a_name(cls, given: Any) -> Any:
+        return {"set": given} if isinstance(given, str) else given
+
+
+def tracking_of(sweep: Sweep, given: str | None) -> Tracking | None:
+    """What a run tracks: as the config says, unless `given` (online, offline or off) says otherwise."""
+    if given is None:
+        return sweep.tracking
+    return None if given == "off" else (sweep.tracking or Tracking()).model_copy(update={"wandb": given})

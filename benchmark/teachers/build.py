@@ -1,0 +1,48 @@
+"""Builds a teacher's network, gives it its weights, and asks it about one image."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dfqbench.errors import UserError
+from dfqbench.task import Task
+from dfqbench.teachers.own import from_file
+from dfqbench.teachers.spec import ZOOS, Built, TeacherSpec
+from dfqbench.teachers.weights import one_line
+from dfqbench.teachers.zoo import BUILDERS
+
+
+def build(spec: TeacherSpec) -> Built:
+    """The network in float32, eval mode, without gradients; torch's global random stream is left as it was."""
+    place, name = spec.source
+    with torch.random.fork_rng(devices=[]):
+        built = BUILDERS[place](name, spec) if place in ZOOS else from_file(name, spec)
+    network = built.network.float().eval().requires_grad_(False)
+    return Built(network, _with_overrides(built.task, spec))
+
+
+def check_answer(built: Built, spec: TeacherSpec) -> None:
+    """UserError unless the network answers one grey image with one finite logit per class."""
+    where, task = f"teacher {spec.model!r}", built.task
+    try:
+        with torch.inference_mode():
+            answer = built.network(torch.zeros(1, *task.image_shape))
+    except Exception as error:
+        raise UserError(f"{where} cannot take an image of {' x '.join(map(str, task.image_shape))}: {one_line(error)}") from error
+    shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+    if shape != (1, task.classes):
+        raise UserError(f"{where} answers one image with {shape}, not with (1, {task.classes}) logits")
+    if not bool(torch.isfinite(answer).all()):
+        raise UserError(f"{where} answers a grey image with logits that are not finite")
+
+
+def _with_overrides(task: Task, spec: TeacherSpec) -> Task:
+    """The spec's settings win over what a zoo says; UserError where they do not go with the network's channels."""
+    changes = {key: value for key in ("classes", "size", "mean", "std", "crop_ratio", "interpolation") if (value := getattr(spec, key)) is not None}
+    for key in ("mean", "std"):
+        if key in changes and len(changes[key]) != task.channels:
+            raise UserError(f"teacher {spec.model!r}: {key} has {len(changes[key])} values, the network takes {task.channels} channels")
+    return replace(task, **changes)

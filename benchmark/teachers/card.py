@@ -1,0 +1,155 @@
+"""What is known about a teacher without having it in memory, and the teacher itself. Torch is imported once a network has to be built."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib.metadata
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dfqbench.cache import remembered
+from dfqbench.errors import UserError
+from dfqbench.task import Task
+from dfqbench.teachers.spec import ZOOS, TeacherSpec, parse_teacher
+
+if TYPE_CHECKING:
+    from torch import nn
+
+WEIGHT_FILES = (".safetensors", ".pth", ".pt")
+CARD_VERSION = 1  # raised when what a card says changes, so that remembered ones are not used any more
+
+
+@dataclass(frozen=True)
+class TeacherCard:
+    """What is known about a teacher without having it in memory; enough for planning, identities and tables.
+
+    `model` names a user's file without its folder, and `weights` (a path, 'zoo' or 'factory') is for people: what identifies the teacher is
+    `model`, `weights_sha256` and `source_sha256`. The latter is of the one file that holds the factory, not of what that file imports.
+    """
+
+    label: str
+    model: str
+    weights: str
+    weights_sha256: str
+    source_sha256: str | None
+    task: Task
+    parameters: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "task": self.task.as_dict()}
+
+    @classmethod
+    def from_dict(cls, given: dict[str, Any]) -> TeacherCard:
+        task: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given["task"].items()}
+        return cls(**{**given, "task": Task(**task)})
+
+
+def describe(spec: TeacherSpec, cache: Path | None = None) -> TeacherCard:
+    """The card of a teacher. The first time, the network is built, its weights are loaded, and it is asked about one grey image.
+
+    With `cache` (a folder) the card is remembered for as long as the spec, the files and the zoo's version stay the same.
+    Raises UserError for whatever keeps the teacher from being used.
+    """
+    _check_files(spec)
+    key = [CARD_VERSION, spec.model_dump(mode="json"), _stamp(spec.weights_file), _stamp(spec.source_file), _zoo_version(spec)]
+    return TeacherCard.from_dict(remembered(cache, "teacher", key, lambda: _examine(spec).as_dict()))
+
+
+def load(spec: TeacherSpec) -> nn.Module:
+    """The network with its weights: float32, on the CPU, in eval mode, without gradients. Takes nothing from torch's global random stream."""
+    _check_files(spec)
+    from dfqbench.teachers.build import build
+
+    return build(spec).network
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Every model name of the zoos that matches a wildcard, with or without its zoo: `timm:resnet*`, `resnet18*`.
+
+    `my_nets.py:*` and `my_package.nets:*` list what that file or module defines: functions and classes, any of which may be a factory.
+    A zoo whose package is not installed is left out with a warning. Being listed does not promise that the zoo has weights for it.
+    """
+    from dfqbench.teachers.own import factory_names
+    from dfqbench.teachers.zoo import zoo_names
+
+    place, _, names_wanted = pattern.rpartition(":")
+    if place and place not in ZOOS and not any(sign in place for sign in "*?["):
+        spec = parse_teacher(f"{place}:{names_wanted or '*'}")
+        return [f"{place}:{name}" for name in factory_names(spec) if fnmatch.fnmatchcase(name, names_wanted or "*")]
+    found: list[str] = []
+    for zoo in ZOOS:
+        try:
+            names = zoo_names(zoo)
+        except UserError as error:
+            warnings.warn(f"{error}; its models are not listed", stacklevel=2)
+            continue
+        found += [f"{zoo}:{name}" for name in names if fnmatch.fnmatchcase(f"{zoo}:{name}", pattern) or fnmatch.fnmatchcase(name, pattern)]
+    return found
+
+
+def _examine(spec: TeacherSpec) -> TeacherCard:
+    import torch
+
+    from dfqbench.teachers.build import build, check_answer
+    from dfqbench.teachers.weights import hash_tensors
+
+    built = build(spec)
+    check_answer(built, spec)
+    place, name = spec.source
+    if spec.source_file is not None:
+        place = spec.source_module or spec.source_file.name
+        with torch.random.fork_rng(devices=[]):
+            torch.seed()
+            again = build(spec).network
+        if hash_tensors(again.state_dict().items()) != hash_tensors(built.network.state_dict().items()):
+            raise UserError(f"teacher {spec.model!r}: the factory returns other weights each time; let it load trained ones, or give `weights: FILE`")
+    return TeacherCard(
+        label=spec.label,
+        model=f"{place}:{name}",
+        weights=spec.weights or ("zoo" if spec.source_file is None else "factory"),
+        weights_sha256=_sha256(spec.weights_file) if spec.weights_file else hash_tensors(built.network.state_dict().items()),
+        source_sha256=_sha256(spec.source_file) if spec.source_file else None,
+        task=built.task,
+        parameters=sum(parameter.numel() for parameter in built.network.parameters()),
+    )
+
+
+def _check_files(spec: TeacherSpec) -> None:
+    where = f"teacher {spec.model!r}"
+    if spec.source_file is not None and not spec.source_file.is_file():
+        raise UserError(f"{where}: there is no file {spec.source_file}")
+    if spec.weights_file is None:
+        return
+    if spec.weights_file.suffix not in WEIGHT_FILES:
+        raise UserError(f"{where}: weights {spec.weights!r} must be a file that ends with {', '.join(WEIGHT_FILES[:-1])} or {WEIGHT_FILES[-1]}")
+    if not spec.weights_file.is_file():
+        raise UserError(f"{where}: there is no weights file {spec.weights_file}")
+
+
+def _stamp(path: Path | None) -> list[Any] | None:
+    """What changes when a file changes, without reading it."""
+    if path is None:
+        return None
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _zoo_version(spec: TeacherSpec) -> str | None:
+    place = spec.source[0]
+    if spec.source_module is not None:
+        packages = importlib.metadata.packages_distributions().get(place.split(".")[0], [])
+        return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages) or None
+    if place not in ZOOS or place == "cifar":
+        return None
+    try:
+        return importlib.metadata.version(place)
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"teacher {spec.model!r} needs the package {place!r}: pip install {place}") from None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

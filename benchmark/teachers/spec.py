@@ -1,0 +1,114 @@
+"""Which network a sweep names, with which weights. No torch here."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dfqbench.errors import UserError, UserErrors, nearest
+from dfqbench.task import Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+ZOOS = ("torchvision", "timm", "pytorchcv", "cifar")
+UNTRAINED = "untrained"  # for `weights`: what the network's builder drew; good for measuring speed, and nothing else
+
+
+class TeacherSpec(BaseModel):
+    """Which network, with which weights, and what differs from what its zoo says about it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="torchvision:NAME, timm:NAME, pytorchcv:NAME, cifar:NAME, path/to/file.py:factory or package.module:factory")
+    weights: str | None = Field(None, description="a .safetensors, .pth or .pt file; null: the zoo's weights (IMAGENET1K_V1 for torchvision)")
+    classes: int | None = Field(None, ge=2)
+    size: int | None = Field(None, ge=1, description="side of the square input image, in pixels")
+    mean: tuple[float, ...] | None = Field(None, min_length=1, description="per channel, of images scaled to [0, 1]")
+    std: tuple[float, ...] | None = Field(None, min_length=1)
+    crop_ratio: float | None = Field(None, gt=0, le=1)
+    interpolation: Interpolation | None = None
+    name: str | None = Field(None, min_length=1, description="what tables call it; default: what stands behind the colon of `model`")
+
+    @model_validator(mode="after")
+    def _normalisation_is_possible(self) -> TeacherSpec:
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"mean has {len(self.mean)} channels, std has {len(self.std)}")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError("std must be above 0")
+        return self
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """(zoo or file, name in it)."""
+        place, _, name = self.model.rpartition(":")
+        return place, name
+
+    @property
+    def label(self) -> str:
+        return self.name or self.source[1]
+
+    @property
+    def weights_file(self) -> Path | None:
+        return Path(self.weights).expanduser() if self.weights is not None else None
+
+    @property
+    def source_module(self) -> str | None:
+        """An installed module with a factory, as in `package.module:factory`; None for a network of a zoo or of a file."""
+        place = self.source[0]
+        return place if place not in ZOOS and not place.endswith(".py") else None
+
+    @property
+    def source_file(self) -> Path | None:
+        """The user's file with the factory, or an installed module's; None for a network of a zoo."""
+        place = self.source[0]
+        if self.source_module is not None:
+            return _file_of_module(self.source_module)
+        return Path(place).expanduser() if place.endswith(".py") else None
+
+
+def parse_teacher(given: str | dict[str, Any]) -> TeacherSpec:
+    """A teacher as a sweep writes it: a model's name, or a mapping with `model` and settings.
+
+    Raises UserErrors that name every unknown key and every value that is not allowed. Whether a zoo knows the name is asked by `describe`, which
+    has to import the zoo.
+    """
+    settings = {"model": given} if isinstance(given, str) else given
+    if not isinstance(settings, dict) or not isinstance(settings.get("model"), str):
+        raise UserError(f"teacher {given!r}: write a model's name, or a mapping that has one under 'model'")
+    where = f"teacher {settings['model']!r}"
+    unknown = [key for key in settings if key not in TeacherSpec.model_fields]
+    if unknown:
+        raise UserErrors(f"{where}: unknown setting {key!r}: {nearest(key, TeacherSpec.model_fields)}" for key in unknown)
+    try:
+        spec = TeacherSpec(**settings)
+    except ValidationError as error:
+        raise UserErrors(f"{where}: {'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}, not {e['input']!r}" for e in error.errors()) from None
+    place, name = spec.source
+    if not place or not name:
+        raise UserError(f"{where}: write ZOO:NAME with a zoo of {', '.join(ZOOS)}, path/to/file.py:factory, or package.module:factory")
+    if place not in ZOOS and spec.source_file is None:
+        raise UserError(f"{where}: unknown zoo {place!r}: {nearest(place, ZOOS)}; nor is it a module (a file is written path/to/file.py:factory)")
+    return spec
+
+
+def _file_of_module(name: str) -> Path | None:
+    """Where an installed module's code stands; None where there is no such module. Only its parent packages are imported."""
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return None
+    return Path(found.origin) if found is not None and found.has_location and found.origin else None
+
+
+@dataclass(frozen=True)
+class Built:
+    """A network with its weights, and the task that it was trained for."""
+
+    network: nn.Module
+    task: Task

@@ -1,6 +1,0 @@
-from benchmark.testing import method_checks
-from my_method import MyMethod
-
-
-def test_conformance() -> None:
-    method_checks(MyMethod)

@@ -1,0 +1,18 @@
+"""Conformance checks for methods, public: `method_checks(MyMethod)` in a plug-in's own test, `dfqbench methods check` in a terminal."""
+
+from dfqbench.testing.outcomes import Outcome, check_method, method_checks, outcomes
+from dfqbench.testing.trial import BUDGET, StopAfter, Trial, ends_of, small_images, small_task, small_teacher
+
+__all__ = [
+    "BUDGET",
+    "Outcome",
+    "StopAfter",
+    "Trial",
+    "check_method",
+    "ends_of",
+    "method_checks",
+    "outcomes",
+    "small_images",
+    "small_task",
+    "small_teacher",
+]

@@ -1,0 +1,190 @@
+"""Weights & Biases: cells as W&B runs, replayed from the store's files, live or later. No torch here.
+
+The store is the truth, W&B a copy of it: a run's id is the cell's id behind the project's name, so that a cell stays one run however often it is
+requeued or pushed. While cells run, a process of its own does the talking: it is told of every epoch through a pipe that is never waited for, reads
+history.csv, and may hang, fail or die without a cell noticing. Whatever it could not do, `dfqbench wandb sync` does later.
+
+Offline, a cell's folder is written when the cell ends, whole, and replaces an earlier one of the same cell: several offline folders of one id would
+not merge when they are uploaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dfqbench.analysis.records import problem_of
+from dfqbench.files import read_json, write_json
+from dfqbench.store import Store
+from dfqbench.sweep.schema import Tracking
+
+INIT_TIMEOUT_S = 60.0
+MARK = "wandb.json"  # in a cell's folder: what was pushed where
+
+
+@dataclass
+class Session:
+    """One cell's open W&B run. `logged`: epochs up to and including this one are in it."""
+
+    run: Any
+    folder: Path
+    logged: int
+
+    def replay(self, finished: bool) -> None:
+        """Logs the epochs that are new in history.csv, each at its own step. The newest waits until the cell is finished: it may still get its
+        accuracy."""
+        rows = read_rows(self.folder / "history.csv")
+        for row in rows if finished else rows[:-1]:
+            epoch = int(row["epoch"])
+            if epoch > self.logged:
+                self.run.log(row, step=epoch)
+                self.logged = epoch
+
+
+def open_session(store: Store, cell: dict[str, Any], group: str, tracking: Tracking) -> Session:
+    """Starts or resumes the run of one cell (its record, as in cell.json). Raises what wandb raises."""
+    import wandb
+
+    folder = store.folder(cell["id"])
+    store.root.mkdir(parents=True, exist_ok=True)
+    run = wandb.init(
+        project=tracking.project,
+        entity=tracking.entity,
+        id=tracking.run_id(cell["id"]),
+        name=f"{cell['label']} {cell['teacher']['label']} {cell['bits']} seed {cell['seed']}",
+        group=group,
+        job_type=cell["method"],
+        tags=[tag[:64] for tag in (cell["bits"], cell["teacher"]["label"], cell["evaluation"]["name"], cell["protocol"], cell["precision"]) if tag],
+        config={"cell": cell["id"], **cell["identity"], "label": cell["label"], "teacher_label": cell["teacher"]["label"]},
+        dir=str(store.root),
+        mode=tracking.wandb,
+        resume="allow",
+        reinit="create_new",  # cells in lockstep are runs of their own
+        settings=wandb.Settings(
+            console="off", silent=True, init_timeout=INIT_TIMEOUT_S, disable_git=True, disable_code=True, x_disable_stats=True, x_disable_meta=True
+        ),
+    )
+    run.define_metric("epoch")
+    run.define_metric("*", step_metric="epoch")
+    # steps are epochs, from 1 on: a run that W&B already knows begins behind its last one
+    return Session(run, folder, max(int(run.starting_step) - 1, 0))
+
+
+def push(store: Store, result: dict[str, Any], group: str, tracking: Tracking, session: Session | None = None) -> None:
+    """Replays a finished cell to its end and closes it: epochs, summary, sample images. Leaves a mark, so that it is pushed once."""
+    import wandb
+
+    earlier = _offline_folders(store, tracking, result["id"]) if session is None and tracking.wandb == "offline" else []
+    session = session or open_session(store, result["cell"], group, tracking)
+    session.replay(finished=True)
+    samples = session.folder / "samples.png"
+    if samples.is_file() and session.logged <= result["last_epoch"]:
+        session.run.log({"samples": wandb.Image(str(samples)), "epoch": result["last_epoch"]}, step=result["last_epoch"])
+    session.run.summary.update(summary_of(result))
+    address = session.run.url if tracking.wandb == "online" else None
+    directory = Path(session.run.dir).parent.name
+    session.run.finish()
+    for folder in earlier:
+        if folder.name != directory:
+            shutil.rmtree(folder, ignore_errors=True)
+    mark = {**_mark(result, tracking), "url": address, "folder": directory if tracking.wandb == "offline" else None}
+    others = [m for m in _marks(session.folder) if (m.get("run"), m.get("entity"), m.get("mode")) != (mark["run"], mark["entity"], mark["mode"])]
+    write_json(session.folder / MARK, {"pushed": [*others, mark]})
+
+
+def summary_of(result: dict[str, Any]) -> dict[str, Any]:
+    teacher = result["teacher"]["top1"]
+    return {
+        "top1": result["top1"],
+        "top5": result.get("top5"),
+        "best_on_test": result["best"]["top1"],
+        "best_epoch": result["best"]["epoch"],
+        "teacher_top1": teacher,
+        "drop": teacher - result["top1"],
+        "steps": result["steps"],
+        "seconds": result["seconds"]["own"] + result["seconds"]["shared"],
+        "device": result["provenance"]["device_name"],
+        "commit": result["provenance"].get("git"),
+    }
+
+
+def is_pushed(store: Store, result: dict[str, Any], tracking: Tracking) -> bool:
+    """Whether exactly this result was pushed to this project before."""
+    wanted = _mark(result, tracking)
+    same = [mark for mark in _marks(store.folder(result["id"])) if {k: mark.get(k) for k in wanted} == wanted]
+    return any(not mark.get("folder") or (store.root / "wandb" / mark["folder"]).is_dir() for mark in same)
+
+
+def _marks(folder: Path) -> list[dict[str, Any]]:
+    """What was pushed where; a damaged file counts as nothing, and is replaced."""
+    with contextlib.suppress(ValueError, OSError, AttributeError):
+        found = (read_json(folder / MARK) or {}).get("pushed", [])
+        return [mark for mark in found if isinstance(mark, dict)]
+    return []
+
+
+def _mark(result: dict[str, Any], tracking: Tracking) -> dict[str, Any]:
+    digest = hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()[:16]
+    return {"run": tracking.run_id(result["id"]), "project": tracking.project, "entity": tracking.entity, "mode": tracking.wandb, "result": digest}
+
+
+def _offline_folders(store: Store, tracking: Tracking, cell_id: str) -> list[Path]:
+    return sorted((store.root / "wandb").glob(f"offline-run-*-{tracking.run_id(cell_id)}"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """history.csv, a dictionary per epoch with numbers as numbers; what is empty or not finite is left out."""
+    try:
+        with open(path, newline="") as file:
+            return [{k: v for k, text in row.items() if (v := _number(text)) is not None} for row in csv.DictReader(file) if row.get("epoch")]
+    except OSError:
+        return []
+
+
+def _number(text: str | None) -> float | str | None:
+    if not text:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return value if math.isfinite(value) else None
+
+
+def groups(store: Store) -> dict[str, str]:
+    """The sweep of every cell, as the last runs noted it."""
+    found: dict[str, str] = {}
+    for path in sorted((store.root / "sweeps").glob("*.json")):
+        with contextlib.suppress(ValueError, OSError, KeyError, TypeError):
+            for cell_id in read_json(path)["cells"]:
+                found.setdefault(cell_id, path.stem)
+    return found
+
+
+def sync(store: Store, results: list[dict[str, Any]], tracking: Tracking, again: bool, say: Callable[[str], None]) -> tuple[int, int]:
+    """Pushes finished cells; (pushed, already there). Raises what wandb raises."""
+    import wandb
+
+    of_sweep = groups(store)
+    todo = [result for result in results if again or not is_pushed(store, result, tracking)]
+    try:
+        for result in todo:
+            push(store, result, of_sweep.get(result["id"], "dfqbench"), tracking)
+            say(f"{result['id']}  {result['cell']['label']} {result['cell']['bits']} seed {result['cell']['seed']}")
+    finally:
+        wandb.teardown()  # its helper may still be writing
+    return len(todo), len(results) - len(todo)
+
+
+def checked_result(store: Store, cell_id: str) -> dict[str, Any] | None:
+    """A finished cell's result, None where there is none that can be used."""
+    result = store.result(cell_id)
+    return None if result is None or problem_of(result, cell_id) else result

@@ -1,0 +1,146 @@
+"""What the guide (methods/README.md) shows works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+
+from dfqbench.cli import main as cli
+from dfqbench.data import find_set, own
+from dfqbench.method import registry
+from dfqbench.method.registry import find_method, load_plugin
+from dfqbench.quantization import find_protocol
+from dfqbench.sweep.load import Sweep
+from dfqbench.testing import Trial, method_checks, small_task, small_teacher, what_it_needs_is_declared
+
+ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "methods" / "README.md").read_text()
+
+
+def blocks(language: str, holding: str = "") -> list[str]:
+    return [block for block in re.findall(rf"```{language}\n(.*?)```", GUIDE, re.DOTALL) if holding in block]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind() -> object:
+    registry.discover()
+    before = [(table, dict(table)) for table in (registry._methods, own._sets)]
+    yield
+    for table, old in before:
+        table.clear()
+        table.update(old)
+
+
+def loaded(tmp_path: Path, code: str, name: str = "my_idea.py") -> None:
+    (tmp_path / name).write_text(code)
+    load_plugin(tmp_path / name)
+
+
+def my_idea(*more: str) -> str:
+    """The example method, followed by other blocks of the guide."""
+    return "\n\n".join([*blocks("python", '@register("my-idea"'), *more])
+
+
+def test_the_example_method_runs_and_declares_what_it_needs(tmp_path: Path) -> None:
+    loaded(tmp_path, my_idea())
+    trial = Trial(find_method("my-idea"), {"epochs": 2})
+    what_it_needs_is_declared(trial)
+    assert {"loss", "generator_loss"} <= {key for row in trial.end().trainees[0].history for key in row}
+
+
+def test_the_example_of_two_stages_stores_its_images_and_trains_on_them(tmp_path: Path) -> None:
+    (change,) = blocks("python", "self.image_set(")
+    loaded(tmp_path, my_idea(change))
+    lockstep = Trial(find_method("my-two-stages"), {"epochs": 1}).end()
+    assert len(lockstep.method.stored) == 256  # type: ignore[attr-defined]
+    assert lockstep.trainees[0].evaluation is not None
+
+
+def test_the_example_of_pictures_makes_one(tmp_path: Path) -> None:
+    (change,) = blocks("python", "def pictures")
+    loaded(tmp_path, my_idea(change))
+    cls = sys.modules[find_method("my-idea").__module__].WithPictures
+    method = cls(small_teacher(small_task(1)), cls.Config(batch_size=4), 0)
+    method.setup()
+    (picture,) = method.pictures().values()
+    assert picture.shape == (3, 32, 32)
+    assert 0 <= picture.min() <= picture.max() <= 1
+
+
+def test_the_example_without_training_passes_every_check(tmp_path: Path) -> None:
+    (code,) = blocks("python", "wide-round")
+    loaded(tmp_path, code, "wide.py")
+    method_checks(find_method("wide-round"))
+
+
+def test_the_example_test_is_valid_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    (code,) = blocks("python", "def test_conformance")
+    module = ModuleType("my_idea")
+    module.MyIdea = find_method("round")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "my_idea", module)
+    names: dict[str, Callable[[], None]] = {}
+    exec(code, names)
+    names["test_conformance"]()
+
+
+def test_the_example_set_is_one(tmp_path: Path) -> None:
+    (code,) = blocks("python", "register_set")
+    loaded(tmp_path, code, "sets.py")
+    np.savez(tmp_path / "content.npz", images=np.zeros((2, 8, 8, 3), np.uint8), labels=np.array([0, 1]))
+    assert len(find_set(f"my-set:{tmp_path / 'content.npz'}")) == 2
+    from dfqbench.errors import UserError
+
+    with pytest.raises(UserError, match=r"my-set: .*No such file.*absent.npz"):
+        len(find_set("my-set:absent.npz"))
+
+
+def test_its_yaml_is_valid(tmp_path: Path) -> None:
+    (protocol,) = blocks("yaml", "base: lineage")
+    (tmp_path / "gentle.yaml").write_text(protocol)
+    assert find_protocol(str(tmp_path / "gentle.yaml")).first_bits == 8
+    (sweep,) = blocks("yaml", "name: comparison")
+    assert Sweep(**yaml.safe_load(sweep)).seeds == [0, 1, 2]
+    (hosted,) = blocks("yaml", "host: qimera")
+    ((name, settings),) = yaml.safe_load(hosted)["methods"][0].items()
+    assert find_method(name).Config(**settings).host_identity["mixing"] == 0.7
+
+
+def test_every_command_that_it_shows_exists_with_its_options() -> None:
+    from typer.main import get_command
+
+    shown = re.findall(r"^dfqbench (.*)$", GUIDE, re.MULTILINE) + re.findall(r"`dfqbench ([^`]*)`", GUIDE)
+    assert len(shown) > 12
+    for line in shown:
+        command = get_command(cli.app)
+        words = line.split()
+        while words and hasattr(command, "commands") and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        options = {option for parameter in command.params for option in parameter.opts}
+        assert not hasattr(command, "commands") or command.invoke_without_command, line
+        assert {word for word in words if word.startswith("--")} <= options, line
+
+
+def test_committed_results_stand_in_a_table_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("runs", "teachers"):
+        shutil.copytree(ROOT / "results" / "reference" / "cifar10-jpeg" / folder, tmp_path / "my-results" / folder)
+    monkeypatch.setattr(sys, "argv", ["dfqbench", "table", "--results", str(tmp_path / "my-results")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    assert "gdfq" in capsys.readouterr().out
+
+
+def test_its_links_lead_somewhere() -> None:
+    anchors = {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", GUIDE, re.MULTILINE)}
+    for target in re.findall(r"\]\(([^)]*)\)", GUIDE):
+        assert target.removeprefix("#") in anchors, target
+    for path in re.findall(r"`(methods/\w+\.py|benchmark/\w+)", GUIDE):
+        assert (ROOT / path).exists(), path

@@ -1,0 +1,116 @@
+"""`dfqbench speed`: everything is measured that is said to be, the counted arithmetic is right, and nothing is asserted about seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dfqbench.cli import main as cli
+from dfqbench.method.registry import find_method
+from dfqbench.speed import stopwatch as speed
+from dfqbench.speed.steps import Contender, Device, Stand, _replays, contenders, file_name, floor_of, phases_of
+from dfqbench.teachers.cifar import CifarResNet
+from dfqbench.testing import small_task
+from dfqbench_methods.textbook import loops
+
+
+def stand() -> Stand:
+    torch.manual_seed(0)
+    return Stand(CifarResNet(1), small_task(size=16), 4, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "phases"), [("gdfq", ["train"]), ("zaq", ["train"]), ("lrq", ["images", "train"]), ("gznq", ["images"]), ("round", [])]
+)
+def test_what_takes_time_is_what_is_measured(name: str, phases: list[str]) -> None:
+    assert phases_of(find_method(name), stand()) == phases
+
+
+def test_every_contender_takes_steps() -> None:
+    found = contenders("gdfq", "train", stand(), loops()["gdfq"], ["fp32", "bf16"], ("w4a4", "w3a3"))
+    assert [(c.name, c.precision, c.widths) for c in found] == [
+        ("engine", "fp32", 1), ("engine", "fp32", 2), ("engine", "bf16", 1), ("engine", "bf16", 2), ("competent", "fp32", 1), ("textbook", "fp32", 1),
+    ]  # fmt: skip
+    for contender in found:
+        contender.run()
+
+
+def test_an_adversarial_method_is_measured_in_whole_turns() -> None:
+    found = contenders("zaq", "train", stand(), loops()["zaq"], ["fp32"], ("w4a4", "w3a3"))
+    assert {(c.steps, c.widths) for c in found} == {(5, 1)}
+
+
+def test_what_cannot_be_replayed_is_told_and_not_measured_as_if_it_were() -> None:
+    said: list[str] = []
+    lockstep, planned = stand().lockstep(find_method("zaq"), "train", ("w4a4",), "fp32")
+    assert not _replays(lockstep, lambda: lockstep.step(planned, calibrating=True), said.append)
+    assert said
+    assert "steps of zaq are not replayed" in said[0]
+
+
+def test_the_floor_is_the_larger_of_arithmetic_and_bytes() -> None:
+    layer = nn.Conv2d(8, 16, 3, padding=1, bias=False)
+    x = torch.randn(2, 8, 10, 10)
+
+    def run() -> None:
+        with torch.no_grad():
+            layer(x)
+
+    flops, moved = 2 * 2 * 16 * 8 * 9 * 100, 4 * (2 * 8 * 100 + 16 * 8 * 9 + 2 * 16 * 100)
+    contender = Contender("engine", "fp32", 1, 1, run, [])
+    assert floor_of(contender, Device({"fp32": 1e6}, 1e30)) == pytest.approx(flops / 1e6)
+    assert floor_of(contender, Device({"fp32": 1e30}, 1e6)) == pytest.approx(moved / 1e6)
+
+
+@pytest.mark.parametrize("faster", ["product", "convolution"])
+def test_the_devices_rate_is_that_of_the_faster_of_a_product_and_a_convolution(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 1 TFLOP/s in float32, and of 2 in bfloat16, the other gets a quarter."""
+    images, channels, side = speed.LAYER
+    work = {"product": 2 * speed.MATRIX**3, "convolution": 2 * 9 * channels**2 * images * side**2}
+    seconds = [work[kind] / rate * (1 if kind == faster else 4) for rate in (1e12, 2e12) for kind in ("product", "convolution")]
+    answers = iter([*seconds, 1.0])  # the last one is the copy's
+    monkeypatch.setattr(speed, "_best", lambda *_: next(answers))
+    assert speed.measured_device(torch.device("cpu")).flops == pytest.approx({"fp32": 1e12, "bf16": 2e12})
+
+
+def test_speed_prints_and_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = tmp_path / "speed.json"
+    words = ["speed", "--methods", "gdfq", "--batch-size", "2", "--rounds", "2", "--seconds", "0", "--precisions", "fp32", "--out", str(out)]
+    monkeypatch.setattr("sys.argv", ["dfqbench", *words])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    printed = capsys.readouterr().out
+    written = json.loads(out.read_text())
+    assert written["command"] == "dfqbench " + " ".join(words)
+    assert (written["network"], written["size"], written["batch_size"]) == ("resnet20", 32, 2)
+    assert [(row["contender"], row["widths"]) for row in written["rows"]] == [("engine", 1), ("engine", 4), ("competent", 1), ("textbook", 1)]
+    assert all(row["seconds"] > 0 for row in written["rows"])
+    assert written["rows"][-1]["against"] == 1.0
+    assert "textbook" in printed
+    assert "…" not in printed, "it fits 80 columns"
+
+
+def test_any_network_can_be_measured_with_the_settings_that_methods_have_for_its_kind(
+    tiny_teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "speed.json"
+    words = ["--network", tiny_teacher, "--batch-size", "2", "--rounds", "1", "--seconds", "0", "--precisions", "fp32"]
+    words += ["--out", str(out)]
+    for more, code in (["--preset", "imagenet"], 0), (["--preset", "imagnet"], 2):
+        monkeypatch.setattr("sys.argv", ["dfqbench", "speed", "--methods", "gdfq", *words, *more])
+        with pytest.raises(SystemExit, match=str(code)):
+            cli.main()
+    written = json.loads(out.read_text())
+    assert (written["network"], written["size"], written["preset"]) == ("tiny", 16, "imagenet")
+    assert {row["contender"] for row in written["rows"]} == {"engine"}, "the textbook loops are written for other networks"
+    assert "did you mean 'imagenet'?" in capsys.readouterr().err
+
+
+def test_the_files_name_is_the_devices() -> None:
+    assert file_name({"device": "cpu", "device_name": "Intel(R) Xeon(R) @ 2.0", "threads": 2}) == "intel-r-xeon-r-2-0-2-threads"
+    assert file_name({"device": "cuda", "device_name": "NVIDIA H200", "threads": 16}) == "nvidia-h200"

@@ -1,0 +1,328 @@
+"""W&B: what is in its files is what is in the store, once; and whatever it does, no cell is slower or fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from synthetic_store import cells, make_store, write_cell
+from wandb_file import contents, runs
+
+from dfqbench.analysis.records import read_store
+from dfqbench.cache import cache_folder
+from dfqbench.files import write_json
+from dfqbench.store import Store
+from dfqbench.sweep.load import load_sweep
+from dfqbench.sweep.schema import Tracking, tracking_of
+from dfqbench.tracking import process as tracking_process
+from dfqbench.tracking.process import WandbObserver
+from dfqbench.tracking.runs import is_pushed, read_rows, sync
+
+SweepFile = Callable[..., Path]
+OFFLINE = Tracking(wandb="offline")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+def few(root: Path) -> Store:
+    """Three cells: two of GDFQ, one without training; noted as a sweep."""
+    store = Store(root, writable=True)
+    chosen = [c for c in cells(100) if c.seed == 0 and c.method in ("gdfq", "round") and str(c.bits) in ("w4a4", "w3a3")][:3]
+    for cell in chosen:
+        write_cell(store, cell)
+    write_json(root / "sweeps" / "mine.json", {"config": "", "cells": [c.id for c in chosen]})
+    return store
+
+
+def test_a_synced_run_is_the_cell(tmp_path: Path) -> None:
+    store = few(tmp_path)
+    results = read_store(store).results
+    assert sync(store, results, OFFLINE, again=False, say=lambda line: None) == (3, 0)
+    found = runs(tmp_path)
+    assert set(found) == {f"dfqbench-{r['id']}" for r in results}
+    for result in results:
+        run, cell = found[f"dfqbench-{result['id']}"], result["cell"]
+        assert (run["project"], run["group"], run["job_type"]) == ("dfqbench", "mine", cell["method"])
+        assert {cell["bits"], cell["protocol"], cell["precision"], cell["teacher"]["label"]} <= set(run["tags"])
+        assert run["config"]["config"] == cell["identity"]["config"]
+        assert run["config"]["cell"] == result["id"]
+        rows = read_rows(store.folder(result["id"]) / "history.csv")
+        logged = [{k: v for k, v in row.items() if not k.startswith("_")} for row in run["history"]]
+        assert logged == rows, "every epoch once, with every value"
+        assert [row["_step"] for row in run["history"]] == [row["epoch"] for row in rows]
+        assert run["summary"]["top1"] == result["top1"]
+        assert run["summary"]["best_on_test"] == result["best"]["top1"]
+        assert run["summary"]["drop"] == pytest.approx(result["teacher"]["top1"] - result["top1"])
+        assert run["exit"] == 0
+
+
+def test_what_was_pushed_is_not_pushed_again_unless_it_changed_or_was_asked_for(tmp_path: Path) -> None:
+    store = few(tmp_path)
+    results = read_store(store).results
+    quiet: Callable[[str], None] = lambda line: None  # noqa: E731
+    assert sync(store, results, OFFLINE, False, quiet) == (3, 0)
+    assert sync(store, results, OFFLINE, False, quiet) == (0, 3)
+    assert sync(store, results, Tracking(wandb="offline", project="other"), False, quiet) == (3, 0)
+    results[0]["top1"] = 1.0
+    assert sync(store, results, OFFLINE, False, quiet) == (1, 2)
+    assert sync(store, results, OFFLINE, True, quiet) == (3, 0)
+    assert len(runs(tmp_path)) == 6, "a folder per cell and project, however often it was pushed"
+
+
+def test_sample_images_go_along(tmp_path: Path) -> None:
+    from PIL import Image
+
+    store = few(tmp_path)
+    result = read_store(store).results[0]
+    Image.new("RGB", (64, 64), "red").save(store.folder(result["id"]) / "samples.png")
+    sync(store, [result], OFFLINE, False, lambda line: None)
+    (run,) = runs(tmp_path).values()
+    media = [row["samples/_type"] for row in run["history"] if "samples/_type" in row]
+    assert media == ["image-file"]
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))
+
+
+def dfqbench(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dfqbench.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_a_run_leaves_one_offline_run_per_cell_and_the_same_numbers_as_without(sweep_file: SweepFile, tmp_path: Path) -> None:
+    plain = dfqbench("run", sweep_file(evaluate_every=1), "--results", tmp_path / "plain", "--threads", 1)
+    config = sweep_file(evaluate_every=1, tracking={"wandb": "offline", "project": "mine"})
+    tracked = dfqbench("run", config, "--results", tmp_path / "tracked", "--threads", 1)
+    assert (plain.returncode, tracked.returncode) == (0, 0), tracked.stderr
+    assert f"W&B: 2 cells in {tmp_path / 'tracked' / 'wandb'}" in tracked.stdout.replace("\n", "")
+    one, other = (read_store(Store(tmp_path / name)).results for name in ("plain", "tracked"))
+    assert [r["id"] for r in one] == [r["id"] for r in other], "tracking is no part of an identity"
+    assert [r["student_state"] for r in one] == [r["student_state"] for r in other]
+    found = runs(tmp_path / "tracked")
+    assert set(found) == {f"mine-{r['id']}" for r in other}, "cells in lockstep are runs of their own"
+    for result in other:
+        run = found[f"mine-{result['id']}"]
+        assert [row["top1"] for row in run["history"] if "top1" in row][-1] == result["top1"]
+        assert run["group"] == "small"
+        assert run["history"][-1]["samples/_type"] == "image-file"
+
+
+def test_a_run_that_was_stopped_and_went_on_is_one_run_with_all_epochs(sweep_file: SweepFile, tmp_path: Path) -> None:
+    config = sweep_file(bits=["w4a4"], budget={"epochs": 6, "iterations": 10, "batch_size": 8})
+    words = [
+        sys.executable,
+        "-m",
+        "dfqbench.cli",
+        "run",
+        str(config),
+        "--results",
+        str(tmp_path / "r"),
+        "--wandb",
+        "offline",
+        "--checkpoint-every",
+        "0",
+    ]
+    first = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("r/runs/*/history.csv")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert not list(tmp_path.glob("r/runs/*/result.json")), "killed while it ran"
+    assert dfqbench(*words[3:]).returncode == 0
+    ((run_id, run),) = runs(tmp_path / "r").items()
+    assert [row["_step"] for row in run["history"]] == [1, 2, 3, 4, 5, 6]
+    (result,) = read_store(Store(tmp_path / "r")).results
+    assert run_id == f"dfqbench-{result['id']}"
+
+
+# --- W&B absent, slow, down -------------------------------------------------------------------------------------------
+
+BROKEN = {
+    "absent": "raise ImportError('No module named wandb')",
+    "down": "class Settings:\n    def __init__(self, **words): pass\ndef init(**words):\n    raise ConnectionError('the server is down')",
+    "hanging": "import time\nclass Settings:\n    def __init__(self, **words): pass\ndef init(**words):\n    time.sleep(3600)",
+    "dying": "import os\nos._exit(9)",
+}
+
+
+def stand_in(folder: Path, code: str) -> dict[str, str]:
+    """An environment in which `wandb` is something else."""
+    (folder / "stand-in").mkdir(parents=True)
+    (folder / "stand-in" / "wandb.py").write_text(code)
+    here = Path(__file__).parents[2]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder / "stand-in"), str(here), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.mark.parametrize("how", list(BROKEN))
+def test_whatever_wandb_does_cells_end_well_and_the_user_is_told(sweep_file: SweepFile, tmp_path: Path, how: str) -> None:
+    code = f"from dfqbench import cli, tracking_process\ntracking_process.CLOSE_S = {2.0 if how == 'hanging' else 60.0}\nimport sys\ncli.main()"
+    words = ["run", str(sweep_file(methods=["round"])), "--results", str(tmp_path / "r"), "--wandb", "online"]
+    done = subprocess.run([sys.executable, "-c", code, *words], env=stand_in(tmp_path, BROKEN[how]), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.replace("\n", " ")
+    assert "2 done" in said
+    assert "W&B: 0 of 2 cells in project dfqbench" in said
+    assert "dfqbench wandb sync small" in said
+    assert len(read_store(Store(tmp_path / "r")).results) == 2
+    if how in ("absent", "down"):
+        assert {"absent": "No module named wandb", "down": "the server is down"}[how] in said
+
+
+def test_telling_never_waits_for_a_process_that_does_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipe is far too small for what is told; a write that waited would never return."""
+    monkeypatch.setattr(tracking_process, "CLOSE_S", 0.1)
+    for name, value in stand_in(tmp_path, BROKEN["hanging"]).items():
+        monkeypatch.setenv(name, value)
+    store = few(tmp_path / "r")
+    watching = WandbObserver(store.root, "mine", Tracking())
+    for _ in range(50_000):
+        watching.epoch(store.ids()[0])
+    process = watching._process
+    assert process is not None
+    watching.close(lambda line: None)
+    assert process.wait(30) != 0, "and it does not outlive the run"
+
+
+RECORDING = """
+import atexit, json, os, pathlib
+calls = pathlib.Path(os.environ["CALLS"])
+def note(**what):
+    with calls.open("a") as file: file.write(json.dumps(what) + "\\n")
+class Settings:
+    def __init__(self, **words): pass
+class Image:
+    def __init__(self, path): self.path = path
+class Run:
+    url = "https://example.org/run"
+    dir = "/nowhere/run/files"
+    def __init__(self, words):
+        self.id = words["id"]
+        self.starting_step = int(os.environ.get("STARTING_STEP", 0))
+        self.summary = {}
+    def define_metric(self, *names, **words): pass
+    def log(self, row, step): note(log=self.id, step=step, keys=sorted(row))
+    def finish(self, exit_code=0): note(finish=self.id, exit_code=exit_code, summary=sorted(self.summary))
+def init(**words):
+    note(init=words["id"], resume=words["resume"], reinit=words["reinit"], mode=words["mode"], group=words["group"])
+    return Run(words)
+"""
+
+
+def heard(tmp_path: Path, lines: list[str], **environment: str) -> list[dict[str, Any]]:
+    """What the process asks of W&B when it is told these lines."""
+    calls = tmp_path / "calls"
+    calls.unlink(missing_ok=True)
+    env = (
+        stand_in(tmp_path, RECORDING)
+        if not (tmp_path / "stand-in").exists()
+        else {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "stand-in"), str(Path(__file__).parents[2])])}
+    )
+    settings = json.dumps({"root": str(tmp_path / "r"), "sweep": "mine", "tracking": Tracking().model_dump()})
+    command = [sys.executable, "-P", "-m", "dfqbench.tracking.process", settings]
+    done = subprocess.run(
+        command, input="\n".join(lines), env={**env, "CALLS": str(calls), **environment}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+
+
+def test_live_the_newest_epoch_waits_for_its_accuracy_and_every_epoch_is_logged_once(tmp_path: Path) -> None:
+    store = few(tmp_path / "r")
+    cell_id = next(r["id"] for r in read_store(store).results if r["cell"]["method"] == "gdfq")
+    calls = heard(tmp_path, [f"epoch {cell_id}", f"epoch {cell_id}", f"done {cell_id}"])
+    mine = [c for c in calls if f"dfqbench-{cell_id}" in c.values()]
+    assert mine[0] == {"init": f"dfqbench-{cell_id}", "resume": "allow", "reinit": "create_new", "mode": "online", "group": "mine"}
+    assert [c["step"] for c in mine if "log" in c] == list(range(1, 41))
+    assert mine[-1]["exit_code"] == 0
+    assert "top1" in mine[-1]["summary"]
+    assert is_pushed(store, store.result(cell_id) or {}, Tracking())
+
+
+def test_a_requeued_cell_goes_on_behind_what_wandb_already_has(tmp_path: Path) -> None:
+    store = few(tmp_path / "r")
+    cell_id = next(r["id"] for r in read_store(store).results if r["cell"]["method"] == "gdfq")
+    calls = heard(tmp_path, [f"epoch {cell_id}", f"done {cell_id}"], STARTING_STEP="31")
+    assert [c["step"] for c in calls if c.get("log") == f"dfqbench-{cell_id}"] == list(range(31, 41))
+
+
+def test_news_that_were_lost_are_made_up_for_at_the_end(tmp_path: Path) -> None:
+    store = few(tmp_path / "r")
+    mine = sorted(store.ids())[:2]  # the third is another process's
+    calls = heard(tmp_path, [f"begun {cell_id}" for cell_id in mine])
+    assert {c["finish"] for c in calls if "finish" in c} == {f"dfqbench-{cell_id}" for cell_id in mine}
+
+
+def test_a_cell_that_did_not_end_is_closed_as_failed(tmp_path: Path) -> None:
+    store = few(tmp_path / "r")
+    cell_id = next(r["id"] for r in read_store(store).results if r["cell"]["method"] == "gdfq")
+    (store.folder(cell_id) / "result.json").unlink()
+    calls = heard(tmp_path, [f"epoch {cell_id}"])
+    (end,) = [c for c in calls if c.get("finish") == f"dfqbench-{cell_id}"]
+    assert end["exit_code"] == 1
+
+
+# --- settings and the command -----------------------------------------------------------------------------------------
+
+
+def test_tracking_is_given_in_words_or_a_mapping_and_never_changes_an_id(sweep_file: SweepFile) -> None:
+    plain = load_sweep(sweep_file(), cache_folder())
+    for given, mode in (("wandb", "online"), ({"wandb": "offline"}, "offline"), ({"wandb": "online", "project": "p", "entity": "e"}, "online")):
+        loaded = load_sweep(sweep_file(tracking=given), cache_folder())
+        assert [c.id for c in loaded.cells] == [c.id for c in plain.cells]
+        assert loaded.sweep.tracking is not None
+        assert loaded.sweep.tracking.wandb == mode
+    assert tracking_of(plain.sweep, None) is None
+    assert tracking_of(plain.sweep, "offline") == OFFLINE
+    assert tracking_of(loaded.sweep, "off") is None
+    assert tracking_of(loaded.sweep, "offline") == Tracking(wandb="offline", project="p", entity="e")
+    for wrong in ({"wandb": "sometimes"}, {"project": "a/b"}, {"projekt": "p"}):
+        with pytest.raises(ValidationError):
+            Tracking(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_mistake_in_tracking_is_one_line_with_its_key(sweep_file: SweepFile, tmp_path: Path) -> None:
+    for given, said in (
+        ({"wandb": "sometimes"}, "tracking.wandb: 'sometimes'"),
+        ({"project": "a/b"}, "tracking.project: 'a/b'"),
+        ("tensorboard", "tracking: 'tensorboard'"),
+    ):
+        done = dfqbench("plan", sweep_file(tracking=given), "--results", tmp_path / "r")
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+        assert said in done.stderr
+
+
+def test_sync_is_a_command(tmp_path: Path) -> None:
+    few(tmp_path / "r")
+    done = dfqbench("wandb", "sync", "--offline", "--results", tmp_path / "r")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "3 pushed" in done.stdout
+    done = dfqbench("wandb", "sync", "--offline", "--results", tmp_path / "r")
+    assert "0 pushed, 3 already there" in done.stdout
+    no_home = {**os.environ, "HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    done = dfqbench("wandb", "sync", "--results", tmp_path / "r", env=no_home)
+    assert done.returncode == 2
+    assert done.stderr.startswith("dfqbench: W&B: not logged in")
+    done = dfqbench("wandb", "sync", "--project", "a b", "--results", tmp_path / "r")
+    assert (done.returncode, done.stderr.strip()) == (2, "dfqbench: --project 'a b': letters, digits, '.', '_' and '-' only")
+
+
+def test_the_reader_reads_records_longer_than_a_block(tmp_path: Path) -> None:
+    """Or the tests above could miss what they look for."""
+    store = make_store(tmp_path, 1)
+    result = read_store(store).results[0]
+    result["cell"]["identity"]["config"]["long"] = "x" * 100_000
+    sync(store, [result], OFFLINE, False, lambda line: None)
+    (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert contents(path)["config"]["config"]["long"] == "x" * 100_000
