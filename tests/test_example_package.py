@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from dfqbench.testing import CHECKS
+from dfqbench.testing.outcomes import CHECKS
 
 if TYPE_CHECKING:
     from conftest import Example

@@ -9,9 +9,11 @@ from pathlib import Path
 import yaml
 
 from dfqbench.cache import cache_folder
-from dfqbench.run.runner import Options, StopFlag, run_sweep
+from dfqbench.run.options import Options, StopFlag
+from dfqbench.run.runner import run_sweep
 from dfqbench.store import Store
-from dfqbench.sweep.load import Sweep, load_sweep
+from dfqbench.sweep.load import load_sweep
+from dfqbench.sweep.schema import Sweep
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -44,7 +46,7 @@ def test_the_example_sweep_has_only_keys_that_exist() -> None:
 def test_every_command_that_it_names_exists() -> None:
     from typer.main import get_command
 
-    from dfqbench.cli.main import app
+    from dfqbench.cli.app import app
 
     named = set(re.findall(r"^dfqbench (\w+)", README, re.MULTILINE))
     assert named == set(get_command(app).commands)  # type: ignore[attr-defined]

@@ -1,1 +1,1 @@
-"""Steps per second next to textbook loops and the device's floor (steps.py), what a run costs beside them (overheads.py), expected hours (estimate.py)."""
+"""Steps per second (steps.py) beside the device's floor (floor.py), what a run costs besides (overheads.py), expected hours (estimate.py)."""

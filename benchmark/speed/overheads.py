@@ -134,7 +134,7 @@ def _command(name: str, config: Path, results: Path, *more: str) -> str:
 
 def _child(function: str, *given: str) -> dict[str, Any]:
     """What a function of this module prints in a process of its own, with `began`: the time at which that was started."""
-    code = f"import sys; from dfqbench import overheads; overheads.{function}(*sys.argv[1:])"
+    code = f"import sys; from dfqbench.speed import overheads; overheads.{function}(*sys.argv[1:])"
     began = time.time()
     done = subprocess.run([sys.executable, "-c", code, *given], stdout=subprocess.PIPE, text=True, check=True)
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -24,11 +24,14 @@ from dfqbench.engine.lockstep import Lockstep
 from dfqbench.method.contract import Method, Phase
 from dfqbench.method.registry import find_method, register
 from dfqbench.method.settings import Field
+from dfqbench.run.options import Options, StopFlag, Summary
 from dfqbench.run.progress import Progress
-from dfqbench.run.runner import Options, StopFlag, Summary, run_sweep
+from dfqbench.run.runner import run_sweep
 from dfqbench.store import Store
 from dfqbench.sweep.load import load_sweep
-from dfqbench.testing import NO_EXCUSE, Trial, check_method, images_do_not_depend_on_what_comes_after
+from dfqbench.testing import Trial, check_method
+from dfqbench.testing.declarations import images_do_not_depend_on_what_comes_after
+from dfqbench.testing.outcomes import NO_EXCUSE
 from dfqbench_methods.parts.stored_images import StoredImages
 
 SweepFile = Callable[..., Path]

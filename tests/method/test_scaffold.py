@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from dfqbench import Batch, Method, Phase, Student, TrainingConfig
 from dfqbench.method import registry
 from dfqbench.method.registry import find_method, load_plugin, register
-from dfqbench.testing import CHECKS, check_method, method_checks
+from dfqbench.testing import check_method, method_checks
+from dfqbench.testing.outcomes import CHECKS
 
 Run = Callable[..., tuple[int, str, str]]
 

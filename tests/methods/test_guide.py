@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import yaml
 
-from dfqbench.cli import main as cli
+from dfqbench.cli import app as cli
 from dfqbench.data import find_set, own
 from dfqbench.method import registry
 from dfqbench.method.registry import find_method, load_plugin
 from dfqbench.quantization import find_protocol
 from dfqbench.sweep.load import Sweep
-from dfqbench.testing import Trial, method_checks, small_task, small_teacher, what_it_needs_is_declared
+from dfqbench.testing import Trial, method_checks, small_task, small_teacher
+from dfqbench.testing.declarations import what_it_needs_is_declared
 
 ROOT = Path(__file__).parents[2]
 GUIDE = (ROOT / "methods" / "README.md").read_text()

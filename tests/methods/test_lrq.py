@@ -196,8 +196,9 @@ def test_the_run_keeps_image_files_beside_the_checkpoint_and_resumes_from_them(s
     from rich.console import Console
 
     from dfqbench.cache import cache_folder
+    from dfqbench.run.options import Options, StopFlag
     from dfqbench.run.progress import Progress
-    from dfqbench.run.runner import Options, StopFlag, run_sweep
+    from dfqbench.run.runner import run_sweep
     from dfqbench.store import Store
     from dfqbench.sweep.load import load_sweep
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dfqbench.cli.main import app
+from dfqbench.cli.app import app
 
 if TYPE_CHECKING:
     from conftest import Example

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from dfqbench.cli import main as cli
+from dfqbench.cli import app as cli
 from dfqbench.method.registry import find_method
-from dfqbench.speed import stopwatch as speed
+from dfqbench.speed import floor
 from dfqbench.speed.steps import Contender, Device, Stand, _replays, contenders, file_name, floor_of, phases_of
 from dfqbench.teachers.cifar import CifarResNet
 from dfqbench.testing import small_task
@@ -69,12 +69,12 @@ def test_the_floor_is_the_larger_of_arithmetic_and_bytes() -> None:
 @pytest.mark.parametrize("faster", ["product", "convolution"])
 def test_the_devices_rate_is_that_of_the_faster_of_a_product_and_a_convolution(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 1 TFLOP/s in float32, and of 2 in bfloat16, the other gets a quarter."""
-    images, channels, side = speed.LAYER
-    work = {"product": 2 * speed.MATRIX**3, "convolution": 2 * 9 * channels**2 * images * side**2}
+    images, channels, side = floor.LAYER
+    work = {"product": 2 * floor.MATRIX**3, "convolution": 2 * 9 * channels**2 * images * side**2}
     seconds = [work[kind] / rate * (1 if kind == faster else 4) for rate in (1e12, 2e12) for kind in ("product", "convolution")]
     answers = iter([*seconds, 1.0])  # the last one is the copy's
-    monkeypatch.setattr(speed, "_best", lambda *_: next(answers))
-    assert speed.measured_device(torch.device("cpu")).flops == pytest.approx({"fp32": 1e12, "bf16": 2e12})
+    monkeypatch.setattr(floor, "_best", lambda *_: next(answers))
+    assert floor.measured_device(torch.device("cpu")).flops == pytest.approx({"fp32": 1e12, "bf16": 2e12})
 
 
 def test_speed_prints_and_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 
 from dfqbench.errors import UserError, UserErrors
 from dfqbench.task import Task
-from dfqbench.teachers import TeacherCard, describe, list_models, load, parse_teacher, zoo
+from dfqbench.teachers import TeacherCard, build, describe, list_models, load, parse_teacher
 from dfqbench.teachers.cifar import BLOCKS_PER_STAGE, cifar_resnet
 
 FACTORY = """
@@ -412,8 +412,8 @@ def test_a_remembered_card_is_used_until_the_file_changes(tmp_path: Path, monkey
     spec = parse_teacher({"model": "cifar:resnet20", "weights": str(path)})
     first = describe(spec, cache)
     built: list[str] = []
-    real = zoo.build
-    monkeypatch.setattr(zoo, "build", lambda spec: built.append(spec.model) or real(spec))
+    real = build.build
+    monkeypatch.setattr(build, "build", lambda spec: built.append(spec.model) or real(spec))
     assert describe(spec, cache) == first
     assert not built
     save_file(cifar_resnet("resnet20", 4).state_dict(), path)

@@ -167,7 +167,7 @@ def stand_in(folder: Path, code: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("how", list(BROKEN))
 def test_whatever_wandb_does_cells_end_well_and_the_user_is_told(sweep_file: SweepFile, tmp_path: Path, how: str) -> None:
-    code = f"from dfqbench import cli, tracking_process\ntracking_process.CLOSE_S = {2.0 if how == 'hanging' else 60.0}\nimport sys\ncli.main()"
+    code = f"from dfqbench import cli\nfrom dfqbench.tracking import process\nprocess.CLOSE_S = {2.0 if how == 'hanging' else 60.0}\ncli.main()"
     words = ["run", str(sweep_file(methods=["round"])), "--results", str(tmp_path / "r"), "--wandb", "online"]
     done = subprocess.run([sys.executable, "-c", code, *words], env=stand_in(tmp_path, BROKEN[how]), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
