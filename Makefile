@@ -1,4 +1,4 @@
-# make install | demo | results | test | lint | clean
+# make install | demo | results | test | test-fast | lint | clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,13 +36,18 @@ test: install
 	$(BIN)/pytest --numprocesses auto --ignore tests/slurm
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder tests/slurm
 
+# all but the slow tests and Slurm's: under 90 seconds on two cores
+test-fast: install
+	$(BIN)/pytest --numprocesses auto --ignore tests/slurm -m 'not slow'
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache dist build
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .grimp_cache dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: install demo results test lint clean
+.PHONY: install demo results test test-fast lint clean

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)], check=True, capture_output=True, text=True
-    )
+    words = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]  # an sdist, and from it the wheel
+    subprocess.run(words, check=True, capture_output=True, text=True)
     return next(folder.glob("*.whl"))
 
 
@@ -33,22 +35,64 @@ def test_the_wheel_holds_packages_and_configs_and_nothing_else_at_the_top(wheel:
         assert name in names
 
 
-def test_the_installed_command_works_beside_a_folder_called_benchmark(wheel: Path, tmp_path: Path) -> None:
-    """Run outside the checkout, in a folder whose own `benchmark` and `methods` must not be picked up."""
-    installed, place = tmp_path / "installed", tmp_path / "place"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed), str(wheel)], check=True)
-    for package in ("benchmark", "methods"):
-        (place / package).mkdir(parents=True)
-        (place / package / "__init__.py").write_text("raise RuntimeError('the wrong package')\n")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(installed)}
+NEIGHBOURS = ("methods.py", "benchmark/__init__.py", "slurm.py")  # what people call files of their own: the names of our folders
+NET = """import benchmark, methods, slurm
+from tiny import tiny
 
-    def dfqbench(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([str(installed / "bin" / "dfqbench"), *words], cwd=place, env=environment, capture_output=True, text=True)
 
-    listed = dfqbench("methods")
-    assert listed.returncode == 0, listed.stderr
-    assert "gdfq" in listed.stdout
-    planned = dfqbench("plan", "quickstart")
+def net():
+    assert (benchmark.MINE, methods.MINE, slurm.MINE) == ("benchmark", "methods", "slurm")
+    return tiny()
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel alone, without what it depends on."""
+    folder = tmp_path_factory.mktemp("installed")
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), str(wheel)], check=True)
+    return folder
+
+
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_files_of_a_user_that_are_called_as_our_folders_never_meet_ours(how: str, installed: Path, tiny_teacher: str, tmp_path: Path) -> None:
+    """They are beside his network file, in the folder where he works, and on PYTHONPATH."""
+    for name in NEIGHBOURS:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"MINE = {name.partition('.')[0].partition('/')[0]!r}\n")
+    shutil.copy(tiny_teacher.rpartition(":")[0], tmp_path / "tiny.py")
+    (tmp_path / "net.py").write_text(NET)
+    config = {"name": "his", "teachers": ["net.py:net"], "evaluate": "digits", "methods": ["round"], "bits": ["w4a4"]}
+    (tmp_path / "his.yaml").write_text(yaml.safe_dump(config))
+    paths, command = [str(tmp_path)], [sys.executable, "-m", "dfqbench.cli"]
+    if how == "wheel":
+        paths, command = [str(tmp_path), str(installed)], [str(installed / "bin" / "dfqbench")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+    def run(*words: str) -> str:
+        done = subprocess.run([*command, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    where = "import dfqbench, dfqbench_methods, dfqbench_slurm; print(dfqbench.__file__)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert found.startswith(str(installed)) == (how == "wheel")
+    assert "gdfq" in run("methods")
+    assert "1 done" in run("run", "his.yaml")
+    assert "1 done" in run("status", "his.yaml")
+    assert "round" in run("table", "his.yaml", "--format", "csv")
+
+
+def test_our_folders_names_are_nobodys_modules(installed: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    for name in ("benchmark", "methods", "slurm"):
+        done = subprocess.run([sys.executable, "-c", f"import {name}"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert f"No module named '{name}'" in done.stderr
+
+
+def test_the_installed_command_finds_what_is_shipped(installed: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    planned = subprocess.run([installed / "bin" / "dfqbench", "plan", "quickstart"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert planned.returncode == 2
     assert "digits-resnet20.safetensors" in planned.stderr, "the shipped config is found, its teacher is not trained yet"
     assert "configs/quickstart.yaml: teachers[0]" in planned.stderr

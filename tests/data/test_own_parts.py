@@ -178,6 +178,7 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.Fixtur
     return f"{name}.zoo"
 
 
+@pytest.mark.slow
 def test_a_factory_of_an_installed_module_is_a_teacher(nets: str, tmp_path: Path) -> None:
     card = describe(parse_teacher(f"{nets}:make"), tmp_path / "cache")
     assert (card.label, card.model, card.weights, card.task.classes) == ("make", f"{nets}:make", "factory", 4)

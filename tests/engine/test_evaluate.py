@@ -141,6 +141,7 @@ def real_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @needs_real_data
 @pytest.mark.parametrize(
     ("weights", "images", "measured"),

@@ -264,6 +264,7 @@ def finished(results: Path) -> dict[str, Any]:
     return {r["cell"]["bits"]: (r["student_state"], r["top1"], r["correct"]) for r in found}
 
 
+@pytest.mark.slow
 def test_killed_three_times_at_random_moments_a_cell_ends_with_the_same_bits(sweep_file: SweepFile, tmp_path: Path) -> None:
     config = sweep_file(budget={"epochs": 12, "iterations": 20, "batch_size": 16}, evaluate_every=3)
     whole = run_cli(config, tmp_path / "whole")
@@ -294,6 +295,7 @@ def test_killed_three_times_at_random_moments_a_cell_ends_with_the_same_bits(swe
     assert not list((tmp_path / "killed" / "bundles").glob("*/checkpoint.pt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_saves_at_the_step_and_the_same_command_goes_on(sweep_file: SweepFile, tmp_path: Path, number: signal.Signals) -> None:
     config = sweep_file(budget={"epochs": 200, "iterations": 20, "batch_size": 16})

@@ -97,6 +97,7 @@ def replaying(lockstep: Lockstep, said: list[str], **options: Any) -> list[Stand
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gdfq", "acq"])
 def test_replayed_steps_end_with_the_bits_of_steps_run_as_they_are(name: str) -> None:
     trial, bits, said = Trial(find_method(name), LONG), ("w4a4", "w3a3"), []
@@ -114,6 +115,7 @@ def test_replayed_steps_end_with_the_bits_of_steps_run_as_they_are(name: str) ->
     assert lockstep.parts.replayed == 3 * (18 - 2 * WARM_UP)
 
 
+@pytest.mark.slow
 def test_bf16_opens_autocast_within_the_recording() -> None:
     trial = Trial(find_method("gdfq"), LONG)
     ends = []
@@ -127,6 +129,7 @@ def test_bf16_opens_autocast_within_the_recording() -> None:
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [5, 11])
 def test_after_a_restore_everything_is_recorded_anew(stop_after: int) -> None:
     """Within replayed steps: what is restored into a lockstep that has graphs of its own, and what is restored into a fresh one."""
@@ -148,6 +151,7 @@ def test_after_a_restore_everything_is_recorded_anew(stop_after: int) -> None:
     assert history(second) == history(whole)
 
 
+@pytest.mark.slow
 def test_a_student_that_diverges_leaves_without_the_others_being_recorded_anew() -> None:
     trial, bits = Trial(find_method("gdfq"), LONG | {"epochs": 4}), ("w4a4", "w3a3")
     healthy = trial.end(bits=bits)
@@ -164,6 +168,7 @@ def test_a_student_that_diverges_leaves_without_the_others_being_recorded_anew()
     assert ends_of(lockstep)["w4a4"] == ends_of(healthy)["w4a4"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing_part", [1, 2, 3])
 def test_a_recording_that_fails_is_told_once_and_the_steps_run_as_they_are(failing_part: int) -> None:
     trial, bits, said = Trial(find_method("gdfq"), LONG), ("w4a4", "w3a3"), []
@@ -341,6 +346,7 @@ def test_a_capture_that_cuda_breaks_off_is_told_and_the_run_goes_on_with_the_sam
     assert ends_of(later) == ends_of(sound.end(device=torch.device("cuda")))
 
 
+@pytest.mark.slow
 def test_methods_that_do_not_promise_static_steps_are_run_as_they_are() -> None:
     said: list[str] = []
     lockstep = Trial(find_method("zaq")).start()

@@ -87,6 +87,7 @@ def folders(results: Path) -> list[Path]:
     return sorted((results / "images").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "settings", "other"),
     [
@@ -175,6 +176,7 @@ def flipped(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["images-0000.safetensors", "images-0001.safetensors", "state.pt", "images.json"])
 @pytest.mark.parametrize("damage", [flipped, Path.unlink, lambda path: path.write_bytes(b"")])
 def test_a_damaged_file_is_named_and_the_images_are_made_again(
@@ -223,6 +225,7 @@ def test_where_another_process_is_faster_its_images_stay(run: Callable[..., Any]
     assert "not kept" not in log
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_end_as_two_that_run_alone(run: Callable[..., Any], sweep_file: SweepFile, tmp_path: Path) -> None:
     post, fine = {"gznq": GZNQ}, {"gznq": {**GZNQ, "finetune": True}}
     same = {"bits": ["w4a4"], "budget": {"epochs": 2, "iterations": 3, "batch_size": 8}}
@@ -298,6 +301,7 @@ class OtherPlan(FalseWord):
         return [Phase(making.name, 1 + (self.config.first_step > 1), iterations=making.iterations, step=making.step)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "said"),
     [
@@ -321,6 +325,7 @@ def test_a_declared_setting_that_cannot_be_tried_is_no_declaration() -> None:
         images_do_not_depend_on_what_comes_after(Trial(method))
 
 
+@pytest.mark.slow
 def test_the_check_cannot_be_excused() -> None:
     assert "images_do_not_depend_on_what_comes_after" in NO_EXCUSE
     outcomes = {o.check: o.verdict for o in check_method(find_method("gznq"))}

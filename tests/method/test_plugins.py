@@ -40,6 +40,7 @@ def dfqbench(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "dfqbench.cli", *words], env=environment, capture_output=True, text=True, cwd=folder)
 
 
+@pytest.mark.slow
 def test_broken_packages_are_told_and_the_others_work(tmp_path: Path) -> None:
     package(tmp_path, "good", METHOD.format(name="good"))
     package(tmp_path, "raises", METHOD.format(name="half") + "\n\nundefined_name\n")
@@ -66,6 +67,7 @@ def test_broken_packages_are_told_and_the_others_work(tmp_path: Path) -> None:
     assert dfqbench(tmp_path, "methods", "show", "zaq").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_file_that_takes_a_built_in_name_is_refused_though_it_came_first(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(METHOD.format(name="gdfq"))
     shown = dfqbench(tmp_path, "methods", "show", "gdfq", "--plugin", "mine.py")

@@ -33,6 +33,7 @@ def _empty_folder_and_no_method_left(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     registry._methods.update(before)
 
 
+@pytest.mark.slow
 def test_a_new_file_passes_all_checks_untouched(dfqbench: Run, tmp_path: Path) -> None:
     code, out, err = dfqbench("methods", "new", "spark-two")
     assert (code, err) == (0, "")
@@ -45,6 +46,7 @@ def test_a_new_file_passes_all_checks_untouched(dfqbench: Run, tmp_path: Path) -
     method_checks(method)
 
 
+@pytest.mark.slow
 def test_its_sweep_runs_on_the_digits(dfqbench: Run, tmp_path: Path) -> None:
     """The teacher is one whose training was left out, and the budget is cut; nothing else is touched."""
     from dfqbench.teachers.cifar import cifar_resnet
@@ -63,6 +65,7 @@ def test_its_sweep_runs_on_the_digits(dfqbench: Run, tmp_path: Path) -> None:
     assert "spark" in dfqbench("table", "spark.yaml")[1]
 
 
+@pytest.mark.slow
 def test_a_new_package_is_complete(dfqbench: Run, tmp_path: Path) -> None:
     code, out, _ = dfqbench("methods", "new", "my-spark", "--package")
     assert code == 0
@@ -147,6 +150,7 @@ def declared(name: str, **attributes: Any) -> type[Method]:
     return register(name.lower(), paper="none", fidelity="paper", shares_synthesis=True)(cls)
 
 
+@pytest.mark.slow
 def test_a_failed_check_is_reported_with_what_and_how_to_mend(dfqbench: Run) -> None:
     declared("Undeclared", needs=set())
     code, out, _ = dfqbench("methods", "check", "undeclared")
@@ -160,6 +164,7 @@ def test_a_failed_check_is_reported_with_what_and_how_to_mend(dfqbench: Run) -> 
     assert '            what  it uses labels, which is not declared: needs = {"labels"}' in lines
 
 
+@pytest.mark.slow
 def test_a_failure_can_be_declared_with_its_reason(dfqbench: Run) -> None:
     method = declared("Excused", expected_failures={"any_task_works": "the paper's generator makes three channels"})
     method_checks(method)
@@ -171,6 +176,7 @@ def test_a_failure_can_be_declared_with_its_reason(dfqbench: Run) -> None:
     assert "fails      any_task_works: the paper's generator" in dfqbench("methods", "show", "excused")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("failures", "said"),
     [
@@ -187,6 +193,7 @@ def test_a_declaration_that_does_not_hold_is_a_failure(failures: dict[str, str],
     assert said in str(caught.value)
 
 
+@pytest.mark.slow
 def test_every_check_says_what_it_holds_and_how_to_mend_it() -> None:
     method = declared("Meaning")
     outcomes = check_method(method)

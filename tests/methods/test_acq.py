@@ -159,6 +159,7 @@ def test_pairs_share_label_and_condition_but_not_noise(sweep_file: SweepFile) ->
     assert not torch.allclose(images[:4], images[4:], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_matching_makes_the_attention_follow_the_condition(sweep_file: SweepFile) -> None:
     budget = {"epochs": 4, "iterations": 40, "batch_size": 32}
     settings = {"matching_weight": 100.0, "adversarial_weight": 0.0, "consistency_weight": 0.0}

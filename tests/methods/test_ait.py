@@ -183,6 +183,7 @@ def test_the_loss_is_the_divergence_over_all_elements_and_nothing_else() -> None
     assert loss.item() == pytest.approx(400 * (np.exp(log_p) * (log_p - log_q)).sum() / 80, rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("host", "settings"),
     [("gdfq", {"warmup_epochs": 1, "calibration_epochs": 1}), ("intraq", IntraQ.quick)],

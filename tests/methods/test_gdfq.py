@@ -121,6 +121,7 @@ def test_ranges_are_tracked_for_the_calibration_epochs_whatever_the_warmup() -> 
     assert plan(warmup_epochs=1, epochs=10) == [("warm-up", 1, False, 4), ("train", 9, True, 3)]
 
 
+@pytest.mark.slow
 def test_the_generator_learns_to_be_classified_and_to_match_the_statistics(sweep_file: SweepFile) -> None:
     loaded = load_sweep(sweep_file(bits=["w4a4"], methods=["gdfq"], budget={"epochs": 4, "iterations": 25, "batch_size": 32}), cache_folder())
     (cell,) = loaded.cells

@@ -46,6 +46,7 @@ def test_jitter_shifts_and_flips_but_keeps_every_pixel() -> None:
     assert any(not torch.equal(jitter(images, 2, stream), images) for _ in range(5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["image", "generator"])
 def test_made_images_match_the_statistics_better_than_noise(mode: str) -> None:
     lockstep = trial(mode=mode, synthesis_iterations=60, images=8, synthesis_batch=8, batch_size=8).start()

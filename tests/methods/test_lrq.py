@@ -120,6 +120,7 @@ def test_images_are_stored_in_batches_and_centres_are_their_classes_means() -> N
         assert torch.allclose(mean, features[labels == label].mean(0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_optimised_images_match_the_statistics_better_than_noise() -> None:
     from dfqbench_methods.parts.losses import batch_norm_loss
 

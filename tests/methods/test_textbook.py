@@ -102,6 +102,7 @@ GENERATED: list[tuple[str, type[Loop], dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind", "settings", "logged"), GENERATED, ids=[g[0] for g in GENERATED])
 def test_in_float64_fifty_steps_are_those_of_the_textbook_loop(
     float64: None, name: str, kind: type[Loop], settings: dict[str, Any], logged: str
@@ -123,6 +124,7 @@ def test_in_float64_fifty_steps_are_those_of_the_textbook_loop(
     assert mine == pytest.approx(other, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_in_float64_lrq_is_its_textbook_loop_through_all_three_phases(float64: None) -> None:
     settings = {"epochs": 3, "iterations": 5, "batch_size": 6, "images": 16, "synthesis_batch": 8, "synthesis_iterations": 15}
     lockstep, losses = engine("lrq", settings | {"calibration_epochs": 1, "closest": 0.3, "margin": 0.2})
@@ -135,6 +137,7 @@ def test_in_float64_lrq_is_its_textbook_loop_through_all_three_phases(float64: N
     assert losses.student[35:] == pytest.approx([row[0] for row in plain.losses[35:]], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_in_float64_gznq_makes_the_images_of_its_textbook_loop(float64: None) -> None:
     settings = {"images": 16, "synthesis_batch": 8, "synthesis_iterations": 15, "batch_size": 8, "confidence": 0.0}
     lockstep, losses = engine("gznq", settings)

@@ -71,6 +71,7 @@ def test_vectors_of_zeros_get_no_gradient_and_others_get_the_usual_one() -> None
     assert torch.allclose(mine.grad, usual.grad, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_generator_step_to_five_student_steps() -> None:
     lockstep = start()
     generator = lockstep.method.generator  # type: ignore[attr-defined]
@@ -86,6 +87,7 @@ def test_one_generator_step_to_five_student_steps() -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights, generator.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_generators_step_raises_the_disagreement_and_leaves_the_student_its_weights() -> None:
     lockstep = start(student_steps=1, generator_lr=0.01)
     with pytest.raises(Interrupted):
@@ -106,6 +108,7 @@ def test_the_generators_step_raises_the_disagreement_and_leaves_the_student_its_
     assert all(p.requires_grad for p in student.parameters())
 
 
+@pytest.mark.slow
 def test_it_trains_bn_statistics_and_tracks_extremes_as_it_declares() -> None:
     lockstep = start()
     student = lockstep.trainees[0].student
@@ -124,6 +127,7 @@ def test_bit_widths_never_share_a_generator(sweep_file: SweepFile) -> None:
     assert [len(b.cells) for b in bundles(loaded.cells)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_interrupted_between_generator_steps_equals_uninterrupted() -> None:
     whole, first, second = (start() for _ in range(3))
     whole.run(StopAfter())

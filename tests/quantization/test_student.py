@@ -80,6 +80,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_with_quantizers_off_a_zoo_network_computes_what_it_did(name: str) -> None:
     build, size = ZOO[name]
@@ -226,6 +227,7 @@ def test_hardware_puts_every_layer_input_and_every_sum_of_resnet20_on_a_grid() -
     assert max(counts[1:-1]) <= 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tv:googlenet", "timm:densenet121", "tv:shufflenet_v2", "timm:efficientnet_b0"])
 def test_hardware_layers_read_only_grids(name: str) -> None:
     build, size = ZOO[name]

@@ -34,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_a_trained_network_is_a_teacher_that_knows_its_classes(folder: Path, tmp_path: Path) -> None:
     said: list[str] = []
     out = tmp_path / "new" / "r20.safetensors"
@@ -68,6 +69,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(folder: Path
     assert contents[0] != contents[2]
 
 
+@pytest.mark.slow
 def test_digits_are_learnt_by_one_channel_without_flips(tmp_path: Path) -> None:
     """Two epochs only: that twelve reach 97 % is measured, and stands in the module's docstring."""
     said: list[str] = []

@@ -24,6 +24,7 @@ def test_the_sweep_has_as_many_cells_as_are_spoken_of(tmp_path: Path, cells: int
     assert len(load_sweep(config, cache_folder()).cells) == cells
 
 
+@pytest.mark.slow
 def test_a_worker_is_measured_up_to_its_first_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = overheads.sweep_of(tmp_path / "sweep.yaml", overheads.made_up_teacher(tmp_path), 1)
     overheads.first_step(str(config), str(tmp_path / "r"), "cpu")
@@ -33,6 +34,7 @@ def test_a_worker_is_measured_up_to_its_first_step(tmp_path: Path, capsys: pytes
     assert [store.progress(cell_id)["step"] for cell_id in store.ids()] == [1]  # type: ignore[index]
 
 
+@pytest.mark.slow
 def test_overheads_are_written_as_they_were_measured(dfqbench: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overheads, "measure", partial(overheads.measure, cells=10, steps=20))
     code, out, _ = dfqbench("speed", "--overheads", "--device", "cpu", "--rounds", 1, "--out", tmp_path / "overheads.json")

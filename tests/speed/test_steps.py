@@ -77,6 +77,7 @@ def test_the_devices_rate_is_that_of_the_faster_of_a_product_and_a_convolution(f
     assert floor.measured_device(torch.device("cpu")).flops == pytest.approx({"fp32": 1e12, "bf16": 2e12})
 
 
+@pytest.mark.slow
 def test_speed_prints_and_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "speed.json"
@@ -95,6 +96,7 @@ def test_speed_prints_and_writes_what_it_measured(tmp_path: Path, capsys: pytest
     assert "…" not in printed, "it fits 80 columns"
 
 
+@pytest.mark.slow
 def test_any_network_can_be_measured_with_the_settings_that_methods_have_for_its_kind(
     tiny_teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

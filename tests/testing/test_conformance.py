@@ -14,6 +14,8 @@ from dfqbench.testing import Trial, check_method, method_checks
 from dfqbench.testing.declarations import what_it_needs_is_declared
 from dfqbench.testing.outcomes import CHECKS
 
+pytestmark = pytest.mark.slow
+
 BUILT_IN = [method.info.name for method in list_methods() if method.info.origin == "built in"]
 
 

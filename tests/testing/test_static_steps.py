@@ -142,6 +142,7 @@ def test_what_a_replay_would_get_wrong_is_named(broken: type[Any], told: str) ->
     assert told in str(caught.value)
 
 
+@pytest.mark.slow
 def test_two_seeds_must_do_the_same() -> None:
     method = register("dependsontheseed", paper="x", fidelity="paper", shares_synthesis=True)(DependsOnTheSeed)
     with pytest.raises(AssertionError, match="with another seed, steps are other operations"):

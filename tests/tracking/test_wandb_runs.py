@@ -47,6 +47,7 @@ def few(root: Path) -> Store:
     return store
 
 
+@pytest.mark.slow
 def test_a_synced_run_is_the_cell(tmp_path: Path) -> None:
     store = few(tmp_path)
     results = read_store(store).results
@@ -69,6 +70,7 @@ def test_a_synced_run_is_the_cell(tmp_path: Path) -> None:
         assert run["exit"] == 0
 
 
+@pytest.mark.slow
 def test_what_was_pushed_is_not_pushed_again_unless_it_changed_or_was_asked_for(tmp_path: Path) -> None:
     store = few(tmp_path)
     results = read_store(store).results
@@ -100,6 +102,7 @@ def dfqbench(*words: object, **options: Any) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_one_offline_run_per_cell_and_the_same_numbers_as_without(sweep_file: SweepFile, tmp_path: Path) -> None:
     plain = dfqbench("run", sweep_file(evaluate_every=1), "--results", tmp_path / "plain", "--threads", 1)
     config = sweep_file(evaluate_every=1, tracking={"wandb": "offline", "project": "mine"})
@@ -118,6 +121,7 @@ def test_a_run_leaves_one_offline_run_per_cell_and_the_same_numbers_as_without(s
         assert run["history"][-1]["samples/_type"] == "image-file"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_and_went_on_is_one_run_with_all_epochs(sweep_file: SweepFile, tmp_path: Path) -> None:
     config = sweep_file(bits=["w4a4"], budget={"epochs": 6, "iterations": 10, "batch_size": 8})
     words = [
@@ -165,6 +169,7 @@ def stand_in(folder: Path, code: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder / "stand-in"), str(here), os.environ.get("PYTHONPATH", "")])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", list(BROKEN))
 def test_whatever_wandb_does_cells_end_well_and_the_user_is_told(sweep_file: SweepFile, tmp_path: Path, how: str) -> None:
     code = f"from dfqbench import cli\nfrom dfqbench.tracking import process\nprocess.CLOSE_S = {2.0 if how == 'hanging' else 60.0}\ncli.main()"
@@ -180,6 +185,7 @@ def test_whatever_wandb_does_cells_end_well_and_the_user_is_told(sweep_file: Swe
         assert {"absent": "No module named wandb", "down": "the server is down"}[how] in said
 
 
+@pytest.mark.slow
 def test_telling_never_waits_for_a_process_that_does_not_listen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipe is far too small for what is told; a write that waited would never return."""
     monkeypatch.setattr(tracking_process, "CLOSE_S", 0.1)
@@ -292,6 +298,7 @@ def test_tracking_is_given_in_words_or_a_mapping_and_never_changes_an_id(sweep_f
             Tracking(**wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_mistake_in_tracking_is_one_line_with_its_key(sweep_file: SweepFile, tmp_path: Path) -> None:
     for given, said in (
         ({"wandb": "sometimes"}, "tracking.wandb: 'sometimes'"),
@@ -303,6 +310,7 @@ def test_a_mistake_in_tracking_is_one_line_with_its_key(sweep_file: SweepFile, t
         assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_sync_is_a_command(tmp_path: Path) -> None:
     few(tmp_path / "r")
     done = dfqbench("wandb", "sync", "--offline", "--results", tmp_path / "r")
