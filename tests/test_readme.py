@@ -1,4 +1,4 @@
-"""What the README shows works as it stands there."""
+"""The example method of the README runs. What else holds for the README and all other pages is in test_pages.py."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import yaml
-
 from dfqbench.cache import cache_folder
 from dfqbench.run.options import Options, StopFlag
 from dfqbench.run.runner import run_sweep
 from dfqbench.store import Store
 from dfqbench.sweep.load import load_sweep
-from dfqbench.sweep.schema import Sweep
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -34,19 +31,3 @@ def test_the_example_method_runs(sweep_file: Callable[..., Path], tmp_path: Path
     summary = run_sweep(load_sweep(config, cache_folder()), store, Options(), Progress(Console(quiet=True)), StopFlag())
     assert (summary.done, summary.failed) == (2, 0)
     assert {result["cell"]["label"] for result in store.results()[0]} == {"noise"}
-
-
-def test_the_example_sweep_has_only_keys_that_exist() -> None:
-    (text,) = blocks("yaml")
-    content = yaml.safe_load(text)
-    assert Sweep(**content).seeds == [0, 1, 2]
-    assert set(content) == set(Sweep.model_fields), "the example shows every key"
-
-
-def test_every_command_that_it_names_exists() -> None:
-    from typer.main import get_command
-
-    from dfqbench.cli.app import app
-
-    named = set(re.findall(r"^dfqbench (\w+)", README, re.MULTILINE))
-    assert named == set(get_command(app).commands)  # type: ignore[attr-defined]
