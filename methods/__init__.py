@@ -1,1 +1,1 @@
-"""The methods: one file each. What several share is in `methods.parts`."""
+"""The methods: one file each. What several share is in `dfqbench_methods.parts`."""

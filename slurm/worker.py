@@ -1,6 +1,6 @@
 """A worker: one process that runs some cells of a submission one bundle after the other, as `dfqbench run` would.
 
-    python -m slurm.worker FOLDER --device cpu --threads 4 --checkpoint-every 300 CELL...
+    python -m dfqbench_slurm.worker FOLDER --device cpu --threads 4 --checkpoint-every 300 CELL...
 
 Exit status: 0 all done or left to others, 1 a cell failed (the rest is left to a fresh process), 2 it cannot run, 143 told to stop and saved.
 """
@@ -50,7 +50,7 @@ def work(folder: Path, cell_ids: list[str], device: str, threads: int, checkpoin
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m slurm.worker", description="Runs some cells of a submission.")
+    parser = argparse.ArgumentParser(prog="python -m dfqbench_slurm.worker", description="Runs some cells of a submission.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("cells", nargs="+")
     parser.add_argument("--device", default="auto")

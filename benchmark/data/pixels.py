@@ -31,9 +31,7 @@ def pixels_folder() -> Path | None:
     return None if given == "off" else Path(given) if given else cache_folder() / "pixels"
 
 
-def kept(
-    digest: Callable[[], str], task: Task, split: str, shape: tuple[int, ...], decode: Callable[[Pixels], None], worth: int = WORTH_KEEPING
-) -> Pixels | None:
+def kept(digest: Callable[[], str], task: Task, split: str, shape: tuple[int, ...], decode: Callable[[Pixels], None]) -> Pixels | None:
     """The images of a set (`digest`) as a task wants them, N x H x W x C, from the file if it is there, else decoded into it by `decode`.
 
     None where the set is small, or the folder cannot be written: the caller then decodes into memory. Raises UserError for a damaged file.

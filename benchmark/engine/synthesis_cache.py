@@ -82,7 +82,7 @@ class _Kept:
     epochs: list[dict[str, Any]]
 
 
-class MadeImages:
+class SynthesisCache:
     """The images of one bundle, taken over from the store or kept there. Make it before the bundle's first step and before `restore`.
 
     root: the folder of all kept images. work: the bundle's own folder, where the files of its image sets lie.

@@ -18,7 +18,7 @@ from dfqbench.engine.checkpoint import load_checkpoint
 from dfqbench.engine.evaluate import Evaluation, evaluate, state_hash
 from dfqbench.engine.learning_rate import unreached_milestones
 from dfqbench.engine.lockstep import Interrupted, Lockstep, Trainee
-from dfqbench.engine.synthesis_cache import MadeImages
+from dfqbench.engine.synthesis_cache import SynthesisCache
 from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.network import Teacher
@@ -108,7 +108,7 @@ class Worker:
         lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, self.loaded.sweep.evaluate_every, work)
         if self.options.graphs:
             lockstep.replay_steps(lambda line: self._log(bundle, line))
-        made = MadeImages(self.store.images_folder, work, lockstep)
+        made = SynthesisCache(self.store.images_folder, work, lockstep)
         state, why_not = load_checkpoint(watcher.path, [cell.id for cell in bundle.cells])
         if state is not None:
             lockstep.restore(state)
@@ -126,7 +126,7 @@ class Worker:
             raise
         return lockstep
 
-    def _keep(self, made: MadeImages, bundle: Bundle) -> None:
+    def _keep(self, made: SynthesisCache, bundle: Bundle) -> None:
         trouble = made.keep()
         if trouble:
             self._log(bundle, trouble)

@@ -9,7 +9,7 @@
 <results>/runs/<cell id>/lease.json     some process works on it; its heartbeat is the file's time
                          progress.json  how far it is, or was when its process ended
 <results>/bundles/<bundle id>/          the checkpoint of unfinished work
-<results>/images/<key>/                 images that one cell made for itself and others (made_images.py)
+<results>/images/<key>/                 images that one cell made for itself and others (engine/synthesis_cache.py)
 <results>/teachers/<key>.json           a teacher's own accuracy
 <results>/sweeps/<name>.json            which cells a config's last run stood for
 """

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from dfqbench import MethodConfig, UserError
 from dfqbench.cache import cache_folder
-from dfqbench.engine import synthesis_cache as made_images
+from dfqbench.engine import synthesis_cache
 from dfqbench.engine.lockstep import Lockstep
 from dfqbench.method.contract import Method, Phase
 from dfqbench.method.registry import find_method, register
@@ -161,7 +161,7 @@ def test_interrupted_after_the_takeover_a_cell_still_knows_whose_images_it_has(r
     run(tmp_path / "shared", {"gznq": GZNQ})
     maker = result_of(tmp_path / "shared", "gznq")["id"]
     assert run(tmp_path / "shared", fine, stop_after=4)[0].interrupted
-    made_images.shutil.rmtree(tmp_path / "shared" / "images")  # which may happen at any time
+    synthesis_cache.shutil.rmtree(tmp_path / "shared" / "images")  # which may happen at any time
     assert run(tmp_path / "shared", fine)[1].making == 0
     taker = result_of(tmp_path / "shared", "gznq", finetune=True)
     assert taker["provenance"]["images"]["cell"] == maker
@@ -201,7 +201,7 @@ def test_a_full_disk_costs_a_line_and_no_result(run: Callable[..., Any], tmp_pat
     def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(made_images, "write_atomically", full)
+    monkeypatch.setattr(synthesis_cache, "write_atomically", full)
     summary, _ = run(tmp_path, {"gznq": GZNQ})
     assert (summary.done, summary.failed) == (1, 0)
     log = (tmp_path / "runs" / result_of(tmp_path, "gznq")["id"] / "log.txt").read_text()
@@ -211,13 +211,13 @@ def test_a_full_disk_costs_a_line_and_no_result(run: Callable[..., Any], tmp_pat
 
 def test_where_another_process_is_faster_its_images_stay(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path / "other", {"gznq": GZNQ})
-    write = made_images.MadeImages._write
+    write = synthesis_cache.SynthesisCache._write
 
-    def overtaken(made: made_images.MadeImages, folder: Path) -> None:
+    def overtaken(made: synthesis_cache.SynthesisCache, folder: Path) -> None:
         write(made, folder)
-        made_images.shutil.copytree(tmp_path / "other" / "images", tmp_path / "r" / "images", dirs_exist_ok=True)
+        synthesis_cache.shutil.copytree(tmp_path / "other" / "images", tmp_path / "r" / "images", dirs_exist_ok=True)
 
-    monkeypatch.setattr(made_images.MadeImages, "_write", overtaken)
+    monkeypatch.setattr(synthesis_cache.SynthesisCache, "_write", overtaken)
     assert run(tmp_path / "r", {"gznq": {**GZNQ, "finetune": True}})[0].done == 1
     (folder,) = folders(tmp_path / "r")
     assert json.loads((folder / "images.json").read_text())["made_by"] == result_of(tmp_path / "other", "gznq")["id"]

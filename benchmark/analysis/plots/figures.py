@@ -1,4 +1,4 @@
-"""Plots as files: what is drawn is decided in plots.py, how it looks in plot_style.py. No torch here."""
+"""Plots as files: kinds.py says what is drawn, style.py how it looks. No torch here."""
 
 from __future__ import annotations
 
