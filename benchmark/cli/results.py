@@ -49,17 +49,15 @@ def table(
         return
     from dfqbench.analysis.ledger import load_ledger
     from dfqbench.analysis.per_image import PerImage
-    from dfqbench.analysis.tables import formats as table_formats
-    from dfqbench.analysis.tables.blocks import blocks, ranking
-
-    found = blocks(reading.results, checked, ledger=load_ledger(), per_image=PerImage(reading))
-    ranks = ranking(found)
-    if output == "csv-means":
-        table_formats.means_frame(found).to_csv(sys.stdout, index=False)
-        return
+    from dfqbench.analysis.tables.blocks import blocks
+    from dfqbench.analysis.tables.printed import means_frame, ranking
     from dfqbench.analysis.tables.wide import side_by_side
 
-    tables = side_by_side(found) if layout == "wide" else found
+    found = blocks(reading.results, checked, ledger=load_ledger(), per_image=PerImage(reading))
+    if output == "csv-means":
+        means_frame(found).to_csv(sys.stdout, index=False)
+        return
+    tables, ranks = side_by_side(found) if layout == "wide" else found, ranking(found)
     if output == "text":
         from rich.console import Console
 
@@ -67,7 +65,9 @@ def table(
 
         print_tables(tables, ranks, Console())
     else:
-        formats = {"markdown": table_formats.markdown, "latex": table_formats.latex, "html": table_formats.html_page}
+        from dfqbench.analysis.tables.formats import html, latex, markdown
+
+        formats = {"markdown": markdown, "latex": latex, "html": html}
         print(formats[output](tables, ranks), end="")
 
 

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 from synthetic_store import make_store
+from test_blocks import RULES, result
 from test_ledger import papers_cell
-from test_tables import RULES, result
 
 from dfqbench.analysis.ledger import load_ledger
 from dfqbench.analysis.per_image import PerImage
 from dfqbench.analysis.records import read_store
 from dfqbench.analysis.tables.blocks import Block, blocks
-from dfqbench.analysis.tables.formats import html_page, latex, markdown
-from dfqbench.analysis.tables.sheets import in_pieces, sheet, widths_of
+from dfqbench.analysis.tables.formats import html, latex, markdown
+from dfqbench.analysis.tables.printed import groups_of, in_pieces, names_of, notes_of, texts_of, widths_of
 from dfqbench.analysis.tables.terminal import print_tables
 from dfqbench.analysis.tables.wide import WideTable, side_by_side
 
@@ -36,24 +36,30 @@ def joined(*results: dict[str, Any]) -> WideTable:
 
 def cells(table: WideTable, label: str) -> list[str]:
     """The printed accuracies of a row."""
-    return next([c.text for c in line.cells[2:]] for line in sheet(table).lines if line.cells[0].text == label)
+    return next(line[2:] for line in lines(table) if line[0] == label)
+
+
+def lines(table: WideTable) -> list[list[str]]:
+    """What is printed, line by line."""
+    return [list(line) for line in texts_of(table)[0].to_numpy()]
 
 
 def test_a_row_is_a_method_wherever_it_was_measured_and_gaps_are_shown() -> None:
     table = joined(result(), result(seed=1, top1=52.0), result(top1=60.0, **OTHER), result("round", top1=40.0, **OTHER), result(bits="w3a3"))
-    assert [table.heading(i) for i in range(2)] == ["resnet20, 90.00 %, on digits (10000 images)", "resnet50, 80.00 %, on digits (10000 images)"]
+    assert [block.heading for block in table.blocks] == ["resnet20, 90.00 %, on digits (10000 images)", "resnet50, 80.00 %, on digits (10000 images)"]
     assert [width for _, width in table.columns] == ["w4a4", "w3a3", "w4a4"]
     assert cells(table, "gdfq") == ["51.00 ± 1.41 (2)", "50.00 (1)", "60.00 (1)"]
     assert cells(table, "round") == ["-", "-", "40.00 (1)"]
     assert [row.label for row in table.rows] == ["round", "gdfq"], "worst first, by the columns they are in"
-    drops = [[c.text for c in line.cells] for line in sheet(table).lines if line.under]
+    assert [says for _, says in texts_of(table)[0].index] == ["accuracy", "drop"] * 2
+    drops = [line for line in lines(table) if line[0] == "drop"]
     assert drops == [["drop", "", "-", "-", "40.00"], ["drop", "", "39.00", "40.00", "20.00"]]
 
 
 def test_other_budgets_and_other_settings_are_other_rows() -> None:
     changed = {"cell__label": "gdfq(x=1)", "cell__changed": {"x": 1}}
     table = joined(result(), result(steps=200, **OTHER), result(**OTHER, **changed))
-    assert sorted((row.label, row.budget, sorted(row.parts)) for row in table.rows) == [
+    assert sorted((row.label, row.budget, sorted(i for i, _ in row.entries)) for row in table.rows) == [
         ("gdfq 100x64", "100 x 64", [0]), ("gdfq 200x64", "200 x 64", [1]), ("gdfq(x=1)", "100 x 64", [1]),
     ]  # fmt: skip
 
@@ -76,7 +82,7 @@ def test_a_row_that_differs_where_its_name_does_not_show_it_is_marked_and_explai
     other = {"batch_size": 64, "student_lr": 1.0}
     table = joined(result(), result(**OTHER, cell__identity__config=other), result("round"), result("round", **OTHER))
     assert {row.label + row.mark for row in table.rows} == {"gdfq†", "round"}
-    assert "† gdfq (100 x 64) is not the same everywhere, it differs in student_lr" in table.notes
+    assert "† gdfq (100 x 64) is not the same everywhere, it differs in student_lr" in notes_of(table)
 
 
 def test_where_one_network_has_both_settings_each_is_a_row_everywhere() -> None:
@@ -84,14 +90,14 @@ def test_where_one_network_has_both_settings_each_is_a_row_everywhere() -> None:
     table = joined(result(), result(top1=10.0, cell__identity__config=other), result(top1=70.0, **OTHER))
     assert cells(table, "gdfq [1]") == ["10.00 (1)", "-"]
     assert cells(table, "gdfq [2]") == ["50.00 (1)", "70.00 (1)"]
-    assert not any("†" in note for note in table.notes)
+    assert not any("†" in note for note in notes_of(table))
 
 
 def test_rules_that_a_method_declares_are_marked_over_all_networks() -> None:
     own = {"cell__identity__protocol": {"ranges": "mse", "batch_norm": "fixed"}}
     table = joined(result(), result("gznq", **own), result("gznq", **{**OTHER, **own}), result(seed=1, **OTHER))
     assert {row.label + row.mark for row in table.rows} == {"gdfq", "gznq*"}
-    assert "* the method's own rules: ranges mse (protocol: ema)" in table.notes
+    assert "* the method's own rules: ranges mse (protocol: ema)" in notes_of(table)
 
 
 def test_what_is_published_has_a_line_where_there_is_something(tmp_path: Path) -> None:
@@ -99,10 +105,9 @@ def test_what_is_published_has_a_line_where_there_is_something(tmp_path: Path) -
     other = result(cell__identity__protocol=claimed["cell"]["identity"]["protocol"], cell__label="plain")
     (table,) = side_by_side(blocks([claimed, other], ledger=load_ledger()))
     assert isinstance(table, WideTable)
-    lines = [[c.text for c in line.cells] for line in sheet(table).lines if line.cells[0].text == "published"]
-    ((_, _, *claims),) = lines
+    ((_, _, *claims),) = (line for line in lines(table) if line[0] == "published")
     assert sorted(text.split(" ")[0] for text in claims) == ["-", "90.11-90.25"]
-    assert any(note.startswith("published: ") for note in table.notes)
+    assert any(note.startswith("published: ") for note in notes_of(table))
 
 
 # --- formats ----------------------------------------------------------------------------------------------------------
@@ -122,49 +127,50 @@ def table(found: list[Block]) -> WideTable:
 
 
 def accuracies(table: WideTable) -> list[str]:
-    return [f"{entry} ({entry.n})" for row in table.rows for column in table.columns if (entry := row.entry(*column))]
+    return [f"{entry} ({len(entry.ids)})" for row in table.rows for column in table.columns if (entry := row.entries.get(column))]
 
 
 def test_bold_is_what_is_bold_in_each_network_alone(found: list[Block], table: WideTable) -> None:
-    shown = sheet(table)
-    for place, (i, width) in enumerate(table.columns, shown.first):
-        bold = {line.cells[0].text for line in shown.lines if line.cells[place].bold}
+    texts, is_bold = texts_of(table)
+    assert is_bold.shape == texts.shape
+    for place, (i, width) in enumerate(table.columns, 2):
+        bold = set(texts[is_bold.iloc[:, place]].iloc[:, 0])
         assert bold == {row.label for row in found[i].rows if width in row.entries and row.entries[width].best}
         assert bold
 
 
 @pytest.mark.parametrize("room", [10, 40, 75, 100, 1000])
 def test_pieces_hold_every_column_once_in_order_and_fit(table: WideTable, room: int) -> None:
-    shown = sheet(table)
-    widths = widths_of(shown)
-    names = [(table.heading(i), width) for i, width in table.columns]
-    pieces = in_pieces(shown, room, widths)
-    assert [cell for piece in pieces for cell in piece.lines[0].cells[piece.first :]] == shown.lines[0].cells[shown.first :]
+    texts, _ = texts_of(table)
+    widths = widths_of(texts)
+    pieces = in_pieces(texts, widths, room)
+    assert [place for piece in pieces for place in piece[2:]] == [*range(2, len(widths))]
     for piece in pieces:
-        assert piece.lines[0].cells[:2] == shown.lines[0].cells[:2]
-        headings = [heading for heading, count in piece.groups for _ in range(count)]
-        chosen = [names.index(pair) for pair in zip(headings, piece.heads[2:], strict=True)]
-        assert len(chosen) == 1 or sum(widths[:2]) + sum(widths[2 + i] for i in chosen) <= room
+        assert piece[:2] == [0, 1]
+        headings = [heading for heading, places in groups_of(texts.iloc[:, piece])[2:] for _ in places]
+        expected = [table.columns[place - 2] for place in piece[2:]]
+        assert list(zip(headings, names_of(texts.iloc[:, piece])[2:], strict=True)) == [(table.blocks[i].heading, width) for i, width in expected]
+        assert len(piece) == 3 or sum(widths[place] for place in piece) <= room
     assert (len(pieces) == 1) == (room == 1000)
 
 
 @pytest.mark.parametrize("width", [40, 60, 100, 160, 1000])
 def test_a_terminal_of_any_width_shows_every_number_whole(table: WideTable, width: int) -> None:
     out = io.StringIO()
-    print_tables([table], None, Console(file=out, width=width, force_terminal=True, color_system=None))
-    lines = out.getvalue().splitlines()
-    printed = [line for line in lines if re.search(r"\(\d\)|^  drop", line)]
+    print_tables([table], [], Console(file=out, width=width, force_terminal=True, color_system=None))
+    shown = out.getvalue().splitlines()
+    printed = [line for line in shown if re.search(r"\(\d\)|^  drop", line)]
     assert max(map(len, printed)) <= width
     found = [text for line in printed for text in re.findall(r"\d+\.\d\d ± \d+\.\d\d \(\d\)", line)]
     assert sorted(found) == sorted(accuracies(table))
     assert sum(len(re.findall(r"\d\.\d\d(?!\d)", line)) for line in printed if line.startswith("  drop")) == len(accuracies(table))
-    rules = [line for line in lines if "─" in line]
+    rules = [line for line in shown if "─" in line]
     assert (len(rules) == 1) == (width == 1000)
 
 
 def test_a_file_is_as_wide_as_need_be_and_has_stars(table: WideTable) -> None:
     out = io.StringIO()
-    print_tables([table], None, Console(file=out, width=80))
+    print_tables([table], [], Console(file=out, width=80))
     text = out.getvalue()
     assert text.count("─ ") == len(table.blocks) - 1
     assert f"**{next(a for a in accuracies(table) if f'**{a}**' in text)}**" in text
@@ -194,7 +200,7 @@ def test_markdown_names_the_network_over_every_column(table: WideTable) -> None:
     lines = [line for line in markdown([table]).splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
     heads = [head.strip() for head in lines[0].strip("|").split("|")][2:]
-    assert heads == [f"{table.heading(i)}<br>{width}" for i, width in table.columns]
+    assert heads == [f"{table.blocks[i].heading}<br>{width}" for i, width in table.columns]
     assert len(lines) == 2 + 2 * len(table.rows)
 
 
@@ -220,7 +226,7 @@ def test_html_groups_span_their_columns(table: WideTable) -> None:
             assert self.open.pop() == tag
 
     checker = Checker()
-    checker.feed(html_page([table]))
+    checker.feed(html([table]))
     assert checker.open == []
     assert checker.spans == [len(block.widths) for block in table.blocks]
     first, second, *rows = checker.counts

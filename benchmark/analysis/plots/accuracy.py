@@ -62,8 +62,8 @@ def published(drawn: Drawn) -> list[Figure]:
     """Measured against published."""
     points = [(block, row, width, entry) for block, row, width, entry in entries_of(drawn) if entry.published]
     if not points:
-        notes = sorted({note for block in drawn.blocks for note in block.notes if "published number" in note})
-        raise NothingToDraw("; ".join(notes) or "no published number is about a method that was measured here")
+        whys = sorted({why for block in drawn.blocks for why in block.why_no_claims if "published number" in why})
+        raise NothingToDraw("; ".join(whys) or "no published number is about a method that was measured here")
     labels = [*dict.fromkeys(row.label for _, row, _, _ in points), "as published"]
     ((figure, ((ax, _),)),) = pages("", [None], 2.9, labels)
     handles: dict[str, Any] = {}

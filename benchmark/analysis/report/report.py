@@ -14,8 +14,9 @@ from dfqbench.analysis.plots.figures import drawn_kinds, prepare
 from dfqbench.analysis.plots.kinds import KINDS
 from dfqbench.analysis.records import Reading
 from dfqbench.analysis.report.data import Data
-from dfqbench.analysis.tables.blocks import Block, Rule, ranking
-from dfqbench.analysis.tables.formats import html_tables
+from dfqbench.analysis.tables import formats
+from dfqbench.analysis.tables.blocks import Block, Rule
+from dfqbench.analysis.tables.printed import ranking
 from dfqbench.errors import counted
 from dfqbench.quantization.protocol_words import in_words
 from dfqbench.store import Store
@@ -43,7 +44,7 @@ def page(reading: Reading, title: str, rule: Rule = "last") -> str:
         "style": (PAGE / "style.css").read_text(),
         "script": (PAGE / "page.js").read_text(),
         "summary": _summary(reading, drawn, rule),
-        "tables": html_tables(drawn.blocks, ranking(drawn.blocks)),
+        "tables": formats.html(drawn.blocks, ranking(drawn.blocks), page=False),
         "comparisons": "\n".join(_comparisons(drawn)) or "<p>No two rows of a column have per-image results under this rule.</p>",
         "plots": "\n".join(_plots(drawn)),
         "images": data.gallery(),
@@ -99,12 +100,11 @@ def _against_best(drawn: Drawn, block: Block, width: str) -> str:
         against = entry.against_best
         if against is None:
             continue
-        d = against.difference
-        test = drawn.per_image.mcnemar(*against.pair) if against.pair else None
+        test = drawn.per_image.mcnemar(*entry.pair) if entry.pair else None
         cells = [
-            f"{d.value:+.2f}",
-            f"{d.low:+.2f} to {d.high:+.2f}",
-            f"{d.p:.2g}",
+            f"{against.value:+.2f}",
+            f"{against.low:+.2f} to {against.high:+.2f}",
+            f"{against.p:.2g}",
             f"{test.p:.2g}" if test else "-",
             f"{test.only_first} / {test.only_second}" if test else "-",
         ]

@@ -2,126 +2,60 @@
 
 from __future__ import annotations
 
-import textwrap
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
-from dfqbench.analysis.tables.blocks import Ranking
-from dfqbench.analysis.tables.formats import Tables, ranking_lines
-from dfqbench.analysis.tables.sheets import LEFT, Line, Sheet, Text, columns_of, in_pieces, sheet, widths_of
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text as Rich
+from dfqbench.analysis.tables.printed import GAP, LEFT, NAMING, Tables, groups_of, in_pieces, names_of, notes_of, texts_of, widths_of
+from dfqbench.analysis.tables.wide import WideTable
 
+LEAST_IMPORTANT = ("follows", "drop", "steps x batch", "seeds", "published")  # columns, in the order in which they are left out
 NARROWEST = 16  # characters to which a method's name is folded
-GAP = 2
 
 
-def print_tables(found: Tables, ranking: Ranking | None, console: Console) -> None:
-    """In a narrow terminal long settings wrap; a file's lines are as long as need be."""
-    from rich.text import Text as Rich
-
-    for table in map(sheet, found):
-        shown, left_out = _fitting(table, console.width if console.is_terminal else None)
-        console.print()
-        console.print(Rich(table.title, style="bold"), soft_wrap=True)
-        if table.groups:
-            _print_groups(shown, console)
-        else:
-            _print_plain(shown, console)
-        notes = [f"left out, this terminal is narrow: {', '.join(left_out)}"] if left_out else []
-        for note in notes + table.notes:
-            console.print(Rich(f"  {note}", style="dim"), soft_wrap=True)
-    if ranking:
-        console.print()
-        for line in ranking_lines(ranking):
-            console.print(Rich(line), soft_wrap=True)
-
-
-def _fitting(table: Sheet, room: int | None) -> tuple[Sheet, list[str]]:
-    """Without the least important columns until the rest fits, the method's name folded to no less than NARROWEST."""
-    left_out: list[str] = []
-    for name in ("follows", "drop", "steps x batch", "seeds", "published"):
-        if room is None or _least_width(table) <= room:
-            break
-        keep = [i for i, head in enumerate(table.heads) if head != name]
-        left_out += [name] * (len(keep) < len(table.heads))
-        table = columns_of(table, keep)
-    return table, left_out
+def print_tables(found: Tables, ranks: Sequence[str], console: Console) -> None:
+    """In a narrow terminal names fold; a file's lines are as long as need be, with stars around what is bold."""
+    place = console if console.is_terminal else Console(file=console.file, width=100_000)
+    for table in found:
+        texts, bold = texts_of(table)
+        lines = texts.map(Text).mask(bold, texts.map(lambda text: Text(text, style="bold") if console.is_terminal else Text(f"**{text}**")))
+        wide, room, left_out = isinstance(table, WideTable), place.width + GAP, list[str]()
+        narrowest = GAP + (max(NARROWEST, place.width // 4) if wide else NARROWEST)  # names get more room where columns can go below
+        for name in LEAST_IMPORTANT:
+            widths, naming = widths_of(lines), sum(name in NAMING for name in names_of(lines))
+            needed = min(widths[0], narrowest) + sum(widths[1:naming]) + (max if wide else sum)(widths[naming:])
+            if needed > room and name in names_of(lines):
+                lines = lines.drop(columns=name, level=1)
+                left_out.append(name)
+        place.print("", Text(table.title, style="bold"), sep="\n", soft_wrap=True)
+        widths = widths_of(lines)
+        widths[0] = min(widths[0], max(narrowest, room - sum(widths[1:])))
+        for number, piece in enumerate(in_pieces(lines, widths, room)):
+            if number:
+                place.print()
+            _print(lines.iloc[:, piece], [widths[i] - GAP for i in piece], place)
+        for note in [f"left out, this terminal is narrow: {', '.join(left_out)}"] * bool(left_out) + notes_of(table):
+            place.print(Text(f"  {note}", style="dim"), soft_wrap=True)
+    for line in ["", *ranks] if ranks else []:
+        place.print(Text(line), soft_wrap=True)
 
 
-def _least_width(table: Sheet) -> int:
-    """Characters of a line with the name folded; of columns under groups only the widest counts, for the others can go below."""
-    name, *others = [width + GAP for width in widths_of(table)]
-    first = table.first - 1 if table.groups else len(others)
-    return min(name, NARROWEST + GAP) + sum(others[:first]) + max(others[first:], default=0)
-
-
-def _print_plain(table: Sheet, console: Console) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    place = console if console.is_terminal else Console(file=console.file, width=sum(width + GAP for width in widths_of(table, stars=True)))
-    shown = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
-    for head in table.heads:
-        shown.add_column(head, justify="left" if head in LEFT else "right", no_wrap=head != "method", overflow="fold")
-    for line in table.lines:
-        shown.add_row(*(_in_terminal(cell, console.is_terminal) for cell in line.cells))
-    place.print(shown)
-
-
-def _in_terminal(cell: Text, is_terminal: bool) -> Rich:
-    from rich.text import Text as Rich
-
-    if not cell.bold:
-        return Rich(cell.text)
-    return Rich(cell.text, style="bold") if is_terminal else Rich(f"**{cell.text}**")
-
-
-def _print_groups(table: Sheet, console: Console) -> None:
-    """One table below the other, each with the names and as many columns as fit. Written by hand: rich has no heading over several columns."""
-    name, *others = widths_of(table, stars=not console.is_terminal)
-    first = table.first - 1
-    everything = sum(width + GAP for width in (name, *others))
-    if console.is_terminal and everything > console.width:  # a long name folds, so that more columns fit beside it
-        least = sum(width + GAP for width in others[:first]) + max(others[first:]) + 2 * GAP
-        name = min(name, max(NARROWEST, min(console.width // 4, console.width - least)))
-    room = console.width if console.is_terminal else everything
-    for number, piece in enumerate(in_pieces(table, room, [width + GAP for width in (name, *others)])):
-        if number:
-            console.print()
-        widths = [name, *widths_of(piece, stars=not console.is_terminal)[1:]]
-        printed = _headings(piece, widths) + [part for line in piece.lines for part in _printed(line, widths, console.is_terminal)]
-        for part in printed:
-            console.print(part, soft_wrap=True)
-
-
-def _headings(table: Sheet, widths: list[int]) -> list[Rich]:
-    """The groups over their columns, underlined, then the columns' own headings."""
-    from rich.text import Text as Rich
-
-    gap, wrapped, column = " " * GAP, list[tuple[int, list[str]]](), table.first
-    for heading, count in table.groups:
-        wide = sum(widths[column : column + count]) + GAP * (count - 1)
-        wrapped.append((wide, textwrap.wrap(heading, wide)))
-        column += count
-    deep = max(len(lines) for _, lines in wrapped)
-    start = " " * sum(width + GAP for width in widths[: table.first])
-    above = [start + gap.join(([""] * (deep - len(lines)) + lines)[i].center(wide) for wide, lines in wrapped) for i in range(deep)]
-    above.append(start + gap.join("─" * wide for wide, _ in wrapped))
-    heads = gap.join(head.ljust(width) if head in LEFT else head.rjust(width) for head, width in zip(table.heads, widths, strict=True))
-    return [Rich(line.rstrip()) for line in above] + [Rich(heads, style="bold")]
-
-
-def _printed(line: Line, widths: list[int], is_terminal: bool) -> list[Rich]:
-    """A line with its name folded; one that says more about the line above is indented and dim."""
-    from rich.text import Text as Rich
-
-    name = ("  " if line.under else "") + line.cells[0].text
-    first, *more = textwrap.wrap(name, widths[0], subsequent_indent="  ")
-    shown = Rich(first.ljust(widths[0]), style="dim" if line.under else "")
-    for cell, width in zip(line.cells[1:], widths[1:], strict=True):
-        printed = _in_terminal(cell, is_terminal)
-        shown.append(" " * (GAP + width - len(printed)))
-        shown.append_text(printed)
-    return [shown, *(Rich(rest) for rest in more)]
+def _print(lines: pd.DataFrame, widths: list[int], place: Console) -> None:
+    """Headings over their columns, which rich does not have, are a table of their own."""
+    headings, body = Table.grid(padding=(0, GAP, 0, 0)), Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0))
+    groups = [(heading, sum(widths[i] for i in places) + GAP * (len(places) - 1)) for heading, places in groups_of(lines)]
+    for _, width in groups:
+        headings.add_column(width=width, justify="center", vertical="bottom", overflow="fold")
+    headings.add_row(*(heading for heading, _ in groups))
+    headings.add_row(*("─" * width if heading else "" for heading, width in groups))
+    if any(heading for heading, _ in groups):
+        place.print(headings)
+    for name, width in zip(names_of(lines), widths, strict=True):
+        body.add_column(name, width=width, justify="left" if name in LEFT else "right", overflow="fold")
+    for (_, says), (name, *others) in zip(lines.index, lines.to_numpy(), strict=True):
+        under = says != "accuracy"
+        body.add_row(Text("  ") + name if under else name, *others, style="dim" if under else "")
+    place.print(body)

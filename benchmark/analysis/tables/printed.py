@@ -1,0 +1,161 @@
+"""What is printed of a table, in whatever format: a pandas frame of texts with the notes below; and how methods rank over all tables."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+import pandas as pd
+
+from dfqbench.analysis.stats import average_ranks
+from dfqbench.analysis.tables.blocks import Block, Entry
+from dfqbench.analysis.tables.wide import JOINED, WideTable
+
+Tables = Sequence[Block | WideTable]
+NAMING = ("method", "follows", "steps x batch", "seeds")  # the first columns, which say what a row is
+LEFT = ("method", "follows")  # columns that are set flush left
+GAP = 2  # characters between columns
+
+
+def texts_of(table: Block | WideTable) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """What is printed, and which of it is bold (of the same shape).
+
+    Columns: (group, name), where a group is a bit width of a block or a network of several. Index: (row, what its line holds). Drops and what is
+    published stand in columns beside a block's accuracies, but in lines below those of several blocks.
+    """
+    rows, wide, naming = table.rows, isinstance(table, WideTable), list[tuple[str, ...]]()
+    heads = {(i, w): (table.blocks[i].heading, w) for i, w in table.columns} if isinstance(table, WideTable) else {w: (w, w) for w in table.widths}
+    index, columns = pd.MultiIndex.from_product([range(len(rows)), ["accuracy"]]), pd.MultiIndex.from_tuples(heads.values())
+    entries = pd.DataFrame([[row.entries.get(column) for column in heads] for row in rows], index, columns, dtype=object)
+    accuracies = entries.map(lambda entry: f"{entry} ({len(entry.ids)})" if wide else str(entry), na_action="ignore")
+    drops = entries.map(lambda entry: f"{entry.drop:.2f}".replace("-0.00", "0.00"), na_action="ignore")
+    claims = entries.map(claim_of, na_action="ignore")
+    if isinstance(table, WideTable):
+        lines = [accuracies, drops.rename(index={"accuracy": "drop"}), claims.rename(index={"accuracy": "published"})]
+        texts = pd.concat(lines).sort_index().dropna(how="all").fillna("-")
+        naming = [(rows[i].label + rows[i].mark, rows[i].budget) if says == "accuracy" else (says, "") for i, says in texts.index]
+    else:
+        beside = [accuracies, drops.rename(columns=lambda _: "drop", level=1), claims.rename(columns=lambda _: "published", level=1)]
+        order = [(width, name) for width in table.widths for name in (width, "drop", "published")]
+        texts = pd.concat(beside, axis=1)[order].dropna(how="all", axis=1).fillna("-")
+        cost = f"{table.time}/cell".replace("seconds", "s")
+        texts[cost, cost] = [f"{row.seconds:.0f}" if row.seconds >= 10 else f"{row.seconds:.2g}" for row in rows]
+        for row in rows:
+            seeds = [len(entry.ids) for entry in row.entries.values()]
+            naming.append((row.label + row.mark, row.fidelity, row.budget, "-".join(map(str, sorted({min(seeds), max(seeds)})))))
+    for place, name in enumerate(("method", "steps x batch") if wide else NAMING):
+        texts.insert(place, (name, name), [names[place] for names in naming])
+    return texts, entries.map(lambda entry: bool(entry and entry.best)).reindex(index=texts.index, columns=texts.columns, fill_value=False)
+
+
+def claim_of(entry: Entry) -> str | None:
+    """`90.11-90.25 (-3.2 se)`: what is published, and how far the measured mean is from it in its own standard errors."""
+    if entry.published is None:
+        return None
+    distance = entry.published.distance(entry.mean)
+    return f"{entry.published} ({distance / entry.error:+.1f} se)" if entry.error > 0 else f"{entry.published} ({distance:+.2f})"
+
+
+def names_of(texts: pd.DataFrame) -> list[str]:
+    """Of the columns, without their groups."""
+    return list(texts.columns.get_level_values(1))
+
+
+def groups_of(texts: pd.DataFrame) -> list[tuple[str, list[int]]]:
+    """(heading, positions of its columns) from left to right; a group that is called as its first column needs no heading."""
+    groups = [(str(head), [i for i, _ in its]) for head, its in groupby(enumerate(texts.columns.get_level_values(0)), key=lambda column: column[1])]
+    return [("" if names_of(texts)[places[0]] == head else head, places) for head, places in groups]
+
+
+def widths_of(texts: pd.DataFrame) -> list[int]:
+    """Characters of every column, its name and the space to the next included."""
+    return [max(len(name), longest) + GAP for name, longest in zip(names_of(texts), texts.map(len).max(), strict=True)]
+
+
+def in_pieces(texts: pd.DataFrame, widths: Sequence[int], room: int) -> list[list[int]]:
+    """Positions of columns, in tables of at most `room` characters; each has what names the rows, a group is whole, a column wider if it must be."""
+    naming = [i for i, name in enumerate(names_of(texts)) if name in NAMING]
+    left, pieces = room - sum(widths[i] for i in naming), list[list[int]]([[]])
+    for _, group in groups_of(texts)[len(naming) :]:
+        for part in [group] if sum(widths[i] for i in group) <= left else [[i] for i in group]:
+            if pieces[-1] and sum(widths[i] for i in pieces[-1] + part) > left:
+                pieces.append([])
+            pieces[-1] += part
+    return [naming + piece for piece in pieces]
+
+
+def notes_of(table: Block | WideTable) -> list[str]:
+    """What the accuracies, ±, bold and marks mean and what else is to be known, a sentence each."""
+    parts, rows = table.blocks if isinstance(table, WideTable) else [table], table.rows
+    entries = [entry for row in rows for entry in row.entries.values()]
+    rule, error, best = parts[0].rule, max(block.error for block in parts), any(entry.best for entry in entries)
+    uncompared = sum(block.uncompared for block in parts)
+    usual = dict(next(ast.literal_eval(rules) for rules, mark in table.marks.items() if not mark))
+    once = "; where there is one seed, over test images alone" if any(entry.sd is None for entry in entries) else ""
+    if isinstance(table, WideTable):
+        differs = "is not the same everywhere, it differs in"
+        own = [f"{JOINED} {row.label} ({row.budget}) {differs} {', '.join(row.differing)}" for row in rows if row.differing]
+        fidelities = groupby(sorted({(row.fidelity, row.method) for row in rows}), key=lambda pair: pair[0])
+        own.append("follows " + "; ".join(f"'{fidelity}': {', '.join(method for _, method in its)}" for fidelity, its in fidelities))
+    else:
+        own = [f"{table.time} per cell, images included, on {', '.join(table.devices)}"]
+    for rules, mark in table.marks.items():
+        differing = ", ".join(f"{key} {value} (protocol: {usual[key]})" for key, value in ast.literal_eval(rules) if value != usual[key])
+        own += [f"{mark} the method's own rules: {differing}"] * bool(mark)
+    said = {
+        "in a cell: mean ± sd (seeds)": isinstance(table, WideTable),
+        "top-1 in %, rule 'last': the last epoch's accuracy, as a user without test labels would get it": rule == "last",
+        "top-1 in %, rule 'best-on-test': the best of all evaluated epochs, chosen on the test labels "
+        "(optimistic; at most as many choices as evaluations)": rule == "best-on-test",
+        f"± is the standard deviation over seeds; one standard error from the test set's size is at most {error:.2f}; drop: below the teacher": True,
+        "bold: the best of a column with all that cannot be told from it (paired bootstrap over test images and seeds, Holm, 5 %)" + once: best,
+        "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
+        f"{uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged": uncompared > 0,
+        **dict.fromkeys(own, True),
+        "[1], [2]: same name and budget, but other settings or versions; the report shows them per cell": any("[" in row.label for row in rows),
+        "follows 'abstract': reconstructed, details of the method are not public": any(row.fidelity == "abstract" for row in rows),
+        "published: what papers claim (a range where sources disagree), and how far we are from it in our standard errors; "
+        "papers print one figure each, most of them the best epoch on the test set": any(entry.published for entry in entries),
+    }
+    notes = [note for note, holds in said.items() if holds]
+    for why in sorted({why for block in parts for why in block.why_no_claims}):  # one that does not hold for all says where it does
+        where = [f"{block.teacher} on {block.evaluation}" for block in parts if why in block.why_no_claims]
+        notes.append(why if len(where) == len(parts) else f"{why} ({', '.join(dict.fromkeys(where))})")
+    return notes
+
+
+def ranking(found: Sequence[Block]) -> list[str]:
+    """What the average ranks say of the rows that are in every column of every block; nothing for fewer than three columns or two such rows."""
+    columns = [{(r.label, r.budget): r.entries[w].mean for r in block.rows if w in r.entries} for block in found for w in block.widths]
+    every = {name for column in columns for name in column}
+    common = sorted(name for name in every if all(name in column for column in columns))
+    if len(columns) < 3 or len(common) < 2:
+        return []
+    ranks = average_ranks(np.array([[column[name] for name in common] for column in columns]))
+    average = sorted(zip(ranks.average, common, strict=True), key=lambda pair: pair[0])
+    left_out = ", ".join(sorted({label for label, _ in every.difference(common)}))
+    told = f"ranks further apart than {ranks.critical_difference:.2f} differ (Nemenyi, 5 %)"
+    told += f"; Friedman's p that all are equal: {ranks.p:.2g}" if len(common) > 2 else ""
+    lines = [f"average rank over {len(columns)} columns (1 is best): {', '.join(f'{label} {rank:.2f}' for rank, (label, _) in average)}", told]
+    return lines + [f"not ranked, as they are not in every column: {left_out}"] * bool(left_out)
+
+
+def means_frame(found: Sequence[Block]) -> pd.DataFrame:
+    """One line per row and bit width, with everything that is known about it; accuracies in percent."""
+    lines = []
+    for block, row in ((each, row) for each in found for row in each.rows):
+        for width, entry in row.entries.items():
+            interval, against, claim = entry.estimate, entry.against_best, entry.published
+            distance = round(claim.distance(entry.mean) / entry.error, 2) if claim and entry.error else None
+            lines.append(
+                {"teacher": block.teacher, "evaluation": block.evaluation, "protocol": block.protocol, "precision": block.precision}
+                | {"method": row.label + row.mark, "follows": row.fidelity, "steps": row.steps, "batch": row.batch, "bits": width}
+                | {"n": len(entry.ids), "seeds": " ".join(map(str, entry.seeds)), "top1": entry.mean, "sd": entry.sd}
+                | {"low": interval and interval.low, "high": interval and interval.high, "drop": entry.drop, "best": entry.best}
+                | {"below_best": against and -against.value, "p_holm": against and float(f"{against.p:.3g}")}
+                | {"published": claim and str(claim), "from_published_in_se": distance}
+                | {"seconds_per_cell": round(row.seconds, 3), "seconds_of": block.time}
+            )
+    return pd.DataFrame(lines).round(dict.fromkeys(("top1", "sd", "low", "high", "drop", "below_best"), 4))
