@@ -27,6 +27,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
 MADE = [kind for kind in KINDS if kind != "published"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MADE)
 def test_every_kind_is_drawn_in_every_format_the_same_twice(drawn: Drawn, kind: str) -> None:
     once = {name: hashlib.sha256(content).hexdigest() for name, content in files(drawn, kind, ["png", "pdf", "svg"])}
@@ -58,6 +59,7 @@ def test_a_method_has_one_colour_in_every_plot_and_store(drawn: Drawn, tmp_path:
     assert {label: style.color for label, style in other.items()} == {label: look[label].color for label in other}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MADE)
 def test_no_text_leaves_the_page_or_covers_another(drawn: Drawn, kind: str) -> None:
     from matplotlib.text import Text
@@ -126,6 +128,7 @@ def test_an_ablation_is_against_the_method_as_it_is(drawn: Drawn) -> None:
     assert names == ["adversarial_weight=0", "condition=none,\nconsistency_weight=0", "matching_weight=0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["losses", "curves"])
 def test_a_method_that_logs_no_loss_and_no_accuracy_is_left_out_of_the_curves(tmp_path: Path, kind: str) -> None:
     store = make_store(tmp_path / "r", 500)

@@ -121,6 +121,7 @@ def test_a_failed_cell_keeps_its_traceback_sinks_no_other_and_is_retried_only_wh
     assert len(list(results.glob("runs/*/failed.json"))) == 1
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_share_the_cells(sweep_file: SweepFile, tmp_path: Path) -> None:
     config, results = (
         sweep_file(methods=["gdfq"], seeds=[0, 1], bits=["w4a4"], budget={"epochs": 4, "iterations": 30, "batch_size": 16}),
@@ -315,6 +316,7 @@ def without_torch(*words: str) -> list[str]:
     return done.stdout.splitlines()[-1].split()[1:]
 
 
+@pytest.mark.slow
 def test_help_and_table_do_not_import_torch(finished: tuple[Path, Path]) -> None:
     config, results = finished
     assert without_torch("--help") == []
@@ -343,6 +345,7 @@ def test_models_are_listed_by_wildcard(dfqbench: Run) -> None:
     assert out.split() == ["cifar:resnet20", "cifar:resnet32", "cifar:resnet44", "cifar:resnet56"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_nothing_is_lost(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fills up after two epochs; once there is room again the same command goes on and ends with the same bits."""
     from dfqbench import files
