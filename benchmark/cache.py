@@ -17,9 +17,12 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dfqbench"
 
 
-def remembered(folder: Path | None, kind: str, key: Any, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def remembered(
+    folder: Path | None, kind: str, key: Any, compute: Callable[[], dict[str, Any]], valid: Callable[[dict[str, Any]], bool] = lambda answer: True
+) -> dict[str, Any]:
     """`compute()`, or what it answered earlier for the same `key` (anything that JSON can hold); without a folder nothing is remembered.
 
+    `valid` says whether an earlier answer still holds, where it depends on more than was known before it was computed.
     A file that cannot be read is written anew. Several processes may do the same at once: each replaces the file in one step.
     """
     if folder is None:
@@ -28,7 +31,7 @@ def remembered(folder: Path | None, kind: str, key: Any, compute: Callable[[], d
     path = folder / f"{kind}-{name}.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
+        if isinstance(found, dict) and valid(found):
             return found
     except (OSError, ValueError):
         pass

@@ -21,7 +21,7 @@ def build(spec: TeacherSpec) -> Built:
     with torch.random.fork_rng(devices=[]):
         built = BUILDERS[place](name, spec) if place in ZOOS else from_file(name, spec)
     network = built.network.float().eval().requires_grad_(False)
-    return Built(network, _with_overrides(built.task, spec))
+    return replace(built, network=network, task=_with_overrides(built.task, spec))
 
 
 def check_answer(built: Built, spec: TeacherSpec) -> None:

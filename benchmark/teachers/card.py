@@ -6,7 +6,8 @@ import fnmatch
 import hashlib
 import importlib.metadata
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
-CARD_VERSION = 1  # raised when what a card says changes, so that remembered ones are not used any more
+CARD_VERSION = 2  # raised when what a card says changes, so that remembered ones are not used any more
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class TeacherCard:
     """What is known about a teacher without having it in memory; enough for planning, identities and tables.
 
     `model` names a user's file without its folder, and `weights` (a path, 'zoo' or 'factory') is for people: what identifies the teacher is
-    `model`, `weights_sha256` and `source_sha256`. The latter is of the one file that holds the factory, not of what that file imports.
+    `model`, `weights_sha256` and `source_sha256`. The latter is of the one file that holds the factory; where a user's file imports others from
+    beside it, of all of them with their module names. `batch_norms` (BN layers with statistics) and `stages` are for planning, and no part of a
+    record; None where nobody counted.
     """
 
     label: str
@@ -37,9 +40,11 @@ class TeacherCard:
     source_sha256: str | None
     task: Task
     parameters: int
+    batch_norms: int | None = field(default=None, compare=False)
+    stages: int | None = field(default=None, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "task": self.task.as_dict()}
+        return {key: value for key, value in asdict(self).items() if key not in ("batch_norms", "stages")} | {"task": self.task.as_dict()}
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> TeacherCard:
@@ -55,7 +60,8 @@ def describe(spec: TeacherSpec, cache: Path | None = None) -> TeacherCard:
     """
     _check_files(spec)
     key = [CARD_VERSION, spec.model_dump(mode="json"), _stamp(spec.weights_file), _stamp(spec.source_file), _zoo_version(spec)]
-    return TeacherCard.from_dict(remembered(cache, "teacher", key, lambda: _examine(spec).as_dict()))
+    found = remembered(cache, "teacher", key, lambda: _examine(spec), _neighbours_are_the_same)
+    return replace(TeacherCard.from_dict(found["card"]), **found["counted"])
 
 
 def load(spec: TeacherSpec) -> nn.Module:
@@ -90,14 +96,20 @@ def list_models(pattern: str = "*") -> list[str]:
     return found
 
 
-def _examine(spec: TeacherSpec) -> TeacherCard:
+def _examine(spec: TeacherSpec) -> dict[str, Any]:
+    """What is remembered: the card, what was counted in the traced network, and the stamps of a user's file's neighbours."""
     import torch
 
+    from dfqbench.network.network import Network, trace
     from dfqbench.teachers.build import build, check_answer
     from dfqbench.teachers.weights import hash_tensors
 
     built = build(spec)
     check_answer(built, spec)
+    try:
+        traced = Network(trace(built.network, built.task), built.task)
+    except UserError as error:
+        raise UserError(f"teacher {spec.model!r}: {error}") from error
     place, name = spec.source
     if spec.source_file is not None:
         place = spec.source_module or spec.source_file.name
@@ -106,15 +118,34 @@ def _examine(spec: TeacherSpec) -> TeacherCard:
             again = build(spec).network
         if hash_tensors(again.state_dict().items()) != hash_tensors(built.network.state_dict().items()):
             raise UserError(f"teacher {spec.model!r}: the factory returns other weights each time; let it load trained ones, or give `weights: FILE`")
-    return TeacherCard(
+    card = TeacherCard(
         label=spec.label,
         model=f"{place}:{name}",
         weights=spec.weights or ("zoo" if spec.source_file is None else "factory"),
         weights_sha256=_sha256(spec.weights_file) if spec.weights_file else hash_tensors(built.network.state_dict().items()),
-        source_sha256=_sha256(spec.source_file) if spec.source_file else None,
+        source_sha256=_source_sha256(spec.source_file, built.neighbours) if spec.source_file else None,
         task=built.task,
         parameters=sum(parameter.numel() for parameter in built.network.parameters()),
     )
+    return {
+        "card": card.as_dict(),
+        "counted": {"batch_norms": len(traced.batch_norms_used), "stages": traced.stages},
+        "neighbours": [_stamp(file) for file, _ in built.neighbours.values()],
+    }
+
+
+def _source_sha256(file: Path, neighbours: Mapping[str, tuple[Path, str]]) -> str:
+    own = _sha256(file)
+    if not neighbours:
+        return own
+    return hashlib.sha256("\n".join([own, *(f"{name} {sha256}" for name, (_, sha256) in sorted(neighbours.items()))]).encode()).hexdigest()
+
+
+def _neighbours_are_the_same(found: dict[str, Any]) -> bool:
+    try:
+        return all(_stamp(Path(stamp[0])) == stamp for stamp in found["neighbours"])
+    except OSError:
+        return False
 
 
 def _check_files(spec: TeacherSpec) -> None:

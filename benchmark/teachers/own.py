@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import sys
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 
 from dfqbench.errors import UserError, nearest
 from dfqbench.task import Task
+from dfqbench.teachers.neighbours import Neighbours
 from dfqbench.teachers.spec import Built, TeacherSpec
 from dfqbench.teachers.weights import fit, one_line, weights_of
 
@@ -19,18 +20,28 @@ from dfqbench.teachers.weights import fit, one_line, weights_of
 def from_file(name: str, spec: TeacherSpec) -> Built:
     """Calls a factory in a user's file or module. What the network expects stands in the config, or in its attributes of the same names."""
     where = f"teacher {spec.model!r}"
-    module = _import_file(spec)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        raise UserError(f"{where}: {spec.source_module or spec.source_file} has no factory {name!r}: {nearest(name, _own(module))}")
-    try:
-        network = factory()
-    except Exception as error:
-        raise UserError(f"{where}: the factory failed: {one_line(error)}") from error
+    beside = _neighbours(spec)
+    with beside or nullcontext():
+        module = _imported(spec, beside)
+        factory = getattr(module, name, None)
+        if not callable(factory):
+            raise UserError(f"{where}: {spec.source_module or spec.source_file} has no factory {name!r}: {nearest(name, _own(module))}")
+        try:
+            network = factory()
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{where}: the factory failed: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"{where}: the factory returns {type(network).__name__}, not a torch.nn.Module")
+    _refuse_torchscript(network, where)
+    while (inner := _wrapped(network)) is not None:
+        network = inner
     if spec.weights is not None:
         fit(network, weights_of(spec), spec)
+    for parent in list(network.modules()):
+        for part, child in list(parent.named_children()):  # after the weights, whose names are those of the network as it was saved
+            while (inner := _wrapped(child)) is not None:
+                child = inner
+                setattr(parent, part, child)
     known: dict[str, Any] = {}
     for key in ("classes", "size", "mean", "std"):
         given = getattr(spec, key)
@@ -45,12 +56,27 @@ def from_file(name: str, spec: TeacherSpec) -> Built:
         raise UserError(f"{where}: classes and size must be whole numbers, mean and std one number per channel ({error})") from None
     if len(mean) != len(std) or min(std, default=0) <= 0:
         raise UserError(f"{where}: mean {mean} and std {std} must have a number per channel each, and std must be above 0")
-    return Built(network, task)
+    return Built(network, task, beside.files if beside else {})
+
+
+def _wrapped(network: nn.Module) -> nn.Module | None:
+    """What DataParallel, DistributedDataParallel or torch.compile was wrapped around; None where nothing is wrapped."""
+    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inner: nn.Module = network.module
+        return inner
+    return network._modules.get("_orig_mod")  # torch.compile's class is not asked for: importing it takes seconds
+
+
+def _refuse_torchscript(network: nn.Module, where: str) -> None:
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            part = f"its part {name!r}" if name else "the network"
+            raise UserError(f"{where}: {part} is TorchScript (torch.jit), which cannot be taken apart: return the module that it was made from")
 
 
 def factory_names(spec: TeacherSpec) -> list[str]:
     """What a user's file or module defines and could be a factory: its functions and network classes, sorted."""
-    return sorted(name for name in _own(_import_file(spec)) if not name.startswith("_"))
+    return sorted(name for name in _own(_imported(spec, _neighbours(spec))) if not name.startswith("_"))
 
 
 def _own(module: ModuleType) -> list[str]:
@@ -58,26 +84,17 @@ def _own(module: ModuleType) -> list[str]:
     return [key for key, value in own.items() if not isinstance(value, type) or issubclass(value, nn.Module)]
 
 
-def _import_file(spec: TeacherSpec) -> ModuleType:
-    if spec.source_module is not None:
-        try:
-            return importlib.import_module(spec.source_module)
-        except Exception as error:
-            raise UserError(f"teacher {spec.model!r}: importing {spec.source_module} failed: {one_line(error)}") from error
-    path = spec.source_file
-    assert path is not None
-    qualified = f"dfqbench_teacher_{path.stem}"
-    found = importlib.util.spec_from_file_location(qualified, path)
-    assert found is not None  # true of every path that ends with .py
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    folder = str(path.resolve().parent)
-    sys.path.insert(0, folder)  # a network's file may import its neighbours
-    sys.modules[qualified] = module  # dataclasses and pickles look a class's module up by name
+def _imported(spec: TeacherSpec, beside: Neighbours | None) -> ModuleType:
+    what = spec.source_module or spec.source_file
     try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"teacher {spec.model!r}: importing {path} failed: {one_line(error)}") from error
-    finally:
-        sys.path.remove(folder)
-    return module
+        return beside.run() if beside else importlib.import_module(str(what))
+    except (Exception, SystemExit) as error:
+        raise UserError(f"teacher {spec.model!r}: importing {what} failed: {one_line(error)}") from error
+
+
+def _neighbours(spec: TeacherSpec) -> Neighbours | None:
+    """None for an installed module, which is imported once in a process, as all packages are."""
+    if spec.source_module is not None:
+        return None
+    assert spec.source_file is not None
+    return Neighbours(spec.source_file)

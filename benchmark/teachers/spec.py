@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -108,7 +109,11 @@ def _file_of_module(name: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Built:
-    """A network with its weights, and the task that it was trained for."""
+    """A network with its weights, and the task that it was trained for.
+
+    neighbours: what a user's file has imported from beside it, so far: module name -> (file, sha256).
+    """
 
     network: nn.Module
     task: Task
+    neighbours: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
