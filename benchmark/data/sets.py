@@ -74,6 +74,11 @@ class EvaluationSet(ABC):
 
         return Images(lambda index: prepare(opened(index), task), labels, (task.size, task.size, task.channels), self.classes, keep=keep)
 
+    def check(self, task: Task) -> None:
+        """UserError for what would keep `decode` from working, as far as it can be told without decoding the set."""
+        if task.channels not in (1, 3):
+            raise UserError(f"evaluation set {self.name} gives images with 1 or 3 channels, the teacher takes {task.channels}")
+
     def _no_split(self, split: str, known: str) -> UserError:
         return UserError(f"evaluation set {self.name} has no split {split!r}, only {known}")
 
@@ -209,6 +214,10 @@ class ImageFolder(EvaluationSet):
         if split != "test":
             raise self._no_split(split, "the folder itself, which is 'test'")
         return lambda index: open_image(self._files[index][1]), np.array([label for label, _ in self._files], np.int64)
+
+    def check(self, task: Task) -> None:
+        super().check(task)
+        prepare(open_image(self._files[0][1]), task)  # images of more than 8 bits, say, are seldom alone
 
     def digest(self, cache: Path | None = None) -> str:
         def hashed(entry: tuple[int, Path]) -> tuple[int, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,15 @@ NEEDS: dict[Needs, str] = {
     "features": "stage features (attention, relations, class centres)",
     "labels": "class labels to make images from",
 }
+
+
+def lacking(needs: Iterable[Needs], batch_norms: int | None, stages: int | None) -> list[str]:
+    """What a teacher lacks of what a method needs, as `statistics (BN statistics: ...)`. Labels every teacher has: its classes.
+
+    batch_norms: its BN layers with running statistics; stages: of its traced graph; None where nobody counted.
+    """
+    there = {"statistics": batch_norms, "features": stages}
+    return [f"{need} ({NEEDS[need]})" for need in NEEDS if need in set(needs) and there.get(need) == 0]
 
 
 @dataclass(frozen=True)

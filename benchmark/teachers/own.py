@@ -33,8 +33,10 @@ def from_file(name: str, spec: TeacherSpec) -> Built:
     if not isinstance(network, nn.Module):
         raise UserError(f"{where}: the factory returns {type(network).__name__}, not a torch.nn.Module")
     _refuse_torchscript(network, where)
+    shells = [network]
     while (inner := _wrapped(network)) is not None:
         network = inner
+        shells.append(network)
     if spec.weights is not None:
         fit(network, weights_of(spec), spec)
     for parent in list(network.modules()):
@@ -45,7 +47,7 @@ def from_file(name: str, spec: TeacherSpec) -> Built:
     known: dict[str, Any] = {}
     for key in ("classes", "size", "mean", "std"):
         given = getattr(spec, key)
-        known[key] = given if given is not None else getattr(network, key, None)
+        known[key] = given if given is not None else next((getattr(shell, key) for shell in shells if hasattr(shell, key)), None)
     missing = [key for key, value in known.items() if value is None]
     if missing:
         raise UserError(f"{where}: {', '.join(missing)} missing: give them in the config, or as attributes of the network")
