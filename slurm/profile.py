@@ -7,10 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from dfqbench.errors import UserError, UserErrors, nearest
+from dfqbench.yaml_file import read_yaml
 
 SHIPPED = Path(__file__).parent / "profiles"
 # what dfqbench sets itself; a profile that sets it too would break the bookkeeping
@@ -106,13 +106,7 @@ def find_profile(given: str) -> tuple[str, Profile]:
         if given not in known:
             raise UserError(f"no profile {given!r}: no such file, and {nearest(given, known)}")
         path = known[given]
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"profile {path}: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"profile {path}: {f'line {mark.line + 1}: ' if mark else ''}not valid YAML: {getattr(error, 'problem', error)}") from None
+    content = read_yaml(path, "profile", as_written="sbatch")
     if content is None:
         content = {}
     if not isinstance(content, dict):

@@ -18,11 +18,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.store import Lease, Store, kept_alive
+from dfqbench.yaml_file import write_yaml
 from dfqbench_slurm.cluster import Job
 
 # one job: its lanes run side by side, each a process that works through its bundles, each of those a list of cell ids
@@ -127,7 +126,7 @@ def submissions(store: Store, sweep: str | None = None) -> list[Submission]:
 def snapshot(sweep: dict[str, Any], plugins: list[str]) -> tuple[str, dict[str, str]]:
     """A sweep as a config file without variables, and the plug-in files that it needs with their sha256."""
     files = [Path(file).expanduser().resolve() for file in [*sweep["plugins"], *plugins]]
-    text = yaml.safe_dump({**sweep, "plugins": [str(file) for file in files]}, sort_keys=False, allow_unicode=True)
+    text = write_yaml({**sweep, "plugins": [str(file) for file in files]}, allow_unicode=True)
     return f"# written by `dfqbench submit`: what the jobs of this folder run\n{text}", {str(file): sha256(file) for file in files}
 
 

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dfqbench.errors import UserError, UserErrors, nearest
+from dfqbench.yaml_file import read_yaml
 
 RangeEstimatorName = Literal["ema", "minmax", "percentile", "mse"]
 BatchNormMode = Literal["fixed", "trained", "folded"]
@@ -119,9 +119,12 @@ def find_protocol(given: str | dict[str, Any]) -> Protocol:
     unknown = [key for key in changes if key not in Protocol.model_fields]
     problems = [f"unknown protocol setting {key!r}: {nearest(key, [*Protocol.model_fields, 'base'])}" for key in unknown]
     changes = {key: value for key, value in changes.items() if key not in unknown}
-    name = changes.pop("name", None) or "+".join([base.name, *(f"{key}={value}" for key, value in sorted(changes.items()))])
+    name = changes.pop("name", None)
     try:
-        protocol = Protocol(**{**base.model_dump(), **changes, "name": name})
+        protocol = Protocol(**{**base.model_dump(), **changes, "name": name or base.name})
+        if not name:
+            described = [f"{key}={getattr(protocol, key)}" for key in sorted(changes)]
+            protocol = protocol.model_copy(update={"name": "+".join([base.name, *described])})
     except ValidationError as error:
         problems += [f"protocol.{e['loc'][0]}: {e['input']!r}: {e['msg']}" for e in error.errors()]
     if problems:
@@ -131,13 +134,7 @@ def find_protocol(given: str | dict[str, Any]) -> Protocol:
 
 def _from_file(path: Path) -> Protocol:
     """A file's protocol; it is called as the file is, unless it has a `name`."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"protocol {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(f"protocol {path}: {f'line {mark.line + 1}: ' if mark else ''}not valid YAML") from None
+    content = read_yaml(path, "protocol")
     if not isinstance(content, dict):
         raise UserError(f"protocol {path}: a mapping is expected, like 'base: lineage' and 'first_bits: 8', a line each")
     if Path(str(content.get("base", ""))).suffix in (".yaml", ".yml"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
+from dfqbench.yaml_file import write_yaml
 
 CELLS = 10_000
 STEPS = 80_000
@@ -94,7 +94,7 @@ def sweep_of(path: Path, weights: Path, cells: int) -> Path:
         "seeds": seeds,
         "budget": {"epochs": 2, "iterations": 10, "batch_size": 32},
     }
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(write_yaml(content), encoding="utf-8")
     return path
 
 

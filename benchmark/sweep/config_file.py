@@ -9,10 +9,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dfqbench.errors import UserError, nearest
 from dfqbench.files import shipped as shipped_with
+from dfqbench.yaml_file import read_yaml
 
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -32,7 +31,7 @@ def find_config(given: str) -> Path:
 
 def text_digest(path: Path) -> str:
     """Of the file and of the environment variables it names: what decides which cells it spans."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     variables = {name: os.environ.get(name) for name in sorted(set(VARIABLE.findall(text)))}
     return hashlib.sha256(f"{text}\n{variables}".encode()).hexdigest()
 
@@ -40,8 +39,8 @@ def text_digest(path: Path) -> str:
 def sweep_name(path: Path) -> str:
     """The name of the sweep in a config file. Raises UserError where there is none."""
     try:
-        name: Any = yaml.safe_load(path.read_text())["name"]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        name: Any = read_yaml(path)["name"]
+    except (KeyError, TypeError):
         name = None
     if not isinstance(name, str) or not name:
         raise UserError(f"{path}: no `name:` can be read from it: is it a sweep?")
@@ -52,7 +51,7 @@ def noted_cells(config: str, results: Path) -> dict[str, str] | None:
     """A sweep's cells, label by id, as its last run or submission noted them; None if the config has changed since (or never ran)."""
     path = find_config(config)
     try:
-        noted = json.loads((results / "sweeps" / f"{sweep_name(path)}.json").read_text())
+        noted = json.loads((results / "sweeps" / f"{sweep_name(path)}.json").read_text(encoding="utf-8"))
         if noted["config"] == text_digest(path):
             return {cell: str(noted.get("labels", {}).get(cell, "")) for cell in noted["cells"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_origin
 
-import yaml
 from pydantic import ValidationError
 
 from dfqbench.data import EvaluationSet, find_set
@@ -25,6 +24,7 @@ from dfqbench.sweep.cell import Cell, EvaluationCard
 from dfqbench.sweep.config_file import VARIABLE, text_digest
 from dfqbench.sweep.schema import Sweep
 from dfqbench.teachers import TeacherCard, TeacherSpec, describe, parse_teacher
+from dfqbench.yaml_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def load_sweep(path: Path, cache: Path, plugins: list[str] | None = None) -> Loa
     Raises UserErrors with all that is wrong, each as `file: key: value: what would be right`.
     """
     problems = Problems(path)
-    content = _read(path)
+    content = read_yaml(path)
     sweep = _validate(content, problems)
     for i, file in enumerate([*(sweep.plugins if sweep else []), *(plugins or [])]):
         problems.catch(f"plugins[{i}]", partial(load_plugin, file))
@@ -91,17 +91,6 @@ class Problems:
     def raise_all(self) -> None:
         if self.lines:
             raise UserErrors(dict.fromkeys(self.lines))
-
-
-def _read(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark else ""
-        raise UserError(f"{path}: {where}not valid YAML: {getattr(error, 'problem', None) or error}") from None
 
 
 def _validate(content: Any, problems: Problems) -> Sweep | None:

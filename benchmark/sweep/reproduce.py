@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import yaml
+from dfqbench.yaml_file import write_yaml
 
 BY_NAME = ("digits", "cifar10", "cifar100", "imagenet")  # evaluation sets that a name alone finds
 
@@ -43,7 +43,7 @@ def recipe(result: dict[str, Any]) -> str:
         lines.append(
             f"export EVALUATION_SET=path/to/images   # {record['evaluation']['images']} images, digest {record['identity']['evaluation'][:16]}"
         )
-    text = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=150).replace("'{seed}'", "{seed}").replace("'{bits}'", "{bits}")
+    text = write_yaml(config, default_flow_style=None, width=150).replace("'{seed}'", "{seed}").replace("'{bits}'", "{bits}")
     lines += ["cat > cell.yaml <<'END'", text.rstrip(), "END"]
     plugin = str(record.get("plugin", ""))
     extra = "" if plugin.startswith("built in") or not plugin else f" --plugin FILE   # the method came from {plugin}"

@@ -233,10 +233,11 @@ def test_shipped_configs_are_valid_but_for_the_data_that_is_not_here(name: str, 
     monkeypatch.chdir(tmp_path)
     for variable in ("IMAGENET", "CIFAR10_JPEG", "CIFAR10_JPEG_TEACHER", "DFQBENCH_DATA"):
         monkeypatch.setenv(variable, str(tmp_path / "absent"))
-    from dfqbench.sweep.load import Problems, _parts, _read, _validate
+    from dfqbench.sweep.load import Problems, _parts, _validate
+    from dfqbench.yaml_file import read_yaml
 
     problems = Problems(find_config(name))
-    sweep = _validate(_read(find_config(name)), problems)
+    sweep = _validate(read_yaml(find_config(name)), problems)
     assert problems.lines == []
     assert sweep is not None
     monkeypatch.setattr("dfqbench.sweep.load.find_set", lambda given: (_ for _ in ()).throw(UserError("absent")))
