@@ -10,6 +10,10 @@ class UserError(Exception):
     """Something that the user can mend. The command line prints it without a traceback and exits with code 2."""
 
 
+class Notice(UserWarning):
+    """Something that the user should know and that stops nothing. The command line prints it as one line on standard error."""
+
+
 class UserErrors(UserError):
     """Several at once, so that one look at the output mends a whole config."""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 import typer
 
 from dfqbench.cli import cluster, lists, methods, results, run, speed
-from dfqbench.errors import UserError
+from dfqbench.errors import Notice, UserError
 
 app = typer.Typer(
     name="dfqbench",
@@ -29,8 +30,12 @@ app.add_typer(methods.app, name="methods")
 app.add_typer(results.wandb_app, name="wandb")
 
 
+_python_line = warnings.formatwarning
+
+
 def main() -> None:
     """Entry point: what a user can mend is one line and exit code 2; a traceback is for bugs."""
+    warnings.formatwarning = _one_line
     try:
         app()
     except UserError as error:
@@ -41,3 +46,7 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
+
+
+def _one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    return f"dfqbench: {message}\n" if issubclass(category, Notice) else _python_line(message, category, filename, lineno, line)

@@ -20,7 +20,8 @@ def find_set(text: str) -> EvaluationSet:
     - `digits`: scikit-learn's handwritten digits, which need no download
     - `cifar10`, `cifar100`, with `:ROOT`: torchvision's folder, filled by a download where it is empty; default $DFQBENCH_DATA or ~/.cache/dfqbench
     - `imagenet`, with `:ROOT`: the 1000 folders n01440764 ... of validation images, or the folder above with `val` in it; default $IMAGENET
-    - `imagefolder:PATH`: a folder with one sub-folder of images per class, sorted by name (so `10` stands before `2`, as in torchvision)
+    - `imagefolder:PATH`: a folder with one sub-folder of images per class, sorted by name, or as numbers where
+      all of them are whole numbers (torchvision sorts those as text: `10` before `2`)
     - whatever a plug-in registered (`register_set`), with or without `:PLACE`
 
     Folders are listed here, and errors in them raised as UserError; CIFAR is opened when it is first needed.

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import os
+import re
 import sys
 import warnings
 from abc import ABC, abstractmethod
@@ -21,7 +22,7 @@ from PIL import Image
 from dfqbench.cache import cache_folder, remembered
 from dfqbench.data.images import Images, Labels, Pixels, open_image, prepare
 from dfqbench.data.pixels import kept
-from dfqbench.errors import UserError
+from dfqbench.errors import Notice, UserError
 from dfqbench.task import Task
 
 IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
@@ -37,6 +38,8 @@ BUILT_IN = {
 
 class EvaluationSet(ABC):
     """Labelled images. `name` says which, never where: two machines that keep the same images in different folders mean the same set."""
+
+    other_order: list[str] | None = None  # the class names as others may have sorted them, where that is not `class_names`
 
     def __init__(self, name: str, classes: int):
         self.name = name
@@ -180,11 +183,17 @@ class Cifar(EvaluationSet):
 
 
 class ImageFolder(EvaluationSet):
-    """A folder with one sub-folder of image files per class. Classes are the sub-folders sorted by name, images sorted by path within their class."""
+    """A folder with one sub-folder of image files per class. Classes are the sub-folders sorted by name, or as numbers where all names are whole
+    numbers; images are sorted by path within their class."""
 
     def __init__(self, name: str, root: Path):
         self.root = root
-        self._class_names = _class_folders(root)
+        self._class_names, other = _class_order(_class_folders(root))
+        self.other_order = other if other != self._class_names else None
+        if self.other_order and _are_numbers(other):
+            first = next(i for i, folder in enumerate(other) if folder != self._class_names[i])
+            said = f"class folders are sorted as numbers ({self._class_names[first]} before {other[first]}), not as text"
+            warnings.warn(f"image folder {root}: {said}", Notice, stacklevel=3)
         self._files: list[tuple[int, Path]] = []
         left_out: list[Path] = []
         empty: list[str] = []
@@ -200,7 +209,7 @@ class ImageFolder(EvaluationSet):
                 f"image folder {root}: no image in class {', '.join(empty[:3])}{more} (image files end with {', '.join(sorted(IMAGE_FILES))})"
             )
         if left_out:
-            warnings.warn(f"image folder {root}: {len(left_out)} files are no images and left out, the first is {left_out[0]}", stacklevel=3)
+            warnings.warn(f"image folder {root}: {len(left_out)} files are no images and left out, the first is {left_out[0]}", Notice, stacklevel=3)
         super().__init__(name, classes=len(self._class_names))
 
     @property
@@ -260,6 +269,17 @@ def _class_folders(root: Path) -> list[str]:
     if len(folders) < 2:
         raise UserError(f"image folder {root}: only one class folder, {folders[0]!r}; two or more are needed")
     return folders
+
+
+def _class_order(folders: list[str]) -> tuple[list[str], list[str]]:
+    """(the order that is taken, the other one): as numbers where all names are whole numbers, as text elsewhere."""
+    as_text = sorted(folders)
+    as_numbers = sorted(as_text, key=lambda name: [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))])
+    return (as_numbers, as_text) if _are_numbers(folders) else (as_text, as_numbers)
+
+
+def _are_numbers(names: list[str]) -> bool:
+    return all(re.fullmatch(r"[0-9]+", name) for name in names)
 
 
 def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -23,6 +23,7 @@ from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
+from dfqbench.run.class_order import doubt_about_classes
 from dfqbench.run.options import Options, StopFlag, Summary
 from dfqbench.run.progress import Progress
 from dfqbench.run.samples import png, sample_grid, sample_images
@@ -49,6 +50,7 @@ class Worker:
         git_revision()  # as it is now, when the code is loaded, not when a cell ends
         self._images: dict[str, Images] = {}
         self._teacher: tuple[TeacherCard, Teacher] | None = None
+        self._teachers_seen: set[Path] = set()
 
     def run(self, bundle: Bundle, summary: Summary) -> None:
         try:
@@ -92,7 +94,7 @@ class Worker:
         card = first.teacher
         teacher = self._load_teacher(card)
         images = self._decoded(card)
-        self._measure_teacher(first, teacher, images)
+        self._measure_teacher(bundle, teacher, images)
 
         def evaluate_student(student: Student) -> Evaluation:
             self.progress.evaluating()
@@ -167,16 +169,25 @@ class Worker:
     def _evaluate(self, network: Any, cell: Cell, images: Images) -> Evaluation:
         return evaluate(network, images, cell.teacher.task, device=self.device, precision=cell.precision, batch_size=self.options.evaluation_batch)
 
-    def _measure_teacher(self, cell: Cell, teacher: Teacher, images: Images) -> dict[str, Any]:
+    def _measure_teacher(self, bundle: Bundle, teacher: Teacher, images: Images) -> None:
         """The teacher's own accuracy, in full precision: measured once per teacher and set."""
+        cell = bundle.cells[0]
         path = teacher_record(self.store, cell)
+
+        def measured(shown: Images) -> Evaluation:
+            teacher.to(self.device).to(memory_format=torch.channels_last)
+            return evaluate(teacher, shown, cell.teacher.task, device=self.device, precision="fp32", batch_size=self.options.evaluation_batch)
+
         known = read_json(path)
         if known is None:
-            teacher.to(self.device).to(memory_format=torch.channels_last)
-            result = evaluate(teacher, images, cell.teacher.task, device=self.device, precision="fp32", batch_size=self.options.evaluation_batch)
+            result = measured(images)
             known = {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], **_scores(result)}
             write_json(path, known)
-        return dict(known)
+        if path not in self._teachers_seen:
+            self._teachers_seen.add(path)
+            doubt = doubt_about_classes(self.loaded.evaluation, images, known["top1"], lambda shown: measured(shown).top1)
+            if doubt:
+                self._log(bundle, f"teacher {cell.teacher.label}: {doubt}")
 
     def _pictures(self, lockstep: Lockstep) -> dict[str, bytes]:
         """File name -> PNG of what the method wants to show. A picture that fails is told, and costs no result."""

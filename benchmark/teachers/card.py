@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqbench.cache import remembered
-from dfqbench.errors import UserError
+from dfqbench.errors import Notice, UserError
 from dfqbench.task import Task
 from dfqbench.teachers.spec import ZOOS, TeacherSpec, parse_teacher
 
@@ -90,7 +90,7 @@ def list_models(pattern: str = "*") -> list[str]:
         try:
             names = zoo_names(zoo)
         except UserError as error:
-            warnings.warn(f"{error}; its models are not listed", stacklevel=2)
+            warnings.warn(f"{error}; its models are not listed", Notice, stacklevel=2)
             continue
         found += [f"{zoo}:{name}" for name in names if fnmatch.fnmatchcase(f"{zoo}:{name}", pattern) or fnmatch.fnmatchcase(name, pattern)]
     return found
