@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 OnlyConfig = Annotated[str | None, typer.Argument(help="Only this sweep's cells; default: all of the store.")]
 RuleOption = Annotated[str, typer.Option("--rule", help="last, or best-on-test (chosen on the test labels).")]
 TABLE_FORMATS = ("text", "markdown", "latex", "html", "csv", "csv-means")
-NAMED = 5  # missing cells that are named; the rest is counted
+NAMED = 5  # missing or failed cells that are named; the rest is counted
 
 
 def table(
@@ -77,7 +77,7 @@ def _rule(given: str) -> Rule:
 
 
 def read_cells(config: str | None, results: Path, plugins: list[str] | None) -> Reading:
-    """The finished cells of a store or of one sweep. Says on standard error what is damaged and what is missing; UserError where nothing is left."""
+    """The finished cells of a store or of one sweep. Says on standard error what is damaged, failed or missing; UserError where nothing is left."""
     from dfqbench.analysis.records import read_store
     from dfqbench.store import Store
 
@@ -91,14 +91,24 @@ def read_cells(config: str | None, results: Path, plugins: list[str] | None) -> 
     again = f"dfqbench run {config}" + ("" if results == DEFAULT_RESULTS else f" --results {results}")
     again += "".join(f" --plugin {plugin}" for plugin in plugins or ())
     if wanted is not None:
-        done = {result["id"] for result in reading.results}
-        missing = [name for cell_id, name in wanted.items() if cell_id not in done]
-        if missing:
-            named = "".join(f"\n  {name}" for name in missing[:NAMED]) + (f"\n  and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-            print(f"{len(missing)} of {len(wanted)} cells are not done, {again} runs them:{named}", file=sys.stderr)
+        there = {result["id"] for result in reading.results}
+        failed = {failure["id"]: f"{failure['kind']}: {(str(failure['message']).splitlines() or [''])[0]}" for failure in reading.failures}
+        _say_not_done(
+            [name for cell_id, name in wanted.items() if cell_id not in there | failed.keys()], wanted, "are not done", f"{again} runs them"
+        )
+        retried = f"{again} --retry-failed tries them again"
+        _say_not_done([f"{wanted[cell_id]}: {why}" for cell_id, why in failed.items()], wanted, "failed", retried)
+        if failed.keys() == wanted.keys():
+            again += " --retry-failed"
     if not reading.results:
         raise UserError(f"nothing is finished in {store.root / 'runs'}" + (f" of {config}: {again}" if config else ""))
     return reading
+
+
+def _say_not_done(names: list[str], wanted: dict[str, str], what: str, advice: str) -> None:
+    if names:
+        named = "".join(f"\n  {name}" for name in names[:NAMED]) + (f"\n  and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        print(f"{len(names)} of {len(wanted)} cells {what}, {advice}:{named}", file=sys.stderr)
 
 
 def cells_of(config: str, store: Store, plugins: list[str] | None) -> dict[str, str]:

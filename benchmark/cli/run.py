@@ -42,13 +42,13 @@ def run(
             summary = run_sweep(loaded, store, Options(device, checkpoint_every, retry_failed, wandb=wandb, graphs=graphs), progress, stop)
     finally:
         progress.stop()
-    parts = [f"{summary.done} done", f"{summary.failed} failed" if summary.failed else "", f"{summary.left} left" if summary.left else ""]
-    console.print(", ".join(filter(None, parts)), highlight=False)
+    counts = {"done": summary.done, "failed": summary.failed, "failed earlier": summary.failed_earlier, "left": summary.left}
+    console.print(", ".join(f"{number} {name}" for name, number in counts.items() if number or name == "done"), highlight=False)
     if summary.interrupted:
         console.print("stopped; the state is saved, the same command goes on from there", highlight=False)
         raise typer.Exit(130 if stop.signal == 2 else 143)
     console.print(f"table: dfqbench table {config}" + ("" if results == DEFAULT_RESULTS else f" --results {results}"), highlight=False)
-    if summary.failed:
+    if summary.failed or summary.failed_earlier:
         raise typer.Exit(1)
 
 

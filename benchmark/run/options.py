@@ -53,5 +53,6 @@ class Summary:
 
     done: int = 0
     failed: int = 0
-    left: int = 0  # to other processes, to an earlier failure, or to the next run
+    failed_earlier: int = 0  # and not tried again
+    left: int = 0  # to other processes, or to the next run
     interrupted: bool = False

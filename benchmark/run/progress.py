@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +15,7 @@ from rich.text import Text
 from dfqbench.sweep.cell import Bundle, Cell
 
 PLAIN_EVERY_S = 10.0
+REASONS = 3  # of earlier failures that are named
 
 
 class Progress:
@@ -24,9 +27,12 @@ class Progress:
         self.steps = self.step_number = self.first_step = 0
         self.began = self.said = time.monotonic()
 
-    def start(self, todo: int, total: int) -> None:
-        done = f", {total - todo} of {total} need nothing" if todo < total else ""
-        self.say(f"{todo} cells to run{done}")
+    def start(self, todo: int, total: int, failures: Sequence[str] = ()) -> None:
+        """failures: why cells failed earlier that are not tried again, a text for each."""
+        nothing = total - todo - len(failures)
+        self.say(f"{todo} cells to run" + (f", {nothing} of {total} need nothing" if nothing else ""))
+        if failures:
+            self.say(f"{len(failures)} failed earlier ({most_common(failures)}); --retry-failed tries them again", style="red")
 
     def bundle(self, bundle: Bundle, steps: int, steps_done: int) -> None:
         """A bundle begins, at a step that is not 0 if it was interrupted before."""
@@ -110,6 +116,15 @@ class LiveProgress(Progress):
 def make_progress(console: Console) -> Progress:
     """Live in a terminal, plain elsewhere."""
     return LiveProgress(console) if console.is_terminal else Progress(console)
+
+
+def most_common(reasons: Sequence[str]) -> str:
+    """`out of memory`, `2 x out of memory, 1 x diverged`: each reason with how often, the most frequent first; the rest is counted."""
+    counts = Counter(reasons).most_common()
+    if len(counts) == 1:
+        return counts[0][0]
+    named = [f"{number} x {reason}" for reason, number in counts[:REASONS]]
+    return ", ".join(named) + (f", and {len(counts) - REASONS} other reasons" if len(counts) > REASONS else "")
 
 
 def duration(seconds: float) -> str:

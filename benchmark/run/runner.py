@@ -42,10 +42,11 @@ def run_cells(loaded: LoadedSweep, cells: list[Cell], store: Store, options: Opt
     states = statuses(cells, store)
     skipped = {Status.DONE, Status.RUNNING} | (set() if options.retry_failed else {Status.FAILED})
     todo = bundles(cell for cell in cells if states[cell.id].status not in skipped)
-    summary = Summary(left=sum(states[cell.id].status in skipped - {Status.DONE} for cell in cells))
+    failures = [states[cell.id].why for cell in cells if states[cell.id].status is Status.FAILED and Status.FAILED in skipped]
+    summary = Summary(left=sum(states[cell.id].status is Status.RUNNING for cell in cells), failed_earlier=len(failures))
     watching = observer(store.root, loaded.sweep.name, tracking_of(loaded.sweep, options.wandb))
     worker = Worker(loaded, store, device, options, progress, stop, watching)
-    progress.start(sum(len(b.cells) for b in todo), len(cells))
+    progress.start(sum(len(b.cells) for b in todo), len(cells), failures)
     for number, bundle in enumerate(todo):
         if stop.signal is not None:
             summary.interrupted = True

@@ -115,10 +115,36 @@ def test_a_failed_cell_keeps_its_traceback_sinks_no_other_and_is_retried_only_wh
 
     (tmp_path / "lucky").touch()
     code, out, _ = dfqbench("run", config, "--results", results)
-    assert (code, "2 left" in out) == (0, True)
+    assert code == 1
+    assert "0 cells to run, 1 of 3 need nothing" in out
+    assert "2 failed earlier (" in out
+    assert "1 x ValueError: out of luck" in out
+    assert "--retry-failed tries them again" in out
+    assert "0 done, 2 failed earlier" in out
+    code, _, err = dfqbench("table", config, "--results", results)
+    assert code == 0
+    assert "are not done" not in err
+    assert f"2 of 3 cells failed, dfqbench run {config} --results {results} --retry-failed tries them again:\n" in err
+    assert "raiser tiny digits w4a4 seed 0: ValueError: out of luck" in err
     code, out, _ = dfqbench("run", config, "--results", results, "--retry-failed")
     assert "1 done, 1 failed" in out
     assert len(list(results.glob("runs/*/failed.json"))) == 1
+
+
+def test_a_sweep_whose_cells_have_all_failed_never_looks_done(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path) -> None:
+    plugin = tmp_path / "unlucky.py"
+    plugin.write_text(PLUGIN.format(flag=str(tmp_path / "lucky")).replace("raiser", "unlucky").replace("forgetful", "oblivious"))
+    config, results = sweep_file(methods=["unlucky"], plugins=[str(plugin)]), tmp_path / "r"
+    assert dfqbench("run", config, "--results", results)[0] == 1
+    code, out, _ = dfqbench("run", config, "--results", results)
+    assert code == 1
+    assert "0 cells to run\n2 failed earlier (ValueError: out of luck); --retry-failed tries them again\n0 done, 2 failed earlier\n" in out
+    code, _, err = dfqbench("table", config, "--results", results)
+    assert code == 2
+    assert f"nothing is finished in {results / 'runs'} of {config}: dfqbench run {config} --results {results} --retry-failed" in err
+    (tmp_path / "lucky").touch()
+    assert dfqbench("run", config, "--results", results, "--retry-failed")[0] == 0
+    assert dfqbench("run", config, "--results", results)[0] == 0
 
 
 @pytest.mark.slow
