@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import getpass
+import contextlib
+import os
 import re
 import subprocess
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 from dfqbench.errors import UserError
+from dfqbench.store.environment import PYTHON, SLURM, environment_without
 
 TIMEOUT_S = 30.0
+SUBMIT_TIMEOUT_S = 180.0  # sbatch itself tries again where its controller is busy
+LATE_S = (1.0, 4.0)  # between looks for a job whose submission had no clear answer: a busy controller may take it late; chosen here
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT")
 LAUNCH_FAILED = "launch failed requeued held"  # a node was lost while a job came up; Slurm then waits for somebody to release it
 PENDING = ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -39,16 +45,25 @@ class NoAnswer(UserError):
     """Slurm's commands are not here, or its controller does not answer."""
 
 
-def _ask(*words: str) -> str:
-    """A command's standard output. Raises NoAnswer."""
+class NotTaken(UserError):
+    """The cluster has not taken a job."""
+
+
+class MaybeTaken(UserError):
+    """Whether the cluster has taken a job cannot be told."""
+
+
+def _ask(*words: str, timeout: float = TIMEOUT_S) -> str:
+    """A command's standard output. The user's own defaults for Slurm's commands do not reach it. Raises NoAnswer."""
+    environment = environment_without(SLURM, PYTHON)
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S)
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout, env=environment)
     except FileNotFoundError:
         raise NoAnswer(f"{words[0]} is not on PATH") from None
     except OSError as error:
         raise NoAnswer(f"{words[0]}: {error.strerror}") from None
     except subprocess.TimeoutExpired:
-        raise NoAnswer(f"{words[0]} did not answer within {TIMEOUT_S:g} s") from None
+        raise NoAnswer(f"{words[0]} did not answer within {timeout:g} s") from None
     if done.returncode:
         raise NoAnswer(f"{words[0]}: {first_error(done.stderr) or f'exit status {done.returncode}'}")
     return done.stdout
@@ -61,14 +76,47 @@ def first_error(text: str) -> str:
 
 
 def queue() -> dict[str, Job]:
-    """This user's jobs by id, those that ended minutes ago included as long as the controller knows them. Raises NoAnswer."""
-    lines = _ask("squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}", "--format=%F|%K|%T|%N|%j|%r").splitlines()
+    """This user's jobs by id, those that ended minutes ago included as long as the controller knows them. Raises NoAnswer.
+
+    Lines that are not of the format that is asked for, such as a site's notices, are passed over.
+    """
+    answer = _ask("squeue", "--noheader", "--array", "--states=all", f"--user={os.getuid()}", "--format=%F|%K|%T|%N|%j|%r")
     jobs = {}
-    for line in lines:
-        number, task, state, node, name, reason = line.split("|", 5)
-        job_id = number if task == "N/A" else f"{number}_{task}"
-        jobs[job_id] = Job(job_id, name, state, "" if reason == "None" else reason, node)
+    for line in answer.splitlines():
+        if found := re.fullmatch(r"(\d+)\|(N/A|\d+)\|([A-Z_]+)\|([^|]*)\|([^|]*)\|(.*)", line.strip()):
+            number, task, state, node, name, reason = found.groups()
+            job_id = number if task == "N/A" else f"{number}_{task}"
+            jobs[job_id] = Job(job_id, name, state, "" if reason == "None" else reason, node)
     return jobs
+
+
+def sbatch(script: Path, name: str) -> str:
+    """Submits a script whose job is called `name`, as no other is. Returns the job's number.
+
+    Where the answer is no number (the command failed, or is a site's own that prints more or something else), the queue is asked for the name.
+    Raises NotTaken, and MaybeTaken where that cannot be told.
+    """
+    try:
+        answer = _ask("sbatch", "--parsable", str(script), timeout=SUBMIT_TIMEOUT_S)
+    except NoAnswer as error:
+        why, refused = str(error), not re.search("did not answer|timed out|unexpected message|zero bytes", str(error), re.IGNORECASE)
+    else:
+        numbers = {found[1] for line in answer.splitlines() if (found := re.fullmatch(r"(\d+)(;[^;\s]+)?", line.strip()))}
+        if len(numbers) == 1:
+            return numbers.pop()
+        why, refused = f"sbatch answered {' '.join(answer.split())[:200]!r}, which names no job", False
+    try:
+        for pause in (0.0,) if refused else (0.0, *LATE_S):
+            time.sleep(pause)
+            if taken := sorted({job.id.split("_")[0] for job in queue().values() if job.name == name}, key=int):
+                with contextlib.suppress(NoAnswer):  # a site's own sbatch may have tried several times
+                    cancel(taken[1:])
+                return taken[0]
+    except NoAnswer as error:
+        raise MaybeTaken(f"{why}; whether the job was taken cannot be told: {error}") from None
+    if refused:
+        raise NotTaken(why)
+    raise MaybeTaken(f"{why}; no job {name} is in the queue so far")
 
 
 def array_limit() -> int:
@@ -89,8 +137,9 @@ def endings(job_ids: Iterable[str]) -> dict[str, str]:
         return {}
     found = {}
     for line in lines:
-        job_id, state, nodes = line.split("|")[:3]
-        found[job_id] = state.split(" by ")[0] + (f" on {nodes}" if nodes and nodes != "None assigned" else "")
+        if told := re.fullmatch(r"(\d+(?:_\d+)?)\|([A-Z_]+)(?: by [^|]*)?\|([^|]*)", line.strip()):  # other lines are a site's notices
+            job_id, state, nodes = told.groups()
+            found[job_id] = state + (f" on {nodes}" if nodes and nodes != "None assigned" else "")
     return found
 
 

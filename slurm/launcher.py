@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dfqbench.errors import UserError, counted
@@ -19,7 +17,8 @@ from dfqbench.speed.estimate import Speeds, hours, in_words, read_speed_files
 from dfqbench.store import Store
 from dfqbench.sweep.cell import Bundle, bundles
 from dfqbench_slurm import cluster
-from dfqbench_slurm.cluster import Job, NoAnswer
+from dfqbench_slurm.cluster import Job, MaybeTaken, NoAnswer, NotTaken
+from dfqbench_slurm.executor import executor_of
 from dfqbench_slurm.packing import Split, pack, split
 from dfqbench_slurm.profile import Profile
 from dfqbench_slurm.submission import Array, Submission, new_token, snapshot, submissions, submitting, write_new
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 WAIT_FOR_ANOTHER_SUBMIT_S = 300.0
-NO_LIMIT = 10**9  # of requeueings after a time limit: long sweeps outlive submitit's three
 
 
 @dataclass
@@ -154,17 +152,16 @@ def _release(store: Store, sweep: str, jobs: dict[str, Job], say: Say) -> None:
 
 
 def _send(plan: Plan, profile: Profile) -> UserError | None:
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
-
     submission = plan.submission
     for array, part in zip(submission.arrays, plan.splits, strict=True):
         supervisors = [Supervisor(submission.folder, task) for task in range(part.first, part.first + part.count)]
         after = submission.arrays[part.after].job if part.after is not None else None
         try:
-            with _outside_of_a_job(), contextlib.redirect_stderr(io.StringIO()):  # what sbatch says is in the error as well
-                sent = _executor(submission.folder, array, part, profile, after).submit_array(supervisors)
-        except (FailedJobError, FailedSubmissionError) as error:
-            return _refused(plan, array, f"the cluster refused the jobs: {cluster.first_error(str(error)) or 'sbatch failed'}")
+            sent = executor_of(submission.folder, array, part, profile, after).submit_array(supervisors)
+        except NotTaken as error:
+            return _refused(plan, array, f"the cluster refused the jobs: {str(error).removeprefix('sbatch: ')}")
+        except MaybeTaken as error:
+            return _unsure(plan, array, str(error))
         except OSError as error:
             return _refused(plan, array, f"{submission.folder}: {error.strerror}")
         array.job = sent[0].job_id.split("_")[0]
@@ -172,20 +169,23 @@ def _send(plan: Plan, profile: Profile) -> UserError | None:
     return None
 
 
-@contextlib.contextmanager
-def _outside_of_a_job() -> Iterator[None]:
-    """Submitting from within a job must not pass that job's own settings on."""
-    from submitit.helpers import clean_env
+def _unsure(plan: Plan, array: Array, why: str) -> UserError:
+    """What was submitted stays noted, this array by its name alone: if its jobs are in the queue, they are found by it."""
+    _keep(plan.submission, plan.submission.arrays.index(array) + 1)
+    if array is plan.submission.arrays[0]:
+        raise UserError(f"{why}; if `squeue --name={array.name}` shows it later, it is found by that name; else submit again")
+    return UserError(f"{why}; the rest is not submitted: submit again")
 
-    if "SLURM_JOB_ID" not in os.environ:
-        yield
-        return
-    kept = {name: os.environ[name] for name in ("SLURM_CONF", "SLURM_CLUSTERS") if name in os.environ}
-    with clean_env():
-        os.environ.update(kept)
-        yield
-        for name in kept:
-            os.environ.pop(name, None)
+
+def _keep(submission: Submission, arrays: int) -> int:
+    """Cuts off what comes behind that many arrays. Returns how many cells that were."""
+    submission.arrays = submission.arrays[:arrays]
+    kept = sum(array.count for array in submission.arrays)
+    lost = sum(len(bundle) for task in submission.tasks[kept:] for lane in task for bundle in lane)
+    submission.tasks = submission.tasks[:kept]
+    submission.__dict__.pop("task_of", None)
+    submission.write()
+    return lost
 
 
 def _refused(plan: Plan, refused: Array, why: str) -> UserError:
@@ -196,57 +196,15 @@ def _refused(plan: Plan, refused: Array, why: str) -> UserError:
         with contextlib.suppress(OSError):
             submission.folder.parent.rmdir()
         raise UserError(f"{why}; nothing is submitted")
-    submission.arrays = submission.arrays[: submission.arrays.index(refused)]
-    kept = sum(array.count for array in submission.arrays)
-    lost = sum(len(bundle) for task in submission.tasks[kept:] for lane in task for bundle in lane)
-    submission.tasks = submission.tasks[:kept]
-    submission.__dict__.pop("task_of", None)
-    submission.write()
+    lost = _keep(submission, submission.arrays.index(refused))
+    kept = len(submission.tasks)
     return UserError(f"{counted(kept, 'job')} submitted, the rest ({counted(lost, 'cell')}) not: {why}; submit again when there is room")
-
-
-def _executor(folder: Path, array: Array, part: Split, profile: Profile, after: str | None) -> Any:
-    import shlex
-    import sys
-
-    from submitit.slurm.slurm import SlurmExecutor
-
-    class Executor(SlurmExecutor):  # type: ignore[misc]
-        @classmethod
-        def affinity(cls) -> int:
-            """`--dry-run` works without Slurm; `submit` has looked for its commands already."""
-            return 2
-
-    executor = Executor(folder / "jobs", max_num_timeout=NO_LIMIT, python=f"{shlex.quote(sys.executable)} -P")
-    p = profile
-    given: dict[str, Any] = {
-        "partition": p.partition,
-        "account": p.account,
-        "qos": p.qos,
-        "constraint": p.constraint,
-        "gpus_per_node": (f"{p.gpu_type}:{p.gpus}" if p.gpu_type else p.gpus) if p.gpus else None,
-        "mem": p.memory,
-        "dependency": f"afterany:{after}" if after else None,
-        "setup": p.setup or None,
-    }
-    executor.update_parameters(
-        job_name=array.name,
-        time=p.time,
-        cpus_per_task=p.cpus,
-        array_parallelism=part.parallel,
-        signal_delay_s=p.save_seconds,
-        stderr_to_stdout=True,
-        srun_args=[f"--cpus-per-task={p.cpus}"],  # a step does not inherit it from its job in every version of Slurm
-        additional_parameters={"requeue" if p.requeue else "no-requeue": True, **p.sbatch},
-        **{key: value for key, value in given.items() if value is not None},
-    )
-    return executor
 
 
 def scripts(plan: Plan, profile: Profile) -> Iterator[str]:
     """The sbatch script of each array, as it would be submitted."""
     for array, part in zip(plan.submission.arrays, plan.splits, strict=True):
-        executor = _executor(
+        executor = executor_of(
             plan.submission.folder, array, part, profile, "JOB_OF_" + plan.submission.arrays[part.after].name if part.after is not None else None
         )
         if part.count > 1:

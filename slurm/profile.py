@@ -61,6 +61,9 @@ class Profile(BaseModel):
         taken = [key for key in named if key in OURS]
         if taken:
             raise ValueError(f"{', '.join(taken)} is set by dfqbench itself")
+        elsewhere = [key for key in named if key in ("M", "clusters", "cluster-constraint")]
+        if elsewhere:  # squeue would not find the jobs again
+            raise ValueError(f"{elsewhere[0]}: set the environment variable SLURM_CLUSTERS instead, which status and cancel read too")
         return named
 
     @property

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from dfqbench.store import LEASE_EXPIRES_S, Store, slurm_job
+from dfqbench.store.environment import PYTHON, environment_without
 from dfqbench_slurm.profile import Profile
 from dfqbench_slurm.submission import Lane, Submission, read_submission
 from dfqbench_slurm.worker import FAILED, REFUSED, STOPPED
@@ -211,7 +212,7 @@ class Crew:
             str(p.threads),
         ]
         words += ["--checkpoint-every", str(p.checkpoint_every), "--name", name, *cells]
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {})
+        environment = environment_without(PYTHON) | ({"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {})
         lane.process, lane.slot, lane.waiting_since = subprocess.Popen(words, cwd=self.submission.cwd, env=environment), slot, None
 
     def _ended(self, lane: _Lane, pid: int, status: int) -> None:

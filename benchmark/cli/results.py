@@ -239,6 +239,7 @@ def wandb_sync(
     """Push finished cells to Weights & Biases, also those that ran without it; each once."""
     from pydantic import ValidationError
 
+    from dfqbench.store.environment import WANDB, forget
     from dfqbench.sweep.schema import Tracking
     from dfqbench.tracking.runs import sync
 
@@ -248,6 +249,7 @@ def wandb_sync(
         first = error.errors()[0]
         raise UserError(f"--{first['loc'][0]} {first['input']!r}: letters, digits, '.', '_' and '-' only") from None
     reading = read_cells(config, results, plugin)
+    forget(WANDB)
     os.environ.setdefault("WANDB_SILENT", "true")
     try:
         import wandb

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from dfqbench.files import PACKAGE
+from dfqbench.store.environment import GIT, environment_without
 
 PACKAGES = ("dfqbench", "torch", "torchvision", "timm", "pytorchcv", "numpy")
 
@@ -25,10 +26,12 @@ def git_revision() -> str | None:
     here = PACKAGE.parent
     if not (here / ".git").exists():
         return None
+    environment = environment_without(GIT)  # a git hook's GIT_DIR names another checkout
     try:
 
         def git(*words: str) -> str:
-            return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+            answer = subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True, timeout=20, env=environment)
+            return answer.stdout.strip()
 
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "benchmark", "methods", "pyproject.toml")
         return git("rev-parse", "HEAD") + ("+" if changed else "")

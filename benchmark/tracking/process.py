@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dfqbench.files import read_json
 from dfqbench.store import Store
+from dfqbench.store.environment import PYTHON, WANDB, environment_without
 from dfqbench.sweep.schema import Tracking
 from dfqbench.tracking.runs import Session, checked_result, is_pushed, open_session, push
 
@@ -86,7 +87,7 @@ class WandbObserver(Observer):
         with open(folder / LOG, "ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "dfqbench.tracking.process", json.dumps(settings)],
-                stdin=subprocess.PIPE, stdout=log, stderr=log, bufsize=0, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=log, stderr=log, bufsize=0, start_new_session=True, env=environment_without(WANDB, PYTHON),
             )  # fmt: skip
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)

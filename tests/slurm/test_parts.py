@@ -127,6 +127,56 @@ def test_the_queue_is_read_with_odd_names_and_reasons(tmp_path: Path, monkeypatc
     assert [(jobs[i].live, jobs[i].pending) for i in ("12_3", "13", "14_0", "15_1")] == [(True, True), (True, False), (False, False), (True, False)]
 
 
+def test_lines_that_are_not_of_the_asked_format_are_no_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notices = "\n\nNOTICE|of|MONDAY|x|y|z\nmaintenance in 3 days\n12|x|PENDING||name|None\n |||||\n13|0|run|n|name|None\n"
+    commands(
+        tmp_path / "bin",
+        monkeypatch,
+        squeue=f"echo '{notices}14|N/A|PENDING||a|None{notices}'",
+        sacct="echo 'no|such'; echo; echo 'read|the|news'; echo '7_4|NODE_FAIL|n9\n7_4.batch|FAILED|n9\n7_5|CANCELLED by 12|None assigned'",
+    )
+    assert cluster.queue() == {"14": Job("14", "a", "PENDING", "", "")}
+    assert cluster.endings(["7_4", "7_5"]) == {"7_4": "NODE_FAIL on n9", "7_5": "CANCELLED"}
+
+
+def test_questions_are_asked_by_uid_and_without_the_users_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SQUEUE_PARTITION", "SQUEUE_NEW_IN_30", "SLURM_TIME_FORMAT", "SLURM_CONF", "SACCT_FORMAT"):
+        monkeypatch.setenv(name, "theirs")
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "colleague")
+    commands(tmp_path / "bin", monkeypatch, squeue=f'echo "$*" > {tmp_path}/words; /usr/bin/env > {tmp_path}/environment')
+    cluster.queue()
+    assert f"--user={os.getuid()}" in (tmp_path / "words").read_text().split()
+    seen = {line.partition("=")[0] for line in (tmp_path / "environment").read_text().splitlines()}
+    assert {name for name in seen if name.startswith(("SQUEUE", "SACCT", "SLURM"))} == {"SLURM_CONF"}
+
+
+def test_a_number_is_read_from_sbatch_only_where_a_line_is_that_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is not, the name decides; where nothing can be told, nobody says that nothing was submitted."""
+    queue = "echo '12|0|PENDING||mine.0|None'; echo '12|1|PENDING||mine.0|None'; echo '3|N/A|RUNNING|n|other|None'"
+    monkeypatch.setattr(cluster, "LATE_S", (0.0,))
+    for answer, expected in {
+        "30": "30",
+        "30;big": "30",
+        "job 3 of 50\n\n 30 ": "30",
+        "you may queue job 3 of 50": "12",
+        "3\n50": "12",
+        "": "12",
+    }.items():
+        commands(tmp_path / "bin", monkeypatch, sbatch=f"echo '{answer}'", squeue=queue)
+        assert cluster.sbatch(tmp_path / "script", "mine.0") == expected, answer
+    commands(tmp_path / "bin", monkeypatch, sbatch="echo 'sbatch: error: invalid partition' >&2; exit 1", squeue=queue)
+    assert cluster.sbatch(tmp_path / "script", "mine.0") == "12"
+    with pytest.raises(cluster.NotTaken, match="invalid partition"):
+        cluster.sbatch(tmp_path / "script", "mine.1")
+    commands(tmp_path / "bin", monkeypatch, sbatch="echo 'sbatch: error: Socket timed out' >&2; exit 1", squeue=queue)
+    with pytest.raises(cluster.MaybeTaken, match=r"Socket timed out; no job mine\.1 is in the queue"):
+        cluster.sbatch(tmp_path / "script", "mine.1")
+    commands(tmp_path / "bin", monkeypatch, sbatch="echo news", squeue="exit 1")
+    with pytest.raises(cluster.MaybeTaken, match="whether the job was taken cannot be told"):
+        cluster.sbatch(tmp_path / "script", "mine.0")
+
+
 def test_no_answer_is_told_with_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commands(tmp_path / "bin", monkeypatch, squeue="echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(NoAnswer, match=r"squeue: slurm_load_jobs error: Unable to contact slurm controller"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -147,3 +148,31 @@ def test_processes_side_by_side_stop_together_and_go_on(no_cluster: Place, refer
     assert done.code == 0, done.out + done.err
     assert done.out.count("resumed at step") == 2
     assert numbers(no_cluster.results()) == {key: value for key, value in expected.items() if key[0] in (0, 1)}
+
+
+SEEING = '''
+import os
+
+from dfqbench import register
+from dfqbench_methods.round import Round
+
+
+@register("seeing", paper="none", fidelity="paper", shares_synthesis=True)
+class Seeing(Round):
+    """Fails where its process has inherited how somebody wants Python to behave."""
+
+    def finish(self, student):
+        assert os.environ["PYTHONPATH"].endswith("/kept")
+        if seen := [name for name in os.environ if name in ("PYTHONWARNINGS", "PYTHONHASHSEED", "PYTHONDEVMODE")]:
+            raise RuntimeError(f"{seen}")
+        super().finish(student)
+'''
+
+
+@pytest.mark.slow
+def test_workers_do_not_inherit_how_somebody_wants_python_to_behave(no_cluster: Place) -> None:
+    (no_cluster.folder / "seeing.py").write_text(SEEING)
+    config = no_cluster.sweep("seen", methods=["seeing"], plugins=["seeing.py"], bits=["w4a4"], budget=None)
+    python = {"PYTHONWARNINGS": "always", "PYTHONHASHSEED": "7", "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), "/kept"])}
+    done = no_cluster.dfqbench("submit", config, "--profile", no_cluster.profile("p"), "--local", **python)
+    assert (done.code, len(no_cluster.results())) == (0, 1), done.out + done.err

@@ -121,6 +121,40 @@ def test_a_run_leaves_one_offline_run_per_cell_and_the_same_numbers_as_without(s
         assert run["history"][-1]["samples/_type"] == "image-file"
 
 
+OTHERS = {
+    "WANDB_MODE": "disabled",
+    "WANDB_DISABLED": "true",
+    "WANDB_RUN_ID": "theirs",
+    "WANDB_RESUME": "must",
+    "WANDB_RUN_GROUP": "theirs",
+    "WANDB_NAME": "theirs",
+    "WANDB_PROJECT": "theirs",
+    "WANDB_ENTITY": "theirs",
+    "WANDB_DIR": "/nowhere",
+    "WANDB_TAGS": "theirs",
+    "WANDB_JOB_TYPE": "theirs",
+    "WANDB_NOTES": "theirs",
+    "WANDB_SERVICE": "3-1-tcp-localhost-1",
+    "WANDB_X_SKIP_TRANSACTION_LOG": "true",
+}
+
+
+@pytest.mark.slow
+def test_settings_of_other_training_scripts_move_no_run(sweep_file: SweepFile, tmp_path: Path) -> None:
+    """Live, and pushed later."""
+    theirs = os.environ | OTHERS
+    config = sweep_file(tracking={"wandb": "offline", "project": "mine"})
+    done = dfqbench("run", config, "--results", tmp_path / "r", "--threads", 1, env=theirs)
+    assert done.returncode == 0, done.stderr
+    live = runs(tmp_path / "r")
+    assert {run["project"] for run in live.values()} == {"mine"}, (tmp_path / "r" / "wandb" / "tracking.log").read_text()
+    assert {(run["group"], "theirs" in run["tags"], run["name"] == "theirs") for run in live.values()} == {("small", False, False)}
+    assert len(live) == 2
+    pushed = dfqbench("wandb", "sync", config, "--results", tmp_path / "r", "--project", "later", "--offline", env=theirs)
+    assert pushed.returncode == 0, pushed.stderr
+    assert {run["project"] for run in runs(tmp_path / "r").values()} == {"mine", "later"}
+
+
 @pytest.mark.slow
 def test_a_run_that_was_stopped_and_went_on_is_one_run_with_all_epochs(sweep_file: SweepFile, tmp_path: Path) -> None:
     config = sweep_file(bits=["w4a4"], budget={"epochs": 6, "iterations": 10, "batch_size": 8})
