@@ -36,6 +36,7 @@ _python_line = warnings.formatwarning
 def main() -> None:
     """Entry point: what a user can mend is one line and exit code 2; a traceback is for bugs."""
     warnings.formatwarning = _one_line
+    warnings.simplefilter("default", Notice)  # whatever PYTHONWARNINGS says
     try:
         app()
     except UserError as error:

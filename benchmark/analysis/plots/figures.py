@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 from dfqbench.analysis.ledger import load_ledger
 from dfqbench.analysis.per_image import PerImage
 from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
+from dfqbench.analysis.plots.fonts import undrawable
 from dfqbench.analysis.plots.kinds import draw
-from dfqbench.analysis.plots.style import rendered
+from dfqbench.analysis.plots.style import rendered, settings
 from dfqbench.analysis.records import Reading
 from dfqbench.analysis.tables.blocks import Rule, blocks
+from dfqbench.errors import Notice
 
 WORKERS = 4  # each takes up to 200 MB more
 _shared: Drawn | None = None
@@ -22,7 +25,22 @@ _shared: Drawn | None = None
 def prepare(reading: Reading, rule: Rule = "last") -> Drawn:
     """The tables of a store with everything that its plots need."""
     per_image = PerImage(reading)
-    return Drawn(reading, blocks(reading.results, rule, ledger=load_ledger(), per_image=per_image), per_image, rule)
+    drawn = Drawn(reading, blocks(reading.results, rule, ledger=load_ledger(), per_image=per_image), per_image, rule)
+    _say_what_no_font_has(drawn)
+    return drawn
+
+
+def _say_what_no_font_has(drawn: Drawn) -> None:
+    """Once, before pages are drawn side by side, which also finds the fonts once for all of them."""
+    names = {name for block in drawn.blocks for name in (block.teacher, block.evaluation, block.protocol, *(row.label for row in block.rows))}
+    foreign = [name for name in names if not name.isascii()]
+    if not foreign:
+        return
+    with settings():
+        lacking = undrawable(foreign)
+    if lacking:
+        said = f"no installed font has {', '.join(lacking[:5])}{f' and {len(lacking) - 5} more characters' if len(lacking) > 5 else ''} of a name"
+        warnings.warn(f"plots: {said}: boxes are drawn instead; install one that has them, such as Noto Sans CJK", Notice, stacklevel=3)
 
 
 def files(drawn: Drawn, kind: str, formats: Iterable[str]) -> Iterator[tuple[str, bytes]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from dfqbench.analysis.plots.style import SETTINGS
+from dfqbench.analysis.plots.style import settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +27,5 @@ KINDS: dict[str, tuple[str, Callable[[Drawn], list[Figure]]]] = {
 
 def draw(kind: str, drawn: Drawn) -> list[Figure]:
     """Figures of one kind (see KINDS), a page each. Raises NothingToDraw."""
-    from matplotlib import rc_context
-
-    with rc_context(SETTINGS):
+    with settings():
         return KINDS[kind][1](drawn)

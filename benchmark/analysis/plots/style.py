@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import logging
+import os
+import sys
 import textwrap
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dfqbench.analysis.plots.fonts import families_for
 from dfqbench.analysis.tables.blocks import Block
+from dfqbench.errors import UserError
 from dfqbench.method.registry import built_in_names
 
 if TYPE_CHECKING:
@@ -50,6 +59,39 @@ WITHOUT_DATES: dict[str, dict[str, Any]] = {
     "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     "svg": {"Date": None, "Creator": None},
 }
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """Inside, matplotlib has its own defaults with SETTINGS: the user's matplotlibrc, style files and MPLBACKEND change no plot and print nothing."""
+    logger = logging.getLogger("matplotlib")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        matplotlib = _imported()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # said once, by figures.py
+            warnings.simplefilter("ignore", matplotlib.MatplotlibDeprecationWarning)  # of settings that only have to be what they are
+            own = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith("backend")}
+            with matplotlib.rc_context(own | SETTINGS):
+                yield
+    finally:
+        logger.setLevel(level)
+
+
+def _imported() -> Any:
+    """matplotlib, which reads the user's settings when it is imported: an unknown MPLBACKEND or a damaged file stops it there."""
+    if "matplotlib" not in sys.modules:
+        given = {name: os.environ.pop(name, None) for name in ("MPLBACKEND", "MATPLOTLIBRC")}
+        os.environ["MATPLOTLIBRC"] = os.devnull
+        try:
+            importlib.import_module("matplotlib")
+        except UnicodeDecodeError:
+            raise UserError(f"{Path('matplotlibrc').resolve()}: not UTF-8 text, so that matplotlib cannot be imported in this folder") from None
+        finally:
+            del os.environ["MATPLOTLIBRC"]
+            os.environ.update({name: value for name, value in given.items() if value is not None})
+    return sys.modules["matplotlib"]
 
 
 @dataclass(frozen=True)
@@ -166,14 +208,14 @@ def panel_title(block: Block, found: Iterable[Block]) -> str:
 
 def rendered(figure: Figure, formats: Iterable[str]) -> dict[str, bytes]:
     """The figure's bytes by format; the same figure gives the same bytes."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_pdf import FigureCanvasPdf
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-
     files = {}
-    with rc_context(SETTINGS):
+    with settings():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.backends.backend_pdf import FigureCanvasPdf
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+
         FigureCanvasAgg(figure)
+        _take_names_as_they_are(figure)
         figure.draw_without_rendering()
         figure.set_layout_engine("none")  # laid out once for all formats; and not by savefig, which draws everything twice
         for kind in formats:
@@ -183,3 +225,15 @@ def rendered(figure: Figure, formats: Iterable[str]) -> dict[str, bytes]:
             getattr(canvas, f"print_{kind}")(buffer, metadata=WITHOUT_DATES[kind])
             files[kind] = buffer.getvalue()
     return files
+
+
+def _take_names_as_they_are(figure: Figure) -> None:
+    """No dollar sign in a name begins a formula, and letters that matplotlib's font lacks are written in another one."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        said = text.get_text()
+        if "$" in said and not said.startswith(r"$\mathdefault"):  # the ticks of a logarithmic axis are formulas
+            text.set_parse_math(False)
+        if not said.isascii():
+            text.set_fontfamily(families_for(said))
