@@ -40,7 +40,7 @@ _KEEP_MODULES = (
     ActivationQuantizer,
 )
 _KEEP = {
-    F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.dropout, torch.mean, "mean", "contiguous",
+    F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.dropout, torch.mean, "mean", "contiguous", torch.clone, "clone",
 }  # fmt: skip
 _FLATTEN = {torch.flatten, torch.reshape, "flatten", "view", "reshape", torch.squeeze, "squeeze"}
 

@@ -11,8 +11,9 @@ from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from dfqbench.errors import UserError
 from dfqbench.network.activations import is_activation
-from dfqbench.network.frozen_batch_norm import SUMS
+from dfqbench.network.frozen_batch_norm import SUMS, BatchNorm
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
 from dfqbench.quantization.protocol import Bits, Protocol
 
@@ -44,7 +45,9 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
     """Quantizes `traced` in place; new modules are `quantizers.<name of the node they follow>`.
 
     Returns what keeps float weights because no quantizer is known for it (attention modules, transposed convolutions), to be said to the
-    user: nothing is left out silently.
+    user: nothing is left out silently. Under a protocol that folds, also batch norms without running statistics, which nothing can fold.
+
+    Raises UserError where the protocol finds no activation to quantize: activations would stay in full precision, whatever `bits` says.
     """
     if protocol.batch_norm == "folded":
         _fold_batch_norms(traced)
@@ -54,13 +57,20 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
     if targets:
         widths[targets[0]] = protocol.first_bits or widths[targets[0]]
         widths[targets[-1]] = protocol.last_bits or widths[targets[-1]]
-    left_float = _layers_left_float(traced, set(targets))
+    left_float = _layers_left_float(traced, set(targets)) + (_norms_left_float(traced) if protocol.batch_norm == "folded" else [])
 
     traced.add_submodule("quantizers", nn.Module())
     at_layers = protocol.placement == "layer-inputs"
     places = _before_layers_and_at_sums(traced, layers) if at_layers else _images_and_after_activations(traced)
     images = _image_nodes(traced)
     last_only = [n for n in places if at_layers and targets and protocol.last_bits and _feeds_only(n, targets[-1], traced)]
+    if not any(n not in images or (at_layers and protocol.input_bits) for n in places):
+        what = (
+            "it has no convolution or linear layer that reads anything but the image"
+            if at_layers
+            else "it has no activation function that is known (torch's modules, functions and methods, such as nn.ReLU, F.gelu or x.sigmoid())"
+        )
+        raise UserError(f"{traced.meta['network']}: the protocol {protocol.name!r} finds no activation to quantize: {what}")
     for node in places:
         width = protocol.input_bits if node in images else protocol.last_bits if node in last_only else bits.activations
         if width is None:  # the image stays float
@@ -153,6 +163,8 @@ def _fold_batch_norms(traced: fx.GraphModule) -> None:
             continue
         layer_node = node.args[0]
         layer = module_of(layer_node, traced)
+        if isinstance(layer, nn.Linear) and len(layer_node.meta["shape"]) != 2:  # the norm's channels are not the layer's
+            continue
         if not isinstance(layer, LAYERS) or len(_readers(layer_node)) > 1 or used.count(str(layer_node.target)) > 1:
             continue
         if not _weighs_linearly(layer, layer_node.args[0].meta["shape"]):
@@ -186,6 +198,14 @@ def bn_distribution(norm: nn.BatchNorm2d | nn.BatchNorm1d) -> tuple[torch.Tensor
     if norm.weight is None:
         return torch.zeros(norm.num_features, dtype=torch.float64), torch.ones(norm.num_features, dtype=torch.float64)
     return norm.bias.detach().double().cpu(), norm.weight.detach().double().cpu().square()
+
+
+def _norms_left_float(traced: fx.GraphModule) -> list[str]:
+    """Names of batch norms that take the statistics of each batch (`track_running_stats=False`): they stay, and compute in float."""
+    norms = {str(n.target): module_of(n, traced) for n in traced.graph.nodes if n.op == "call_module"}
+    return [
+        f"{name} ({type(m).__name__} without running statistics)" for name, m in norms.items() if isinstance(m, BatchNorm) and m.running_mean is None
+    ]
 
 
 def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]:

@@ -1,0 +1,190 @@
+"""Tracing: from a module to a torch.fx graph without side effects, in which shapes, stages and batch norms are marked."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from dfqbench.errors import UserError
+from dfqbench.network.activations import is_activation_module
+from dfqbench.network.frozen_batch_norm import BatchNorm
+from dfqbench.network.inplace import InPlaceProxy, without_side_effects
+from dfqbench.network.plain_batch_norm import make_batch_norms_plain, with_plain_batch_norms
+from dfqbench.task import Task
+
+
+class _Tracer(fx.Tracer):
+    """Keeps layers and activation functions whole, and remembers in which module tracing was when it failed."""
+
+    record_stack_traces = True  # an operation that cannot be followed is named with its line
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed_in: str | None = None
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        whole = isinstance(module, (nn.Conv2d, nn.Linear, BatchNorm)) or is_activation_module(module)
+        return whole or super().is_leaf_module(module, qualified_name)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return InPlaceProxy(node, self)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """`self` and the images. Every other argument keeps its default, and is no input of the graph."""
+        where = f"{type(self.root).__name__} cannot be traced by torch.fx: its forward takes"
+        parameters = [*inspect.signature(root_fn).parameters.values()][1:]
+        if not parameters:
+            raise UserError(f"{where} no images")
+        images, *others = parameters
+        needed = [p.name for p in others if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if needed:
+            raise UserError(f"{where} {' and '.join(map(repr, needed))} beside the images: give each a default")
+        return root_fn, [self.root, self.create_proxy("placeholder", images.name, (), {})]
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        path = self.path_of_module(m)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed_in = self.failed_in or f"{path} ({type(m).__name__})"
+            raise
+
+
+def trace(network: nn.Module, task: Task) -> fx.GraphModule:
+    """A traced copy of `network` in eval mode; the network itself stays as it is.
+
+    It has no side effects (inplace.py), one input, and torch's own batch norms (plain_batch_norm.py); `meta["network"]` is the network's class.
+    Every node knows its output's shape (`meta["shape"]`, batch of 1; `meta["several"]` where it gives several tensors);
+    `meta["stage"]` marks the end of stage i and `meta["bn_input"]` what enters the i-th BN layer.
+
+    Raises UserError, naming the module, where torch.fx cannot follow the network (data-dependent control flow), and where the graph does not
+    compute what the network does.
+    """
+    images = torch.randn(2, *task.image_shape, generator=torch.Generator().manual_seed(0)).to(_device(network))
+    answer = _answer(copy.deepcopy(network).eval(), images)  # of a copy of its own: a first run may leave something behind
+    network = with_plain_batch_norms(copy.deepcopy(network)).eval()
+    tracer = _Tracer()
+    try:
+        graph = tracer.trace(network)
+    except UserError:
+        raise
+    except Exception as error:
+        where = f"in {tracer.failed_in}" if tracer.failed_in else "in its forward"
+        raise UserError(f"{type(network).__name__} cannot be traced by torch.fx {where}: {_first_line(error)}") from error
+    traced = fx.GraphModule(network, graph, type(network).__name__)
+    traced.eval()
+    traced.meta["network"] = type(network).__name__  # a copy of a GraphModule forgets its name
+    with _running(traced, task):
+        without_side_effects(traced, images.clone())
+    _propagate_shapes(traced, task)
+    make_batch_norms_plain(traced)
+    if answer is not None and not _is_close(_answer(traced, images), answer):
+        raise UserError(
+            f"{traced._get_name()} traced by torch.fx computes something else than the network itself: its forward asks for what only holds in one "
+            "of the two (the type of its input, or state that it keeps)"
+        )
+    _mark(traced)
+    return traced
+
+
+def _device(network: nn.Module) -> torch.device | None:
+    return next((p.device for p in network.parameters()), None)
+
+
+@torch.no_grad()
+def _answer(network: nn.Module, images: Tensor) -> Tensor | None:
+    """What `network` says about a copy of `images`, with the same random numbers every time; None where it fails, or says something else."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            answer = network(images.clone())
+    except Exception:  # a network's forward may raise anything
+        return None
+    return answer if isinstance(answer, Tensor) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _is_close(a: Tensor | None, b: Tensor) -> bool:
+    """Up to rounding, on the scale of the largest finite value."""
+    if a is None or a.shape != b.shape:
+        return False
+    largest = float(b.nan_to_num(0, 0, 0).abs().max()) if b.numel() else 0.0
+    return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * largest, equal_nan=True)
+
+
+@contextlib.contextmanager
+def _running(traced: fx.GraphModule, task: Task) -> Iterator[None]:
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{traced._get_name()} does not run on images of shape {task.image_shape}: {_first_line(cause)}") from error
+
+
+def _propagate_shapes(traced: fx.GraphModule, task: Task) -> None:
+    with _running(traced, task):
+        ShapeProp(traced).propagate(torch.zeros(1, *task.image_shape, device=_device(traced)))
+    for node in traced.graph.nodes:
+        tensors = node.meta.pop("tensor_meta", None)
+        shape = getattr(tensors, "shape", None)
+        node.meta = {"shape": tuple(shape)} if shape is not None else {"several": True} if tensors is not None else {}
+    answer = next(n for n in traced.graph.nodes if n.op == "output").args[0]
+    given = answer.meta.get("shape") if isinstance(answer, fx.Node) else None
+    if given != (1, task.classes):
+        said = f"an output of shape {given}" if given else "something else than one tensor"
+        raise UserError(f"{traced._get_name()} answers one image with {said}: logits of shape (1, {task.classes}) are wanted")
+
+
+def _mark(traced: fx.GraphModule) -> None:
+    """A stage is a run of at least two layers at one spatial resolution; it ends with the last tensor of that resolution that
+    everything later is computed from.
+
+    ResNets: after the last sum's activation of each residual stage (the one-layer ImageNet stem is none); MobileNetV2: its last 1x1
+    block for the last stage; VGG: the last activation before each pooling; Inception: the last concatenation.
+    """
+    stages: list[tuple[tuple[int, ...], int, fx.Node]] = []
+    batch_norms = 0
+    necks = _necks(traced)
+    for node in traced.graph.nodes:
+        module = traced.get_submodule(node.target) if node.op == "call_module" else None
+        if isinstance(module, BatchNorm) and module.running_mean is not None:
+            node.args[0].meta.setdefault("bn_input", []).append(batch_norms)
+            node.meta["batch_norm"] = batch_norms
+            batch_norms += 1
+        shape = node.meta.get("shape", ())
+        if node.op in ("placeholder", "output") or len(shape) != 4 or min(shape[2:]) < 2:
+            continue
+        is_layer = isinstance(module, nn.Conv2d)
+        if stages and stages[-1][0] == shape[2:]:
+            end = node if node in necks or stages[-1][2] not in necks else stages[-1][2]
+            stages[-1] = (shape[2:], stages[-1][1] + is_layer, end)
+        elif is_layer and (not stages or shape[2] < stages[-1][0][0]):
+            stages.append((shape[2:], 1, node))
+    for index, node in enumerate(node for _, layers, node in stages if layers >= 2):
+        node.meta["stage"] = index
+
+
+def _necks(traced: fx.GraphModule) -> set[fx.Node]:
+    """The nodes that no path from the images to the logits goes around. (A bottleneck's first 1x1 layer, still at the resolution of
+    the stage before, is gone around by the shortcut.)"""
+    index = {node: i for i, node in enumerate(traced.graph.nodes)}
+    necks, reached = set(), 0
+    for node, i in index.items():
+        if i >= reached:
+            necks.add(node)
+        if node.op != "get_attr" and ("shape" in node.meta or "several" in node.meta):
+            reached = max([reached, *(index[user] for user in node.users)])
+    return necks
