@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,15 +38,21 @@ def autocast_of(cell: Cell, device: torch.device) -> torch.autocast:
 
 
 class Stopwatch:
-    """Seconds by name. On a GPU they are taken from events, so that measuring waits for nothing until it is read."""
+    """Seconds by name, by two clocks.
+
+    totals: on a CPU wall time, which grows with whatever else the machine does; on a GPU that of its own events, so that measuring waits for nothing
+    until it is read. cpu: processor time of this process, all its threads together. NaN where a part of it was not measured.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.totals: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
         self._events: list[tuple[str, Any, Any]] = []
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
+        used = time.process_time()
         if self.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             stream = torch.cuda.current_stream(self.device)  # that of this device, which need not be torch's current one (cuda:1)
@@ -57,6 +64,7 @@ class Stopwatch:
             started = time.perf_counter()
             yield
             self.totals[name] = self.totals.get(name, 0.0) + time.perf_counter() - started
+        self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - used
 
     def read(self) -> dict[str, float]:
         """All totals so far; on a GPU this waits for the work that was measured."""
@@ -66,6 +74,11 @@ class Stopwatch:
                 self.totals[name] = self.totals.get(name, 0.0) + start.elapsed_time(end) / 1000
             self._events.clear()
         return self.totals
+
+    def goes_on(self, totals: dict[str, float], cpu: dict[str, float] | None) -> None:
+        """From what was measured before an interruption; cpu: None where an earlier version did not measure it."""
+        self._events.clear()
+        self.totals, self.cpu = dict(totals), dict.fromkeys(totals, math.nan) if cpu is None else dict(cpu)
 
 
 def keep_freed_memory() -> None:

@@ -270,6 +270,7 @@ class Lockstep:
             "global_random": torch.get_rng_state(),
             "cuda_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "seconds": dict(self.watch.read()),
+            "cpu_seconds": dict(self.watch.cpu),
             "images_from": self.images_from,
         }
 
@@ -288,5 +289,5 @@ class Lockstep:
         torch.set_rng_state(state["global_random"].cpu())
         if state["cuda_random"] is not None:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
-        self.watch.totals = dict(state["seconds"])
+        self.watch.goes_on(state["seconds"], state.get("cpu_seconds"))
         self.images_from = state.get("images_from")

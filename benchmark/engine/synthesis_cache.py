@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import math
 import os
 import pickle
 import shutil
@@ -77,6 +78,7 @@ class _Kept:
 
     made_by: str
     seconds: float
+    cpu_seconds: float  # NaN where an earlier version did not measure them
     files: list[str]
     changes: dict[str, Any] | None
     epochs: list[dict[str, Any]]
@@ -118,6 +120,7 @@ class SynthesisCache:
         for row in kept.epochs:
             lockstep.skip_epoch(row["logged"], row["seconds"])
         lockstep.watch.totals[lockstep.SHARED] = kept.seconds
+        lockstep.watch.cpu[lockstep.SHARED] = kept.cpu_seconds
         lockstep.images_from = {"cell": kept.made_by, "seconds": kept.seconds}
         return f"images taken over from cell {kept.made_by}, which made them in {kept.seconds:.1f} s: these seconds count here too"
 
@@ -134,7 +137,8 @@ class SynthesisCache:
                     raise ValueError(f"{name} is not the file that was written")
         state = torch.load(self.folder / STATE, map_location=_on(self.lockstep.device), weights_only=True)
         files = [name for name in manifest["files"] if name != STATE]
-        return _Kept(str(manifest["made_by"]), float(manifest["seconds"]), files, state["changes"], state["epochs"])
+        seconds, cpu_seconds = float(manifest["seconds"]), float(manifest.get("cpu_seconds", math.nan))
+        return _Kept(str(manifest["made_by"]), seconds, cpu_seconds, files, state["changes"], state["epochs"])
 
     def keep(self) -> str:
         """Keeps what the bundle made, once its making phases are over; says why where that is not possible.
@@ -167,6 +171,8 @@ class SynthesisCache:
                 files[name] = digest
         seconds = round(lockstep.watch.read().get(lockstep.SHARED, 0.0), 3)
         manifest = {"depends_on": self.dependencies, "made_by": lockstep.bundle.cells[0].id, "seconds": seconds, "files": files}
+        if math.isfinite(cpu_seconds := lockstep.watch.cpu.get(lockstep.SHARED, 0.0)):
+            manifest["cpu_seconds"] = round(cpu_seconds, 3)
         write_json(folder / MANIFEST, manifest)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import signal
 import time
 import traceback
@@ -229,6 +230,7 @@ class Worker:
             "student_state": state_hash(trainee.student),
             "left_float": trainee.student.left_float,
             "seconds": {"own": round(own, 3), "shared": round(shared, 3), "bundle": [c.id for c in lockstep.bundle.cells]},
+            **_cpu_seconds(trainee, lockstep),
             "provenance": self._provenance(lockstep),
             "finished": time.time(),
         }
@@ -252,6 +254,12 @@ class Worker:
 def teacher_record(store: Store, cell: Cell) -> Path:
     """Where the teacher's own accuracy on the cell's evaluation set is kept."""
     return store.root / "teachers" / f"{fingerprint([cell.identity()['teacher'], cell.evaluation.digest])}.json"
+
+
+def _cpu_seconds(trainee: Trainee, lockstep: Lockstep) -> dict[str, Any]:
+    """Processor time beside the clock's; nothing where an earlier version began the cell and did not measure it."""
+    cpu = {"own": lockstep.watch.cpu.get(trainee.name, 0.0), "shared": lockstep.watch.cpu.get(lockstep.SHARED, 0.0)}
+    return {"cpu_seconds": {part: round(seconds, 3) for part, seconds in cpu.items()}} if all(map(math.isfinite, cpu.values())) else {}
 
 
 def _scores(evaluation: Evaluation) -> dict[str, Any]:

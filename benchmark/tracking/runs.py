@@ -111,6 +111,7 @@ def summary_of(result: dict[str, Any]) -> dict[str, Any]:
         "drop": teacher - result["top1"],
         "steps": result["steps"],
         "seconds": result["seconds"]["own"] + result["seconds"]["shared"],
+        "cpu_seconds": sum(result["cpu_seconds"].values()) if "cpu_seconds" in result else None,
         "device": result["provenance"]["device_name"],
         "commit": result["provenance"].get("git"),
     }

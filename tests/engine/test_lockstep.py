@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -107,6 +108,36 @@ def test_interrupted_equals_uninterrupted(sweep_file: SweepFile, stop_after: int
     assert hashes(second) == hashes(whole)
     untimed = [[{k: v for k, v in row.items() if k != "seconds"} for row in t.history] for t in second.trainees]
     assert untimed == [[{k: v for k, v in row.items() if k != "seconds"} for row in t.history] for t in whole.trainees]
+
+
+def test_both_clocks_go_on_where_they_were_and_an_old_state_has_no_processor_time(sweep_file: SweepFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clocks that a test moves: the wall clock by 5 s, the processor's by 1 s whenever it is read."""
+    ticks = {"wall": 0.0, "cpu": 0.0}
+
+    def clock(name: str, step: float) -> float:
+        ticks[name] += step
+        return ticks[name]
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock("wall", 5.0))
+    monkeypatch.setattr(time, "process_time", lambda: clock("cpu", 1.0))
+    loaded = load_sweep(sweep_file(), cache_folder())
+    cells = bundles(loaded.cells)[0].cells
+    whole, first = start(loaded, cells), start(loaded, cells)
+    whole.run(StopAfter())
+    assert whole.watch.cpu == {name: seconds / 5 for name, seconds in whole.watch.read().items()}
+    with pytest.raises(Interrupted):
+        first.run(StopAfter(5))
+    state = first.state()
+    second = start(loaded, cells)
+    second.restore(state)
+    second.run(StopAfter())
+    assert (second.watch.read(), second.watch.cpu) == (whole.watch.read(), whole.watch.cpu)
+    del state["cpu_seconds"]
+    second = start(loaded, cells)
+    second.restore(state)
+    second.run(StopAfter())
+    assert second.watch.read() == whole.watch.read()
+    assert all(map(math.isnan, second.watch.cpu.values())), "a part of it was not measured"
 
 
 def test_seeds_differ_and_one_seed_repeats(sweep_file: SweepFile) -> None:

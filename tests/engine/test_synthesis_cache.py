@@ -119,6 +119,9 @@ def test_a_cells_cost_has_the_seconds_of_images_that_it_took_over_and_says_whose
     assert said["cell"] == maker["id"]
     assert 0 < said["seconds"] <= maker["seconds"]["shared"]
     assert taker["seconds"]["shared"] > said["seconds"]
+    manifest = json.loads(next((tmp_path / "images").glob("*/images.json")).read_text())
+    assert 0 < manifest["cpu_seconds"] <= maker["cpu_seconds"]["shared"]
+    assert taker["cpu_seconds"]["shared"] > manifest["cpu_seconds"]
     assert f"images taken over from cell {maker['id']}" in (tmp_path / "runs" / taker["id"] / "log.txt").read_text()
 
 

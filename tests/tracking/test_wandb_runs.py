@@ -116,6 +116,7 @@ def test_a_run_leaves_one_offline_run_per_cell_and_the_same_numbers_as_without(s
     assert set(found) == {f"mine-{r['id']}" for r in other}, "cells in lockstep are runs of their own"
     for result in other:
         run = found[f"mine-{result['id']}"]
+        assert run["summary"]["cpu_seconds"] == pytest.approx(sum(result["cpu_seconds"].values()))
         assert [row["top1"] for row in run["history"] if "top1" in row][-1] == result["top1"]
         assert run["group"] == "small"
         assert run["history"][-1]["samples/_type"] == "image-file"
