@@ -16,7 +16,7 @@ import torch
 from dfqbench.engine.device import Stopwatch, autocast_of
 from dfqbench.engine.evaluate import Evaluation
 from dfqbench.engine.learning_rate import is_fused, learning_rate, place_rates, rate_of, set_rate
-from dfqbench.engine.method_state import optimizers_of, restore_state, set_up, state_of
+from dfqbench.engine.method_state import optimizers_of, restorable_of, restore_state, set_up, state_of
 from dfqbench.engine.step_graph import CapturedParts, CudaRecorder, Eager, Parts, Recorder
 from dfqbench.method.contract import Batch, Phase
 from dfqbench.method.log import Log
@@ -81,6 +81,7 @@ class Lockstep:
         self.phases = self.method.phases()
         self.epochs = [(phase, index) for phase in self.phases for index in range(phase.epochs)]
         self.trainees = [self._trainee(cell) for cell in bundle.cells]
+        self._restorable = restorable_of(self.method)
         self.epoch = self.iteration = 0
         self.watch = Stopwatch(device)
         self.last_batch: Batch | None = None
@@ -251,13 +252,17 @@ class Lockstep:
 
     # --- interruption -------------------------------------------------------------------------------------------------
 
+    def method_state(self) -> dict[str, Any]:
+        """The method's own part of `state`. Raises TypeError naming an attribute that could not be restored."""
+        return state_of(self.method, self._restorable)
+
     def state(self) -> dict[str, Any]:
         """Tensors, numbers and strings only: everything that the rest of the run depends on."""
         return {
             "members": [t.cell.id for t in self.trainees],
             "epoch": self.epoch,
             "iteration": self.iteration,
-            "method": state_of(self.method),
+            "method": self.method_state(),
             "students": {
                 t.name: {
                     "network": t.student.state_dict(),

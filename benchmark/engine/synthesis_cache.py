@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from dfqbench.engine.lockstep import Lockstep
-from dfqbench.engine.method_state import image_sets_of, restore_state, state_of
+from dfqbench.engine.method_state import image_sets_of, restore_state
 from dfqbench.engine.state_difference import changed, difference
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.store.provenance import provenance
@@ -69,7 +69,7 @@ def made_since(before: dict[str, Any], lockstep: Lockstep) -> dict[str, Any] | N
 
 def _state(lockstep: Lockstep) -> dict[str, Any]:
     cuda = torch.cuda.get_rng_state(lockstep.device) if lockstep.device.type == "cuda" else None
-    return copy.deepcopy({"method": state_of(lockstep.method), "global_random": torch.get_rng_state(), "cuda_random": cuda})
+    return copy.deepcopy({"method": lockstep.method_state(), "global_random": torch.get_rng_state(), "cuda_random": cuda})
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from dfqbench.method.registry import find_method, load_plugin
 from dfqbench.quantization import find_protocol
 from dfqbench.sweep.load import Sweep
 from dfqbench.testing import Trial, method_checks, small_task, small_teacher
+from dfqbench.testing.checks import interrupted_equals_uninterrupted
 from dfqbench.testing.declarations import what_it_needs_is_declared
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "methods" / "README.md").read_text()
+GUIDE = (ROOT / "methods" / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str, holding: str = "") -> list[str]:
@@ -64,6 +65,16 @@ def test_the_example_of_two_stages_stores_its_images_and_trains_on_them(tmp_path
     lockstep = Trial(find_method("my-two-stages"), {"epochs": 1}).end()
     assert len(lockstep.method.stored) == 256  # type: ignore[attr-defined]
     assert lockstep.trainees[0].evaluation is not None
+
+
+@pytest.mark.slow
+def test_the_example_of_state_of_each_student_can_be_interrupted(tmp_path: Path) -> None:
+    (change,) = blocks("python", "self.average")
+    loaded(tmp_path, my_idea(change.replace("class WithAverage", '@register("averaged", paper="none", fidelity="paper")\nclass WithAverage')))
+    trial = Trial(find_method("averaged"), {"epochs": 2, "student_lr": 0.01})
+    interrupted_equals_uninterrupted(trial)
+    method = trial.end(bits=("w4a4", "w3a3")).method
+    assert [str(bits) for bits in method.average] == ["w4a4", "w3a3"]  # type: ignore[attr-defined]
 
 
 def test_the_example_of_pictures_makes_one(tmp_path: Path) -> None:
