@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dfqbench.errors import UserError
 from dfqbench.task import Task
+from dfqbench.teachers.baking import bake
 from dfqbench.teachers.own import from_file
 from dfqbench.teachers.spec import ZOOS, Built, TeacherSpec
 from dfqbench.teachers.weights import one_line
@@ -16,11 +17,13 @@ from dfqbench.teachers.zoo import BUILDERS
 
 
 def build(spec: TeacherSpec) -> Built:
-    """The network in float32, eval mode, without gradients; torch's global random stream is left as it was."""
+    """The network in float32, eval mode, without gradients, with plain weights (baking.py); torch's global random stream is left as it was."""
     place, name = spec.source
     with torch.random.fork_rng(devices=[]):
         built = BUILDERS[place](name, spec) if place in ZOOS else from_file(name, spec)
-    network = built.network.float().eval().requires_grad_(False)
+    network = built.network.float().eval()
+    bake(network)
+    network.requires_grad_(False)
     return replace(built, network=network, task=_with_overrides(built.task, spec))
 
 

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dfqbench.errors import UserError
+from dfqbench.teachers.baking import baked
 from dfqbench.teachers.spec import UNTRAINED, TeacherSpec
 
 T = TypeVar("T")  # python 3.11 has no other way to say it
+NAMES_OF_WRAPPERS = ("module.", "_orig_mod.")  # nn.DataParallel and DistributedDataParallel; torch.compile
 WRAPPERS = ("state_dict", "model")  # what training scripts call the weights in a checkpoint that holds more
 
 
@@ -65,7 +67,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            return _without_wrappers(load_file(path))
         except (SafetensorError, OSError, ValueError) as error:
             raise UserError(f"{path}: no readable safetensors file, truncated or damaged? ({one_line(error)})") from error
     try:
@@ -92,11 +94,28 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
             wrapped = " or ".join(map(repr, WRAPPERS))
             raise UserError(f"{path}: entry {name!r} is {type(value).__name__}, not a tensor (a state_dict may lie under {wrapped})")
     state: OrderedDict[str, Tensor] = OrderedDict(content)
-    if all(name.startswith("module.") for name in state):  # what nn.DataParallel puts before each name
-        state = OrderedDict((name.removeprefix("module."), value) for name, value in state.items())
-    elif hasattr(content, "_metadata"):  # layer versions, by which some networks read their older files
+    if hasattr(content, "_metadata"):  # layer versions, by which some networks read their older files
         state._metadata = content._metadata  # type: ignore[attr-defined]
+    return _without_wrappers(state)
+
+
+def _without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what nn.DataParallel and torch.compile put before all of them (`module.`, `_orig_mod.`), in any order and number."""
+    while state and any(all(name.startswith(wrapper) for name in state) for wrapper in NAMES_OF_WRAPPERS):
+        state = OrderedDict((name.partition(".")[2], value) for name, value in state.items())
     return state
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if f"{part}." not in NAMES_OF_WRAPPERS)
+
+
+def _named_as(own: Mapping[str, object], state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state` with the network's names, where the two differ by wrappers of the network or of parts of it."""
+    names = {_bare(name): name for name in own}
+    if set(state) <= set(own) or len(names) < len(own) or len({_bare(name) for name in state}) < len(state):
+        return state
+    return OrderedDict((names.get(_bare(name), name), value) for name, value in state.items())
 
 
 def fit_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -105,6 +124,10 @@ def fit_weights(network: nn.Module, state: Mapping[str, Tensor], source: str) ->
     One kind of entry may be missing: `num_batches_tracked`, the counter of batch norm, which no output in eval mode depends on.
     """
     own = network.state_dict()
+    if not set(state) <= set(own):
+        metadata = getattr(state, "_metadata", None)
+        state = OrderedDict(baked(_named_as(own, state), network))
+        state._metadata = own._metadata if metadata is None else metadata  # type: ignore[attr-defined]
     wrong_shape = [
         f"{name} {tuple(state[name].shape)} where the network has {tuple(own[name].shape)}"
         for name in own
