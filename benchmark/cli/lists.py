@@ -62,10 +62,10 @@ def protocols(
 
 def models(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'pytorchcv:resnet*_cifar10'.")] = "*") -> None:
     """List the networks that can be teachers; `my_nets.py:*` and `my_package.nets:*` list a file's and a module's factories."""
-    from dfqbench.errors import nearest
+    from dfqbench.cache import cache_folder
     from dfqbench.teachers import list_models
 
-    found = list_models(pattern)
+    found = list_models(pattern, cache_folder())
     if not found:
-        raise UserError(f"no network matches {pattern!r}: {nearest(pattern, list_models())}")
+        raise UserError(f"no network matches {pattern!r}: {nearest(pattern, list_models(cache=cache_folder()))}")
     print("\n".join(found))

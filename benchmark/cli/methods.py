@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from dfqbench.cli.options import Plugins
 from dfqbench.errors import UserError, nearest
 
 if TYPE_CHECKING:
+    from dfqbench.method.catalogue import Catalogue
     from dfqbench.method.contract import Method
     from dfqbench.method.info import MethodInfo
 
@@ -31,22 +33,19 @@ def list_methods(pattern: Annotated[str, typer.Argument(help="A wildcard, like '
     from rich.padding import Padding
     from rich.text import Text
 
-    from dfqbench.method import registry
-
-    _load(plugin)
-    found = list(registry.list_methods(pattern))
-    _tell_broken()
+    entries = _catalogue(plugin).entries
+    found = [entry.info for name, entry in entries.items() if fnmatch.fnmatchcase(name, pattern)]
     if not found:
-        raise UserError(f"no method matches {pattern!r}: {nearest(pattern, [m.info.name for m in registry.list_methods()])}")
+        raise UserError(f"no method matches {pattern!r}: {nearest(pattern, entries)}")
     heading = ("method", "paper", "follows", "needs", "lockstep", "from")
-    rows = [heading, *(_row(method.info) for method in found)]
+    rows = [heading, *map(_row, found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     console = Console()
-    for row, method in zip(rows, [None, *found], strict=True):
+    for row, info in zip(rows, [None, *found], strict=True):
         line = "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
-        console.print(line.rstrip(), style=None if method else "bold", highlight=False, markup=False, soft_wrap=True)
-        if method is not None:
-            console.print(Padding(Text(method.info.summary, style="dim"), (0, 0, 0, 2)))
+        console.print(line.rstrip(), style=None if info else "bold", highlight=False, markup=False, soft_wrap=True)
+        if info is not None:
+            console.print(Padding(Text(info.summary, style="dim"), (0, 0, 0, 2)))
 
 
 def _row(info: MethodInfo) -> tuple[str, ...]:
@@ -61,10 +60,13 @@ def show_method(name: str, plugin: Plugins = None) -> None:
     from rich.table import Table
 
     from dfqbench.method.info import NEEDS
-    from dfqbench.method.settings import settings_of
+    from dfqbench.method.registry import find_method
 
-    method = _find(name, plugin)
-    info, console = method.info, Console()
+    known = _catalogue(plugin)
+    if name not in known.entries or name in known.clashes:
+        find_method(name)  # says what is wrong
+    entry = known.entries[name]
+    info, console = entry.info, Console()
     source = info.source
     lines = [
         f"{info.name}: {info.summary}",
@@ -73,26 +75,24 @@ def show_method(name: str, plugin: Plugins = None) -> None:
         *(f"needs      {NEEDS[need]}" for need in info.needs),
         f"lockstep   {'yes: one stream of images serves all bit widths' if info.shares_synthesis else 'no: the images depend on the student'}",
     ]
-    rules = [f"{rule} {value}" for rule, value in (("ranges", method.ranges), ("batch norm", method.batch_norm)) if value]
-    if rules:
-        lines.append(f"own rules  {', '.join(rules)}")
-    for check, reason in method.expected_failures.items():
+    if entry.rules:
+        lines.append(f"own rules  {', '.join(entry.rules)}")
+    for check, reason in entry.expected_failures.items():
         lines.append(f"fails      {check}: {reason}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    settings = list(settings_of(method.Config))
-    if not settings:
+    if not entry.settings:
         console.print("no settings")
         return
     console.print()
     shown = Table(box=None, pad_edge=False)
     for heading in ("setting", "default", "unit", "meaning", "source"):
         shown.add_column(heading, no_wrap=heading == "setting", overflow="fold")
-    for setting in settings:
+    for setting in entry.settings:
         shown.add_row(setting.name, setting.default, setting.unit, setting.meaning, setting.source)
     console.print(shown)
-    for preset, values in method.Config.presets.items():
-        console.print(f"preset {preset}: " + ", ".join(f"{k}={v}" for k, v in values.items()), highlight=False)
+    for preset, values in entry.presets.items():
+        console.print(f"preset {preset}: {values}", highlight=False)
 
 
 @app.command("new")
@@ -138,12 +138,24 @@ def _indented(text: str) -> str:
     return text.strip().replace("\n", "\n                  ")
 
 
-def _find(name: str, plugins: list[str] | None) -> type[Method]:
-    from dfqbench.method.registry import find_method
+def _catalogue(plugins: list[str] | None) -> Catalogue:
+    """Every method. Plug-in files are run, so that nothing is taken from memory with them."""
+    from dfqbench.cache import cache_folder
+    from dfqbench.method.catalogue import catalogue
 
     _load(plugins)
-    _tell_broken()
-    return find_method(name)
+    found = catalogue(None if plugins else cache_folder())
+    _tell(found.broken)
+    return found
+
+
+def _find(name: str, plugins: list[str] | None) -> type[Method]:
+    from dfqbench.method import registry
+
+    _load(plugins)
+    registry.discover()
+    _tell(registry.broken)
+    return registry.find_method(name)
 
 
 def _load(plugins: list[str] | None) -> None:
@@ -153,9 +165,6 @@ def _load(plugins: list[str] | None) -> None:
         load_plugin(file)
 
 
-def _tell_broken() -> None:
-    from dfqbench.method import registry
-
-    registry.discover()
-    for plugin, why in registry.broken.items():
+def _tell(broken: dict[str, str]) -> None:
+    for plugin, why in broken.items():
         print(f"broken plug-in {plugin}: {why}", file=sys.stderr)

@@ -86,6 +86,12 @@ def discover() -> None:
     plugins.load_entry_points(ENTRY_POINTS)
 
 
+def clashes() -> dict[str, str]:
+    """Names that two places claim, each with what is said about it."""
+    discover()
+    return dict(_clashes)
+
+
 def load_plugin(path: str | Path) -> None:
     """Runs a plug-in file, so that the methods and evaluation sets that it registers are known. Raises UserError where it is missing or fails.
 
@@ -106,6 +112,13 @@ def built_in_names() -> list[str]:
     import dfqbench_methods
 
     return sorted(module.name for module in pkgutil.iter_modules(dfqbench_methods.__path__) if not module.ispkg)
+
+
+def built_in_folders() -> list[Path]:
+    """Where the files of the built-in methods are."""
+    import dfqbench_methods
+
+    return [Path(folder) for folder in dfqbench_methods.__path__]
 
 
 def find_method(name: str) -> type[Method]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import importlib.metadata
+import importlib.util
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -72,28 +73,44 @@ def load(spec: TeacherSpec) -> nn.Module:
     return build(spec).network
 
 
-def list_models(pattern: str = "*") -> list[str]:
+def list_models(pattern: str = "*", cache: Path | None = None) -> list[str]:
     """Every model name of the zoos that matches a wildcard, with or without its zoo: `timm:resnet*`, `resnet18*`.
 
     `my_nets.py:*` and `my_package.nets:*` list what that file or module defines: functions and classes, any of which may be a factory.
     A zoo whose package is not installed is left out with a warning. Being listed does not promise that the zoo has weights for it.
+    With `cache` (a folder) a zoo's names are remembered for as long as its package stays the same.
     """
-    from dfqbench.teachers.own import factory_names
-    from dfqbench.teachers.zoo import zoo_names
-
     place, _, names_wanted = pattern.rpartition(":")
     if place and place not in ZOOS and not any(sign in place for sign in "*?["):
+        from dfqbench.teachers.own import factory_names
+
         spec = parse_teacher(f"{place}:{names_wanted or '*'}")
         return [f"{place}:{name}" for name in factory_names(spec) if fnmatch.fnmatchcase(name, names_wanted or "*")]
     found: list[str] = []
-    for zoo in ZOOS:
+    for zoo in (zoo for zoo in ZOOS if not place or fnmatch.fnmatchcase(zoo, place)):
         try:
-            names = zoo_names(zoo)
+            names = _zoo_names(zoo, cache)
         except UserError as error:
             warnings.warn(f"{error}; its models are not listed", Notice, stacklevel=2)
             continue
         found += [f"{zoo}:{name}" for name in names if fnmatch.fnmatchcase(f"{zoo}:{name}", pattern) or fnmatch.fnmatchcase(name, pattern)]
     return found
+
+
+def _zoo_names(zoo: str, cache: Path | None) -> list[str]:
+    def ask() -> dict[str, Any]:
+        from dfqbench.teachers.zoo import zoo_names
+
+        return {"names": zoo_names(zoo)}
+
+    here = [_sha256(Path(__file__).with_name(name)) for name in ("zoo.py", "cifar.py")]  # they say which of a package's networks are meant
+    if zoo == "cifar":
+        return list(remembered(cache, "zoo", [zoo, here], ask)["names"])
+    try:
+        version, found = importlib.metadata.version(zoo), importlib.util.find_spec(zoo)
+    except (importlib.metadata.PackageNotFoundError, ImportError, ValueError):
+        return list(ask()["names"])  # with what is wrong
+    return list(remembered(cache, "zoo", [zoo, version, _stamp(Path(found.origin)) if found and found.origin else None, here], ask)["names"])
 
 
 def _examine(spec: TeacherSpec) -> dict[str, Any]:
