@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from dfqbench.errors import UserError
 from dfqbench.method.image_set import ImageSet
-from dfqbench.method.info import MethodInfo, Needs, lacking
+from dfqbench.method.info import MethodInfo, Needs
 from dfqbench.method.log import Log, Value
 from dfqbench.method.settings import MethodConfig
 from dfqbench.quantization.protocol import BatchNormMode, RangeEstimatorName
@@ -104,9 +103,6 @@ class Method:
         return False
 
     def __init__(self, teacher: Teacher, config: MethodConfig, seed: int, device: torch.device | str = "cpu", work: Path | None = None):
-        lacks = lacking(self.needs, len(teacher.batch_norms_used), teacher.stages)
-        if lacks:
-            raise UserError(f"method {self.info.name} needs {'; '.join(lacks)}, which this teacher does not have")
         self.teacher = teacher
         self.task: Task = teacher.task
         self.config = config

@@ -10,6 +10,7 @@ from pydantic import model_validator
 
 from dfqbench.errors import UserError
 from dfqbench.method.contract import Batch, Method, Phase
+from dfqbench.method.info import Needs
 from dfqbench.method.registry import find_method
 from dfqbench.method.settings import Field, MethodConfig, TrainingConfig
 from dfqbench.quantization.student import Student
@@ -59,6 +60,11 @@ def host_of(config: HostingConfig) -> tuple[type[Method], MethodConfig]:
     if twice:
         raise ValueError(f"host_settings: {', '.join(twice)}: give it beside `host`, it holds for both")
     return method, method.Config(**{name: getattr(config, name) for name in SHARED_SETTINGS}, **config.host_settings)
+
+
+def needs_of(method: type[Method], config: MethodConfig) -> set[Needs]:
+    """What a method needs as configured: its own `needs`, and those of the method that it wraps."""
+    return method.needs | (host_of(config)[0].needs if isinstance(config, HostingConfig) else set())
 
 
 class HostingMethod(Method):

@@ -22,7 +22,10 @@ from dfqbench.engine.device import keep_freed_memory
 from dfqbench.engine.evaluate import Evaluation
 from dfqbench.engine.lockstep import Lockstep
 from dfqbench.engine.step_graph import WARM_UP
+from dfqbench.errors import UserError
 from dfqbench.method.contract import Method, Phase
+from dfqbench.method.hosting import needs_of
+from dfqbench.method.info import lacking
 from dfqbench.method.registry import find_method
 from dfqbench.network import Teacher
 from dfqbench.quantization import PROTOCOLS, Bits
@@ -127,8 +130,12 @@ class Stand:
 
 
 def phases_of(method: type[Method], stand: Stand) -> list[str]:
-    """`images`, where a method optimises images before students train; `train`, where students do."""
-    planned = method(Teacher(stand.network, stand.task), stand.config(method, "train"), 0)
+    """`images`, where a method optimises images before students train; `train`, where students do. UserError where the network will not do."""
+    teacher, config = Teacher(stand.network, stand.task), stand.config(method, "train")
+    lacks = lacking(needs_of(method, config), len(teacher.batch_norms_used), teacher.stages)
+    if lacks:
+        raise UserError(f"{stand.name or 'the network'} does not have what method {method.info.name} needs: {'; '.join(lacks)}")
+    planned = method(teacher, config, 0)
     torch.manual_seed(0)
     planned.setup()
     found = planned.phases()

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from dfqbench.data import EvaluationSet, find_set
 from dfqbench.errors import UserError, UserErrors, nearest
 from dfqbench.method.contract import Method
-from dfqbench.method.hosting import HostingConfig, host_of
-from dfqbench.method.info import Needs, lacking
+from dfqbench.method.hosting import needs_of
+from dfqbench.method.info import lacking
 from dfqbench.method.registry import find_method, load_plugin
 from dfqbench.method.settings import MethodConfig
 from dfqbench.quantization import Bits, Protocol, find_protocol
@@ -178,16 +178,11 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems) -> _Parts | None:
     if len(makers) > 1:
         problems.add("selection.images", f"{len(makers)} variants, exactly one is expected: no lists of values here")
     for (i, teacher), (method, config, _) in itertools.product(found, [*variants, *makers]):
-        for lack in lacking(_needs(method, config), teacher.batch_norms, teacher.stages):
+        for lack in lacking(needs_of(method, config), teacher.batch_norms, teacher.stages):
             problems.add(f"teachers[{i}]", f"{teacher.label} does not have what method {method.info.name} needs: {lack}")
     if problems.lines or protocol is None or evaluation is None or card is None:
         return None
     return _Parts(protocol, bits, evaluation, card, teachers, variants, makers)
-
-
-def _needs(method: type[Method], config: MethodConfig) -> set[Needs]:
-    """The method's own, and those of the method that it wraps."""
-    return method.needs | (host_of(config)[0].needs if isinstance(config, HostingConfig) else set())
 
 
 def _selection(sweep: Sweep, parts: _Parts) -> LoadedSelection | None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from dfqbench.cache import cache_folder
 from dfqbench.errors import UserError
-from dfqbench.method.registry import find_method, list_methods
+from dfqbench.method.registry import list_methods
 from dfqbench.network import Teacher
 from dfqbench.sweep.load import load_sweep
 from dfqbench.teachers import describe, load, parse_teacher
@@ -134,12 +134,11 @@ def test_a_method_that_needs_none_of_it_runs_on_such_a_network(nets: Path, sweep
     assert load_sweep(sweep_file(teachers=[f"{nets}:group_norm"], methods=["zaq"], budget={}), cache_folder()).cells
 
 
-@pytest.mark.parametrize("need", ["statistics", "features"])
-def test_a_script_is_told_as_well(need: str, nets: Path) -> None:
-    spec = parse_teacher(f"{nets}:{'group_norm' if need == 'statistics' else 'no_stage'}")
-    method = find_method(WITH[need][0])
-    with pytest.raises(UserError, match=rf"method {method.info.name} needs {need} \("):
-        method(Teacher(load(spec), describe(spec).task), method.Config(), 0)
+@pytest.mark.parametrize(("net", "method", "need"), [("group_norm", "gdfq", "statistics"), ("no_stage", "zaq", "features")])
+def test_a_speed_measurement_is_refused_as_well(net: str, method: str, need: str, nets: Path, dfqbench: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = dfqbench("speed", "--methods", method, "--network", f"{nets}:{net}", "--rounds", 1, "--seconds", 0, "--device", "cpu")
+    assert code == 2
+    assert f"{net} does not have what method {method} needs: {need} (" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
