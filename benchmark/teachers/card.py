@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
-CARD_VERSION = 2  # raised when what a card says changes, so that remembered ones are not used any more
+CARD_VERSION = 3  # raised when what a card says changes, so that remembered ones are not used any more
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import warnings
@@ -124,6 +125,6 @@ def test_plan_says_the_order_in_one_line_on_standard_error(tmp_path: Path, sweep
     place = folder(tmp_path / "set", TEN_AND_TWO, TEN_AND_TWO)
     config = sweep_file(teachers=[f"{tmp_path / 'net.py'}:make"], methods=["round"], evaluate=f"imagefolder:{place}", bits=["w8a8"], budget={})
     command = [sys.executable, "-m", "dfqbench.cli", "plan", str(config), "--results", str(tmp_path / "results")]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONWARNINGS": "ignore"}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines() == [f"dfqbench: image folder {place}: class folders are sorted as numbers (2 before 10), not as text"]
