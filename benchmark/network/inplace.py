@@ -119,17 +119,24 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     return _storage(a) == _storage(b) and _geometry(a) == _geometry(b)
 
 
-def without_side_effects(traced: fx.GraphModule, images: Tensor) -> None:
+Watched = dict[fx.Node, _Seen]
+
+
+@torch.no_grad()
+def watched(traced: fx.GraphModule, images: Tensor) -> Watched:
+    """What one run shows about each node. images: N x C x H x W with N of 2 or more, so that one image is told from the batch."""
+    watch = _Watch(traced)
+    watch.run(images)
+    return watch.seen
+
+
+def without_side_effects(traced: fx.GraphModule, seen: Watched) -> None:
     """Rewrites `traced` in place, so that every node reads values as they are when it runs, and none changes a tensor that another one reads.
 
-    images: N x C x H x W with N of 2 or more, so that one image is told from the batch. Raises UserError that names the operation and its place,
-    where a tensor that was changed cannot be followed.
+    Raises UserError that names the operation and its place, where a tensor that was changed cannot be followed.
     """
-    watch = _Watch(traced)
-    with torch.no_grad():
-        watch.run(images)
-    if any(seen.changed for seen in watch.seen.values()) or any(n.target in _PLAIN or n.target in _SETS_ITEM for n in traced.graph.nodes):
-        _Rewriting(traced, watch.seen).run()
+    if any(each.changed for each in seen.values()) or any(n.target in _PLAIN or n.target in _SETS_ITEM for n in traced.graph.nodes):
+        _Rewriting(traced, seen).run()
         traced.graph.lint()
         traced.recompile()
 
@@ -140,7 +147,7 @@ class _Rewriting:
     value[node] = (epoch, node that holds its value then). A root has one for every epoch, a view is computed anew when somebody reads it.
     """
 
-    def __init__(self, traced: fx.GraphModule, seen: dict[fx.Node, _Seen]):
+    def __init__(self, traced: fx.GraphModule, seen: Watched):
         self.traced, self.graph, self.seen = traced, traced.graph, seen
         self.epoch: dict[fx.Node, int] = {}
         self.value: dict[fx.Node, tuple[int, fx.Node]] = {}
@@ -218,7 +225,10 @@ class _Rewriting:
 
     def _follow(self, node: fx.Node, seen: _Seen, now: dict[fx.Node, fx.Node]) -> bool:
         """Takes `node` into account, which changes a tensor. Whether it still does so in place."""
-        changed = self._resolved(seen.changed[0])
+        # views share their counter: where several inputs seem changed, the one that is returned was, or the one whose items are set
+        set_item = [a for a in seen.changed if node.target in _SETS_ITEM and now[a] is node.args[0]]
+        target = [*set_item, seen.returns or seen.changed[0]][0]
+        changed = self._resolved(target)
         if seen.reshaped and node.op == "call_method" and node.target in _RESHAPED:
             node.target = str(node.target).removesuffix("_")
             self._register(node, seen, now)
@@ -226,7 +236,7 @@ class _Rewriting:
             return False
         roots = list(dict.fromkeys(self._root(self._resolved(a)) for a in seen.changed))
         roots += [other for root in roots for other, _ in self.several.get(root, ())]
-        old, writes = now[seen.changed[0]], True
+        old, writes = now[target], True
         result: fx.Node | None = node if seen.returns is not None else None
         if node.target in _SETS_ITEM:
             with self.graph.inserting_after(node):

@@ -15,7 +15,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 from dfqbench.errors import UserError
 from dfqbench.network.activations import is_activation_module
 from dfqbench.network.frozen_batch_norm import BatchNorm
-from dfqbench.network.inplace import InPlaceProxy, without_side_effects
+from dfqbench.network.inplace import InPlaceProxy, watched, without_side_effects
 from dfqbench.network.plain_batch_norm import make_batch_norms_plain, with_plain_batch_norms
 from dfqbench.task import Task
 
@@ -82,7 +82,8 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     traced.eval()
     traced.meta["network"] = type(network).__name__  # a copy of a GraphModule forgets its name
     with _running(traced, task):
-        without_side_effects(traced, images.clone())
+        seen = watched(traced, images.clone())
+    without_side_effects(traced, seen)
     _propagate_shapes(traced, task)
     make_batch_norms_plain(traced)
     if answer is not None and not _is_close(_answer(traced, images), answer):

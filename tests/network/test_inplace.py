@@ -156,6 +156,15 @@ def several_steps(net: Net, x: Tensor) -> Tensor:
     return x
 
 
+def from_one_view_to_another(net: Net, x: Tensor) -> Tensor:
+    a, b = x[:, :2], x[:, 2:]
+    torch.sub(a, 0.5, out=b)
+    a += b
+    b.copy_(a.relu())
+    a[:, 0] = b[:, 1]
+    return x
+
+
 def in_a_shared_module(net: Net, x: Tensor) -> Tensor:
     y = x + 1
     net.relu(x)
@@ -165,7 +174,7 @@ def in_a_shared_module(net: Net, x: Tensor) -> Tensor:
 
 CASES = [
     last_channels, two_halves, item_set, masked, shortcut, view_of_before, read_before_and_after, reshaped_in_place, written_out, several_steps,
-    in_a_shared_module,
+    in_a_shared_module, from_one_view_to_another,
 ]  # fmt: skip
 
 
