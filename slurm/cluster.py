@@ -108,7 +108,8 @@ def sbatch(script: Path, name: str) -> str:
     try:
         for pause in (0.0,) if refused else (0.0, *LATE_S):
             time.sleep(pause)
-            if taken := sorted({job.id.split("_")[0] for job in queue().values() if job.name == name}, key=int):
+            # a job that was refused has a record too, which never had a node
+            if taken := sorted({job.id.split("_")[0] for job in queue().values() if job.name == name and (job.live or job.node)}, key=int):
                 with contextlib.suppress(NoAnswer):  # a site's own sbatch may have tried several times
                     cancel(taken[1:])
                 return taken[0]

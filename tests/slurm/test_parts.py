@@ -154,6 +154,7 @@ def test_questions_are_asked_by_uid_and_without_the_users_defaults(tmp_path: Pat
 def test_a_number_is_read_from_sbatch_only_where_a_line_is_that_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is not, the name decides; where nothing can be told, nobody says that nothing was submitted."""
     queue = "echo '12|0|PENDING||mine.0|None'; echo '12|1|PENDING||mine.0|None'; echo '3|N/A|RUNNING|n|other|None'"
+    queue += "; echo '13|N/A|FAILED||mine.1|BadConstraints'"  # how a refused job is remembered
     monkeypatch.setattr(cluster, "LATE_S", (0.0,))
     for answer, expected in {
         "30": "30",
