@@ -178,7 +178,7 @@ def load_ledger(folder: Path | None = None) -> Ledger:
 
 def _rows(path: Path, columns: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != list(columns):
                 raise UserError(f"{path}: the columns {', '.join(columns)} are expected")

@@ -8,6 +8,7 @@ it is a conflict: reported, and left where it is.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -64,7 +65,8 @@ def merge(others: list[Path], into: Path) -> Merged:
         for other in others:
             _merge_one(Store(other), store, done)
     except OSError as error:
-        raise UserError(f"results folder {into}: {error.strerror}; what was copied so far is whole, the same command goes on from there") from error
+        where = error.filename or f"results folder {into}"
+        raise UserError(f"{where}: {error.strerror}; what was copied so far is whole, the same command goes on from there") from error
     return done
 
 
@@ -72,16 +74,31 @@ def _merge_one(other: Store, store: Store, done: Merged) -> None:
     reading = read_store(other)
     done.skipped += reading.skipped
     for result in reading.results:
-        _merge_result(result, other.folder(result["id"]), store, done)
+        with _unreadable_skipped(done):
+            _merge_result(result, other.folder(result["id"]), store, done)
     for cell_id, replicates in reading.replicates.items():
         for replicate in replicates:
-            _merge_result(replicate, other.root / "replicates" / cell_id / setup_of(replicate), store, done)
+            with _unreadable_skipped(done):
+                _merge_result(replicate, other.root / "replicates" / cell_id / setup_of(replicate), store, done)
     for failure in reading.failures:
         folder = store.folder(failure["id"])
         if not folder.exists():
-            _copy_whole(other.folder(failure["id"]), folder)
-            done.failed += 1
+            with _unreadable_skipped(done):
+                _copy_whole(other.folder(failure["id"]), folder)
+                done.failed += 1
     _merge_teachers(other, store, done)
+
+
+@contextlib.contextmanager
+def _unreadable_skipped(done: Merged) -> Iterator[None]:
+    """A folder of which a file cannot be copied is named and left out."""
+    try:
+        yield
+    except shutil.Error as error:
+        source, _, why = error.args[0][0]
+        if "No space left" in str(why):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        done.skipped.append(f"{source}: {str(why).partition('] ')[2].partition(': ')[0] or why}")
 
 
 def _merge_result(result: dict[str, Any], folder: Path, store: Store, done: Merged) -> None:
@@ -175,6 +192,9 @@ def _merge_teachers(other: Store, store: Store, done: Merged) -> None:
             known = read_json(mine)
         except ValueError as error:
             done.skipped.append(f"{path}: damaged here or there: {error}")
+            continue
+        except PermissionError as error:
+            done.skipped.append(f"{error.filename}: {error.strerror}")
             continue
         if known is None:
             write_atomically(mine, path.read_bytes())

@@ -202,7 +202,7 @@ def _header(count: int) -> bytes:
 def read_history(path: Path, points: int = 60) -> dict[str, list[float | str | None]]:
     """history.csv by column, thinned to about `points` evenly spaced epochs and all that were evaluated; empty where there is none."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return {}
     if len(lines) < 2:

@@ -59,7 +59,7 @@ def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = N
     from dfqbench.speed.estimate import Speeds, hours_anywhere, in_words, read_speed_files
     from dfqbench.sweep.cell import Bundle, bundles
 
-    finished, _ = store.results()
+    finished, damaged = store.results()
     states, lines, left = statuses(loaded.cells, store, finished), [], []
     measured, skipped = read_speed_files(store.speed_folders())
     known = [speeds for device in ("cuda", "cpu") if (speeds := Speeds(finished, device, measured)).known]
@@ -78,7 +78,7 @@ def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = N
     lines.append(f"{len(loaded.cells)} cells: " + ", ".join(f"{n} {status.value}" for status, n in counts.items() if n))
     lines += [f"what is not done: {line}" for line in (hours_anywhere(left, known) if left else [])]
     typer.echo("\n".join(lines))  # at once: a console that is asked line by line takes seconds for a large sweep
-    for line in skipped:
+    for line in [*damaged, *skipped]:
         print(f"skipped: {line}", file=sys.stderr)
 
 

@@ -52,7 +52,7 @@ def kept(digest: Callable[[], str], task: Task, split: str, shape: tuple[int, ..
         pixels = np.memmap(temporary, np.uint8, "r+", shape=shape)
         decode(pixels)
         pixels.flush()
-        _hash_file(path).write_text(_sha256(temporary))
+        _hash_file(path).write_text(_sha256(temporary), encoding="utf-8")
         temporary.replace(path)
     except OSError:
         return None
@@ -65,7 +65,7 @@ def kept(digest: Callable[[], str], task: Task, split: str, shape: tuple[int, ..
 def _opened(path: Path, shape: tuple[int, ...]) -> Pixels | None:
     if not path.exists():
         return None
-    if _sha256(path) != _hash_file(path).read_text():
+    if _sha256(path) != _hash_file(path).read_text(encoding="utf-8"):
         raise UserError(f"{path} is damaged: remove it, and the images are decoded again")
     # copy on write: nothing that is done with the array reaches the file
     return np.memmap(path, np.uint8, "c", shape=shape)

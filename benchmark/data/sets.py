@@ -234,7 +234,7 @@ class ImageFolder(EvaluationSet):
                 with entry[1].open("rb") as file:
                     return entry[0], hashlib.file_digest(file, "sha256").digest()
             except OSError as error:
-                raise UserError(f"{entry[1]} cannot be read ({error.strerror})") from error
+                raise _unreadable(entry[1], error) from error
 
         def compute() -> dict[str, Any]:
             with ThreadPoolExecutor() as pool:
@@ -254,15 +254,24 @@ def content_digest(classes: int, images: Iterable[tuple[int, bytes]]) -> str:
 
 
 def _stamp(path: Path, root: Path) -> list[Any]:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from None
     return [str(path.relative_to(root)), status.st_size, status.st_mtime_ns]
 
 
 def _class_folders(root: Path) -> list[str]:
-    if not root.is_dir():
-        raise UserError(f"image folder {root}: there is no such folder" if not root.exists() else f"image folder {root}: this is a file")
-    inside = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
-    folders = sorted(entry.name for entry in inside if entry.is_dir())
+    try:
+        if not root.is_dir():
+            raise UserError(f"image folder {root}: there is no such folder" if not root.exists() else f"image folder {root}: this is a file")
+        inside = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+        folders = sorted(entry.name for entry in inside if entry.is_dir())
+        nowhere = [entry for entry in inside if entry.is_symlink() and not entry.exists()]
+    except OSError as error:
+        raise _unreadable(root, error) from None
+    if nowhere:
+        raise UserError(f"image folder {root}: {nowhere[0]} is a link to {os.readlink(nowhere[0])}, which is not there")
     if not folders:
         what = "it is empty" if not inside else f"it holds {len(inside)} files but no sub-folder"
         raise UserError(f"image folder {root}: {what}; it needs one sub-folder of images per class")
@@ -289,6 +298,15 @@ def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for place, _, names in os.walk(folder, followlinks=True):
+    def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
+        raise _unreadable(folder, error) from None
+
+    for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
         for name in names:
             yield Path(place, name)
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    if path.is_symlink() and isinstance(error, FileNotFoundError):
+        return UserError(f"{path} is a link to {os.readlink(path)}, which is not there")
+    return UserError(f"{error.filename or path} cannot be read ({error.strerror})")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -79,6 +80,7 @@ def pretrain(
         raise UserError(f"weights are written as .safetensors, not as {out.name!r}")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already: give another name, or say that it may be overwritten")
+    _check_writable(out)
     if epochs is not None and epochs < 1:
         raise UserError(f"{epochs} epochs: at least one is needed")
     folder = source.startswith("imagefolder")
@@ -101,6 +103,20 @@ def pretrain(
     said = f"{accuracy:.2f} % of {len(test_images)} images of {tested_on}" if test_images is not None else "not tested: no test set was given"
     progress(f"{out}: {said}, {seconds:.0f} s")
     return Pretrained(out, accuracy, tested_on, seconds)
+
+
+def _check_writable(out: Path) -> None:
+    """Raises UserError where the file could not be written, so that nobody trains for nothing; leaves no file and no folder behind."""
+    folder = out.parent
+    while not folder.exists() and not folder.is_symlink():
+        folder = folder.parent
+    if out.is_dir():
+        raise UserError(f"{out} is a folder: give the name of a file")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {folder}: {error.strerror}") from None
 
 
 def train(

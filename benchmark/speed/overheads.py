@@ -111,7 +111,7 @@ def pretend_finished(config: Path, results: Path) -> None:
         path = results / "runs" / cell.id / "result.json"
         path.parent.mkdir(parents=True)
         result = {"id": cell.id, "cell": cell.record(), "top1": 50.0, "seconds": {"own": 1.0, "shared": 1.0, "bundle": [cell.id]}, "provenance": on}
-        path.write_text(json.dumps(result, indent=1))
+        path.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 def _timed(what: str, wanted: float, rounds: int, command: Callable[[], str]) -> Overhead:
@@ -186,7 +186,8 @@ def resident_memory(steps: str, device: str) -> None:
         def step(self, lockstep: Lockstep, phase: Phase) -> None:
             done = lockstep.steps_done
             if done in read_after:
-                resident[str(done)] = round(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
+                pages = Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]
+                resident[str(done)] = round(int(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
 
         def epoch(self, lockstep: Lockstep, phase: Phase) -> None:
             """Nothing to do."""

@@ -30,12 +30,12 @@ class Lease:
 
     def content(self) -> dict[str, Any]:
         """Who had it last, whether or not it still runs. Raises OSError or ValueError where nothing can be read."""
-        return dict(json.loads(self.path.read_text()))
+        return dict(json.loads(self.path.read_text(encoding="utf-8")))
 
     def _read(self) -> tuple[str, float] | None:
         """Its text and the time of its last heartbeat."""
         try:
-            return self.path.read_text(), self.path.stat().st_mtime
+            return self.path.read_text(encoding="utf-8"), self.path.stat().st_mtime
         except FileNotFoundError:
             return None
 
@@ -60,7 +60,7 @@ class Lease:
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid()), "since": time.time()}
         text = json.dumps(me | ({"job": job} if (job := slurm_job()) else {}))
         try:
-            with open(self.path, "x") as file:
+            with open(self.path, "x", encoding="utf-8") as file:
                 file.write(text)
         except FileExistsError:
             return False
@@ -84,7 +84,7 @@ class Lease:
         except FileNotFoundError:
             return True
         try:
-            if aside.read_text() == stale:
+            if aside.read_text(encoding="utf-8") == stale:
                 return True
             with contextlib.suppress(FileExistsError):
                 os.link(aside, self.path)
@@ -99,7 +99,7 @@ class Lease:
     def release(self) -> None:
         """Gives it up, unless another process has taken it over."""
         with contextlib.suppress(OSError):
-            if self.path.read_text() == self._mine:
+            if self.path.read_text(encoding="utf-8") == self._mine:
                 self.path.unlink()
 
 
@@ -145,6 +145,6 @@ def _alive(who: dict[str, Any]) -> bool:
 def _started(pid: int) -> str:
     """A process's start time as the kernel counts it; empty where /proc does not say."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""

@@ -96,8 +96,10 @@ class Store:
                 if not {"id", "top1", "cell"} <= result.keys():
                     raise ValueError("not a result of this suite")
                 found.append(result)
-            except (ValueError, OSError, AttributeError) as error:
+            except (ValueError, AttributeError) as error:
                 damaged.append(f"{path}: {error}")
+            except OSError as error:
+                damaged.append(f"{path}: {error.strerror}")
         return found, damaged
 
     def write_cell(self, record: dict[str, Any]) -> None:
@@ -126,7 +128,7 @@ class Store:
         path = self.folder(cell_id) / "progress.json"
         temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
         with contextlib.suppress(OSError):
-            temporary.write_text(json.dumps(progress))
+            temporary.write_text(json.dumps(progress), encoding="utf-8")
             temporary.replace(path)
 
     def progress(self, cell_id: str) -> dict[str, Any] | None:
@@ -137,7 +139,7 @@ class Store:
         return None
 
     def append_log(self, cell_id: str, line: str) -> None:
-        with open(self.folder(cell_id) / "log.txt", "a") as file:
+        with open(self.folder(cell_id) / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def finished_bundle(self, bundle_id: str) -> None:

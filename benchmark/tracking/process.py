@@ -115,7 +115,7 @@ class WandbObserver(Observer):
     def _why(self) -> str:
         """The last line of what the process wrote."""
         with contextlib.suppress(OSError):
-            lines = (self.root / "wandb" / LOG).read_text(errors="replace").strip().splitlines()
+            lines = (self.root / "wandb" / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
             return lines[-1][:200] if lines else self._broken or "no answer"
         return self._broken or "no answer"
 

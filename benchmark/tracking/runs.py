@@ -144,7 +144,7 @@ def _offline_folders(store: Store, tracking: Tracking, cell_id: str) -> list[Pat
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """history.csv, a dictionary per epoch with numbers as numbers; what is empty or not finite is left out."""
     try:
-        with open(path, newline="") as file:
+        with open(path, newline="", encoding="utf-8") as file:
             return [{k: v for k, text in row.items() if (v := _number(text)) is not None} for row in csv.DictReader(file) if row.get("epoch")]
     except OSError:
         return []

@@ -133,7 +133,7 @@ def _rounded(value: Any) -> Any:
 
 def _tail(path: Path) -> str:
     try:
-        return "\n".join(path.read_text(errors="replace").splitlines()[-LOG_LINES:])
+        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:])
     except OSError:
         return ""
 

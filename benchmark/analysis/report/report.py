@@ -41,8 +41,8 @@ def page(reading: Reading, title: str, rule: Rule = "last") -> str:
     data = Data(reading, drawn)
     parts = {
         "title": html.escape(title),
-        "style": (PAGE / "style.css").read_text(),
-        "script": (PAGE / "page.js").read_text(),
+        "style": (PAGE / "style.css").read_text(encoding="utf-8"),
+        "script": (PAGE / "page.js").read_text(encoding="utf-8"),
         "summary": _summary(reading, drawn, rule),
         "tables": formats.html(drawn.blocks, ranking(drawn.blocks), page=False),
         "comparisons": "\n".join(_comparisons(drawn)) or "<p>No two rows of a column have per-image results under this rule.</p>",
@@ -52,7 +52,7 @@ def page(reading: Reading, title: str, rule: Rule = "last") -> str:
         "failures": _failures(reading),
         "data": data.json(),
     }
-    text = (PAGE / "page.html").read_text()
+    text = (PAGE / "page.html").read_text(encoding="utf-8")
     pieces = text.split("{{")
     return pieces[0] + "".join(parts[piece.split("}}", 1)[0]] + piece.split("}}", 1)[1] for piece in pieces[1:])
 
