@@ -34,8 +34,8 @@ def submit(config: str, profile_name: str, results: Path, *, local: bool, dry_ru
 
     if not (local or dry_run):
         launcher.check_slurm()
-    from dfqbench.cache import cache_folder
     from dfqbench.run.runner import note_sweep
+    from dfqbench.store.cache import cache_folder
     from dfqbench.sweep.load import load_sweep
     from dfqbench_slurm.cluster import NoAnswer, array_limit, queue
 
@@ -117,7 +117,7 @@ def status(config: str, results: Path, *, watch: bool, plugins: list[str]) -> No
     store = Store(results)
     cells = noted_cells(config, results)
     if cells is None:
-        from dfqbench.cache import cache_folder
+        from dfqbench.store.cache import cache_folder
         from dfqbench.sweep.load import load_sweep
 
         cells = {cell.id: str(cell) for cell in load_sweep(find_config(config), cache_folder(), plugins).cells}

@@ -29,11 +29,11 @@ def work(folder: Path, cell_ids: list[str], device: str, threads: int, checkpoin
     torch.set_num_threads(threads)
     from rich.console import Console
 
-    from dfqbench.cache import cache_folder
     from dfqbench.run.options import Options, StopFlag
     from dfqbench.run.progress import Progress
     from dfqbench.run.runner import run_cells
     from dfqbench.store import Store
+    from dfqbench.store.cache import cache_folder
     from dfqbench.sweep.load import load_sweep
 
     with StopFlag().installed() as stop:

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from dfqbench.cache import cache_folder
 from dfqbench.run.options import Options, StopFlag
 from dfqbench.run.runner import run_sweep
 from dfqbench.store import Store
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.load import load_sweep
 
 README = (Path(__file__).parent.parent / "README.md").read_text()

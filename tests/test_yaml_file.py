@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from dfqbench.cache import cache_folder
 from dfqbench.errors import UserError, UserErrors
 from dfqbench.quantization import find_protocol
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.config_file import sweep_name
 from dfqbench.sweep.load import load_sweep
 from dfqbench.yaml_file import read_yaml, write_yaml

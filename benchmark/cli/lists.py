@@ -62,7 +62,7 @@ def protocols(
 
 def models(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'pytorchcv:resnet*_cifar10'.")] = "*") -> None:
     """List the networks that can be teachers; `my_nets.py:*` and `my_package.nets:*` list a file's and a module's factories."""
-    from dfqbench.cache import cache_folder
+    from dfqbench.store.cache import cache_folder
     from dfqbench.teachers import list_models
 
     found = list_models(pattern, cache_folder())

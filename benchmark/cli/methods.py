@@ -140,8 +140,8 @@ def _indented(text: str) -> str:
 
 def _catalogue(plugins: list[str] | None) -> Catalogue:
     """Every method. Plug-in files are run, so that nothing is taken from memory with them."""
-    from dfqbench.cache import cache_folder
     from dfqbench.method.catalogue import catalogue
+    from dfqbench.store.cache import cache_folder
 
     _load(plugins)
     found = catalogue(None if plugins else cache_folder())

@@ -37,8 +37,8 @@ def console_of(stderr: bool = False) -> Console:
 
 
 def load(config: str, results: Path, plugins: list[str] | None, writable: bool = False) -> tuple[Store, LoadedSweep]:
-    from dfqbench.cache import cache_folder
     from dfqbench.store import Store
+    from dfqbench.store.cache import cache_folder
     from dfqbench.sweep.config_file import find_config
     from dfqbench.sweep.load import load_sweep
 

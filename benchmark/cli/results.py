@@ -118,7 +118,7 @@ def cells_of(config: str, store: Store, plugins: list[str] | None) -> dict[str, 
     noted = noted_cells(config, store.root)
     if noted is not None:
         return noted
-    from dfqbench.cache import cache_folder
+    from dfqbench.store.cache import cache_folder
     from dfqbench.sweep.load import load_sweep
 
     return {cell.id: str(cell) for cell in load_sweep(find_config(config), cache_folder(), plugins).cells}

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 
-from dfqbench.cache import cache_folder
 from dfqbench.errors import UserError
+from dfqbench.store.cache import cache_folder
 from dfqbench.task import Task
 
 Pixels = npt.NDArray[np.uint8]

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dfqbench.cache import cache_folder, remembered
 from dfqbench.data.images import Images, Labels, Pixels, open_image, prepare
 from dfqbench.data.pixels import kept
 from dfqbench.errors import Notice, UserError
+from dfqbench.store.cache import cache_folder, remembered
 from dfqbench.task import Task
 
 IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))

@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfqbench.cache import remembered
 from dfqbench.files import PACKAGE
 from dfqbench.method import registry
 from dfqbench.method.info import MethodInfo
 from dfqbench.method.plugins import Origin
 from dfqbench.method.settings import Setting, settings_of
+from dfqbench.store.cache import remembered
 
 if TYPE_CHECKING:
     from dfqbench.method.contract import Method

@@ -102,7 +102,7 @@ def pretend_finished(config: Path, results: Path) -> None:
     """A store in which every cell of a sweep is done, with records as large as real ones."""
     import torch
 
-    from dfqbench.cache import cache_folder
+    from dfqbench.store.cache import cache_folder
     from dfqbench.store.provenance import provenance
     from dfqbench.sweep.load import load_sweep
 
@@ -149,11 +149,11 @@ def first_step(config: str, results: str, device: str) -> None:
     """Runs a sweep as `dfqbench run` does, into a new folder, until its first step is done; prints when that was."""
     from rich.console import Console
 
-    from dfqbench.cache import cache_folder
     from dfqbench.run.options import Options, StopFlag
     from dfqbench.run.progress import Progress
     from dfqbench.run.runner import run_sweep
     from dfqbench.store import Store
+    from dfqbench.store.cache import cache_folder
     from dfqbench.sweep.load import load_sweep
 
     stop = StopFlag()

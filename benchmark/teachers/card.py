@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dfqbench.cache import remembered
 from dfqbench.errors import Notice, UserError
+from dfqbench.store.cache import remembered
 from dfqbench.task import Task
 from dfqbench.teachers.spec import ZOOS, TeacherSpec, parse_teacher
 

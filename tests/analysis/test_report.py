@@ -17,11 +17,11 @@ from synthetic_store import cells, make_store, write_cell
 from dfqbench.analysis.records import read_store
 from dfqbench.analysis.report import report
 from dfqbench.analysis.report.report import page
-from dfqbench.cache import cache_folder
 from dfqbench.files import write_json
 from dfqbench.quantization import PROTOCOLS
 from dfqbench.quantization.protocol_words import in_words
 from dfqbench.store import Store
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.load import load_sweep
 from dfqbench.sweep.reproduce import config_of, recipe
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dfqbench.cache import cache_folder
 from dfqbench.data import OwnSet, find_set, list_sets, own, register_set
 from dfqbench.errors import UserError, UserErrors
 from dfqbench.method.registry import load_plugin
 from dfqbench.quantization import PROTOCOLS, find_protocol
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.load import load_sweep
 from dfqbench.task import Task
 from dfqbench.teachers import describe, list_models, parse_teacher

@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from dfqbench import Batch, Method, TrainingConfig, stream_seed
-from dfqbench.cache import cache_folder
 from dfqbench.engine.evaluate import Evaluation, state_hash
 from dfqbench.engine.learning_rate import learning_rate
 from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.engine.method_state import restore_state, state_of
 from dfqbench.method.log import Log
 from dfqbench.network import Teacher
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.cell import Bundle, Cell, bundles
 from dfqbench.sweep.load import LoadedSweep, load_sweep
 from dfqbench.teachers import load

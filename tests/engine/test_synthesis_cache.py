@@ -18,7 +18,6 @@ import pytest
 from rich.console import Console
 
 from dfqbench import MethodConfig, UserError
-from dfqbench.cache import cache_folder
 from dfqbench.engine import synthesis_cache
 from dfqbench.engine.lockstep import Lockstep
 from dfqbench.method.contract import Method, Phase
@@ -28,6 +27,7 @@ from dfqbench.run.options import Options, StopFlag, Summary
 from dfqbench.run.progress import Progress
 from dfqbench.run.runner import run_sweep
 from dfqbench.store import Store
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.load import load_sweep
 from dfqbench.testing import Trial, check_method
 from dfqbench.testing.declarations import images_do_not_depend_on_what_comes_after

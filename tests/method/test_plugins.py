@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from dfqbench.cache import cache_folder
 from dfqbench.errors import UserError
 from dfqbench.method import plugins, registry
 from dfqbench.method.registry import find_method, list_methods, load_plugin, register
 from dfqbench.method.settings import settings_of
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.cell import Cell
 from dfqbench.sweep.load import load_sweep
 

@@ -14,12 +14,12 @@ from pydantic import ValidationError
 from torch.optim import SGD
 
 from dfqbench import Batch
-from dfqbench.cache import cache_folder
 from dfqbench.errors import UserErrors
 from dfqbench.method.registry import find_method
 from dfqbench.quantization import PROTOCOLS, Bits
 from dfqbench.quantization.layers import QuantizedLayer
 from dfqbench.quantization.student import Student
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.load import load_sweep
 from dfqbench.testing import StopAfter, Trial, small_task, small_teacher
 from dfqbench_methods.ait import AIT, direction, step_factors

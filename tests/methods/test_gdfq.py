@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from dfqbench import Observation, Task
-from dfqbench.cache import cache_folder
 from dfqbench.engine.evaluate import Evaluation, state_hash
 from dfqbench.engine.lockstep import Lockstep
 from dfqbench.method.registry import find_method
 from dfqbench.network import Teacher
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.cell import Bundle
 from dfqbench.sweep.load import load_sweep
 from dfqbench.teachers import load

@@ -196,11 +196,11 @@ def test_features_are_the_pooled_last_stage() -> None:
 def test_the_run_keeps_image_files_beside_the_checkpoint_and_resumes_from_them(sweep_file: Callable[..., Path], tmp_path: Path) -> None:
     from rich.console import Console
 
-    from dfqbench.cache import cache_folder
     from dfqbench.run.options import Options, StopFlag
     from dfqbench.run.progress import Progress
     from dfqbench.run.runner import run_sweep
     from dfqbench.store import Store
+    from dfqbench.store.cache import cache_folder
     from dfqbench.sweep.load import load_sweep
 
     settings = {"images": 8, "synthesis_batch": 4, "synthesis_iterations": 5, "calibration_epochs": 1}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dfqbench.cache import cache_folder
 from dfqbench.engine.evaluate import state_hash
 from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.method.registry import find_method
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.cell import bundles
 from dfqbench.sweep.load import load_sweep
 from dfqbench.testing import StopAfter, Trial

@@ -88,7 +88,7 @@ def test_a_selection_that_cannot_work_is_told(dfqbench: Run, sweep_file: SweepFi
 
 
 def test_a_selection_is_no_part_of_any_cell(sweep_file: SweepFile) -> None:
-    from dfqbench.cache import cache_folder
+    from dfqbench.store.cache import cache_folder
     from dfqbench.sweep.load import load_sweep
 
     plain = [cell.id for cell in load_sweep(sweep_file(), cache_folder()).cells]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dfqbench.cache import cache_folder
 from dfqbench.errors import UserError
 from dfqbench.store import Store
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.cell import Bundle
 from dfqbench.sweep.load import load_sweep
 from dfqbench_slurm import cluster

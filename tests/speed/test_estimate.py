@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from synthetic_store import cells
 
-from dfqbench.cache import cache_folder
 from dfqbench.quantization import Bits
 from dfqbench.speed.estimate import (
     FINISHED,
@@ -26,6 +25,7 @@ from dfqbench.speed.estimate import (
     step_seconds,
     steps_of,
 )
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.cell import Bundle, bundles
 from dfqbench.sweep.load import load_sweep
 from dfqbench_slurm.profile import find_profile

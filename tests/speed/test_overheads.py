@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from dfqbench.cache import cache_folder
 from dfqbench.files import read_json
 from dfqbench.speed import overheads
 from dfqbench.store import Store
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.load import load_sweep
 
 Run = Callable[..., tuple[int, str, str]]

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dfqbench.cache import cache_folder
 from dfqbench.errors import UserError
 from dfqbench.method.registry import list_methods
 from dfqbench.network import Teacher
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.load import load_sweep
 from dfqbench.teachers import describe, load, parse_teacher
 

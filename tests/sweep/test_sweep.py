@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dfqbench.cache import cache_folder
 from dfqbench.errors import UserError, UserErrors
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.cell import bundles, canonical_json, fingerprint
 from dfqbench.sweep.config_file import find_config, text_digest
 from dfqbench.sweep.load import load_sweep

@@ -18,9 +18,9 @@ from synthetic_store import cells, make_store, write_cell
 from wandb_file import contents, runs
 
 from dfqbench.analysis.records import read_store
-from dfqbench.cache import cache_folder
 from dfqbench.files import write_json
 from dfqbench.store import Store
+from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.load import load_sweep
 from dfqbench.sweep.schema import Tracking, tracking_of
 from dfqbench.tracking import process as tracking_process
