@@ -1,4 +1,4 @@
-"""dfqbench: the command line put together."""
+"""The `dfqbench` command: its sub-commands in the order of --help, and how errors leave it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The commands that read a store: table, compare, plot, report; merge, which brings stores together; wandb sync. None of them needs torch."""
+"""The commands that read a store: table, compare, plot, report; merge, which brings stores together; wandb sync.
+
+None of them needs torch, unless a sweep has changed since it ran and has to be loaded.
+"""
 
 from __future__ import annotations
 

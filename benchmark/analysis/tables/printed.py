@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -114,7 +115,9 @@ def notes_of(table: Block | WideTable) -> list[str]:
         "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
         f"{uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged": uncompared > 0,
         **dict.fromkeys(own, True),
-        "[1], [2]: same name and budget, but other settings or versions; the report shows them per cell": any("[" in row.label for row in rows),
+        "[1], [2]: same name and budget, but other settings or versions; the report shows them per cell": any(
+            re.search(r" \[\d+\]", row.label) for row in rows
+        ),
         "follows 'abstract': reconstructed, details of the method are not public": any(row.fidelity == "abstract" for row in rows),
         "published: what papers claim (a range where sources disagree), and how far we are from it in our standard errors; "
         "papers print one figure each, most of them the best epoch on the test set": any(entry.published for entry in entries),
