@@ -338,3 +338,8 @@ def test_a_terminal_of_any_width_cuts_no_number(found: list[Block], width: int) 
         for name in block.widths:
             assert f"{row.entries[name].mean:.2f}" in text
     assert ("left out" in text) == (width < 120)
+
+
+def test_a_setting_that_is_a_list_is_not_taken_for_a_numbered_row() -> None:
+    (block,) = blocks([result("gdfq(milestones=[1,2])")])
+    assert not [note for note in notes_of(block) if note.startswith("[1], [2]")]

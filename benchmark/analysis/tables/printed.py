@@ -92,7 +92,7 @@ def notes_of(table: Block | WideTable) -> list[str]:
     parts, rows = table.blocks if isinstance(table, WideTable) else [table], table.rows
     entries = [entry for row in rows for entry in row.entries.values()]
     rule, error, best = parts[0].rule, max(block.error for block in parts), any(entry.best for entry in entries)
-    uncompared = sum(block.uncompared for block in parts)
+    uncompared, numbered = sum(block.uncompared for block in parts), any(re.search(r" \[\d+\]", row.label) for row in rows)
     usual = dict(next(ast.literal_eval(rules) for rules, mark in table.marks.items() if not mark))
     once = "; where there is one seed, over test images alone" if any(entry.sd is None for entry in entries) else ""
     if isinstance(table, WideTable):
@@ -115,9 +115,7 @@ def notes_of(table: Block | WideTable) -> list[str]:
         "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
         f"{uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged": uncompared > 0,
         **dict.fromkeys(own, True),
-        "[1], [2]: same name and budget, but other settings or versions; the report shows them per cell": any(
-            re.search(r" \[\d+\]", row.label) for row in rows
-        ),
+        "[1], [2]: same name and budget, but other settings or versions; the report shows them per cell": numbered,
         "follows 'abstract': reconstructed, details of the method are not public": any(row.fidelity == "abstract" for row in rows),
         "published: what papers claim (a range where sources disagree), and how far we are from it in our standard errors; "
         "papers print one figure each, most of them the best epoch on the test set": any(entry.published for entry in entries),
