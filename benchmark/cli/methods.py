@@ -59,13 +59,14 @@ def show_method(name: str, plugin: Plugins = None) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dfqbench.method.catalogue import Entry
     from dfqbench.method.info import NEEDS
     from dfqbench.method.registry import find_method
 
     known = _catalogue(plugin)
-    if name not in known.entries or name in known.clashes:
-        find_method(name)  # says what is wrong
-    entry = known.entries[name]
+    entry = None if name in known.clashes else known.entries.get(name)
+    if entry is None:  # says what is wrong, or finds what this process has registered since it was remembered
+        entry = Entry.of(find_method(name))
     info, console = entry.info, Console()
     source = info.source
     lines = [
