@@ -104,6 +104,8 @@ def read_cells(config: str | None, results: Path, plugins: list[str] | None) -> 
         if failed.keys() == wanted.keys():
             again += " --retry-failed"
     if not reading.results:
+        if config is None and not store.root.is_dir():
+            raise UserError(f"results folder {store.root}: there is no such folder")
         raise UserError(f"nothing is finished in {store.root / 'runs'}" + (f" of {config}: {again}" if config else ""))
     return reading
 

@@ -196,17 +196,17 @@ def test_mistakes_are_told_on_standard_error_with_exit_code_2_and_nothing_is_wri
     ("words", "said"),
     [
         (["run", "nowhere.yaml"], "no config 'nowhere.yaml'"),
-        (["table", "--results", "empty"], "nothing is finished in empty/runs"),
+        (["table", "--results", "nosuch"], "results folder nosuch: there is no such folder"),
         (["table", "--rule", "first"], "--rule 'first': last or best-on-test"),
         (["table", "--format", "pdf"], "--format 'pdf': text, markdown, latex, html, csv or csv-means"),
         (["plot", "--kind", "acuracy"], "did you mean 'accuracy'?"),
         (["plot", "--format", "gif"], "--format 'gif': png, pdf or svg"),
-        (["plot", "--results", "empty"], "nothing is finished in empty/runs"),
-        (["report", "--results", "empty"], "nothing is finished in empty/runs"),
+        (["plot", "--results", "nosuch"], "results folder nosuch: there is no such folder"),
+        (["report", "--results", "nosuch"], "results folder nosuch: there is no such folder"),
         (["report", "--rule", "first"], "--rule 'first': last or best-on-test"),
         (["merge", "nowhere"], "nowhere: no results folder (it has no runs/)"),
         (["run", "quickstart", "--wandb", "on"], "--wandb 'on': online, offline or off"),
-        (["wandb", "sync", "--results", "empty"], "nothing is finished in empty/runs"),
+        (["wandb", "sync", "--results", "nosuch"], "results folder nosuch: there is no such folder"),
         (["models", "resnot999"], "no network matches 'resnot999'"),
         (["methods", "show", "gdqf"], "did you mean 'gdfq'?"),
         (["pretrain", "digits", "--out", "x.bin"], "x.bin"),
@@ -220,6 +220,11 @@ def test_wrong_words_get_one_line(dfqbench: Run, tmp_path: Path, monkeypatch: py
     assert said in err
     assert len(err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_results_folder_has_nothing_that_is_finished(dfqbench: Run, tmp_path: Path) -> None:
+    code, _, err = dfqbench("table", "--results", tmp_path)
+    assert (code, err) == (2, f"dfqbench: nothing is finished in {tmp_path / 'runs'}\n")
 
 
 @pytest.mark.parametrize("place", ["file", "/proc/results"])
