@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
-import os
-import re
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -19,13 +17,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dfqbench.data.folders import IMAGE_FILES, are_numbers, class_folders, class_order, files_below, stamp, unreadable
 from dfqbench.data.images import Images, Labels, Pixels, open_image, prepare
 from dfqbench.data.pixels import kept
 from dfqbench.errors import Notice, UserError
 from dfqbench.store.cache import cache_folder, remembered
 from dfqbench.task import Task
-
-IMAGE_FILES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
 
 BUILT_IN = {
     "digits": "scikit-learn's handwritten digits, 599 test images; needs no download",
@@ -179,7 +176,7 @@ class Cifar(EvaluationSet):
         file = self.root / self.FILES[self.name]
         if not file.is_file():  # the download comes first: only then there is a file whose size and time can be remembered
             self._load("test")
-        return str(remembered(cache, "set", [self.name, _stamp(file, self.root)], compute)["sha256"])
+        return str(remembered(cache, "set", [self.name, stamp(file, self.root)], compute)["sha256"])
 
 
 class ImageFolder(EvaluationSet):
@@ -188,9 +185,9 @@ class ImageFolder(EvaluationSet):
 
     def __init__(self, name: str, root: Path):
         self.root = root
-        self._class_names, other = _class_order(_class_folders(root))
+        self._class_names, other = class_order(class_folders(root))
         self.other_order = other if other != self._class_names else None
-        if self.other_order and _are_numbers(other):
+        if self.other_order and are_numbers(other):
             first = next(i for i, folder in enumerate(other) if folder != self._class_names[i])
             said = f"class folders are sorted as numbers ({self._class_names[first]} before {other[first]}), not as text"
             warnings.warn(f"image folder {root}: {said}", Notice, stacklevel=3)
@@ -198,7 +195,7 @@ class ImageFolder(EvaluationSet):
         left_out: list[Path] = []
         empty: list[str] = []
         for index, folder in enumerate(self._class_names):
-            images, others = _files_below(root / folder)
+            images, others = files_below(root / folder)
             self._files += [(index, path) for path in images]
             left_out += others
             if not images:
@@ -234,13 +231,13 @@ class ImageFolder(EvaluationSet):
                 with entry[1].open("rb") as file:
                     return entry[0], hashlib.file_digest(file, "sha256").digest()
             except OSError as error:
-                raise _unreadable(entry[1], error) from error
+                raise unreadable(entry[1], error) from error
 
         def compute() -> dict[str, Any]:
             with ThreadPoolExecutor() as pool:
                 return {"sha256": content_digest(self.classes, pool.map(hashed, self._files))}
 
-        key = [str(self.root.resolve()), [[index, *_stamp(path, self.root)] for index, path in self._files]]
+        key = [str(self.root.resolve()), [[index, *stamp(path, self.root)] for index, path in self._files]]
         return str(remembered(cache, "set", key, compute)["sha256"])
 
 
@@ -251,62 +248,3 @@ def content_digest(classes: int, images: Iterable[tuple[int, bytes]]) -> str:
         total.update(f"{label} {len(content)} ".encode())
         total.update(content)
     return total.hexdigest()
-
-
-def _stamp(path: Path, root: Path) -> list[Any]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-    return [str(path.relative_to(root)), status.st_size, status.st_mtime_ns]
-
-
-def _class_folders(root: Path) -> list[str]:
-    try:
-        if not root.is_dir():
-            raise UserError(f"image folder {root}: there is no such folder" if not root.exists() else f"image folder {root}: this is a file")
-        inside = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
-        folders = sorted(entry.name for entry in inside if entry.is_dir())
-        nowhere = [entry for entry in inside if entry.is_symlink() and not entry.exists()]
-    except OSError as error:
-        raise _unreadable(root, error) from None
-    if nowhere:
-        raise UserError(f"image folder {root}: {nowhere[0]} is a link to {os.readlink(nowhere[0])}, which is not there")
-    if not folders:
-        what = "it is empty" if not inside else f"it holds {len(inside)} files but no sub-folder"
-        raise UserError(f"image folder {root}: {what}; it needs one sub-folder of images per class")
-    if len(folders) < 2:
-        raise UserError(f"image folder {root}: only one class folder, {folders[0]!r}; two or more are needed")
-    return folders
-
-
-def _class_order(folders: list[str]) -> tuple[list[str], list[str]]:
-    """(the order that is taken, the other one): as numbers where all names are whole numbers, as text elsewhere."""
-    as_text = sorted(folders)
-    as_numbers = sorted(as_text, key=lambda name: [int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", name))])
-    return (as_numbers, as_text) if _are_numbers(folders) else (as_text, as_numbers)
-
-
-def _are_numbers(names: list[str]) -> bool:
-    return all(re.fullmatch(r"[0-9]+", name) for name in names)
-
-
-def _files_below(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(image files, other files) in a class's folder and below, sorted by path; hidden files count as neither."""
-    found = sorted(path for path in _walk(folder) if not path.name.startswith("."))
-    return [path for path in found if path.suffix.lower() in IMAGE_FILES], [path for path in found if path.suffix.lower() not in IMAGE_FILES]
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:  # os.walk would leave the folder out without a word
-        raise _unreadable(folder, error) from None
-
-    for place, _, names in os.walk(folder, onerror=refuse, followlinks=True):
-        for name in names:
-            yield Path(place, name)
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    if path.is_symlink() and isinstance(error, FileNotFoundError):
-        return UserError(f"{path} is a link to {os.readlink(path)}, which is not there")
-    return UserError(f"{error.filename or path} cannot be read ({error.strerror})")
