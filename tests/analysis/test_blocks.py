@@ -204,6 +204,7 @@ def test_the_best_epoch_is_not_compared_with_the_last_epochs_images(tmp_path: Pa
     assert any("nothing is bold" in note for note in notes_of(block))
 
 
+@pytest.mark.slow
 def test_average_ranks_are_over_every_width_of_every_block(tmp_path: Path) -> None:
     reading = read_store(make_store(tmp_path / "r", 500))
     found = blocks(reading.results)

@@ -105,6 +105,7 @@ def test_a_dollar_in_a_name_begins_no_formula(texts: list[Text]) -> None:
     assert all(text.get_parse_math() for text in ticks)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_no_formula_is_drawn(tmp_path: Path) -> None:
     drawn = prepare(read_store(store(tmp_path / "r", r"$\nosuchcommand{$", "a$b")))
     for kind in ("accuracy", "cost", "drop", "losses"):

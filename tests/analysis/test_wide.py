@@ -237,6 +237,7 @@ def test_html_groups_span_their_columns(table: WideTable) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_joins_and_changes_nothing_where_there_is_one_block(dfqbench: Run, tmp_path: Path) -> None:
     make_store(tmp_path / "one", 20, 50)
     make_store(tmp_path / "two", 300, 50)

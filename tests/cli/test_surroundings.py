@@ -60,6 +60,7 @@ def test_a_link_that_leads_nowhere_is_named(dfqbench: Callable[..., Answer], tmp
     )
 
 
+@pytest.mark.slow
 def test_plan_creates_nothing(tmp_path: Path, sweep_file: SweepFile) -> None:
     config, place = sweep_file(methods=["round"]), tmp_path / "empty"
     place.mkdir()

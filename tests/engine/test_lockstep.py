@@ -91,6 +91,7 @@ def test_ranges_are_frozen_after_calibration_and_in_evaluation(sweep_file: Sweep
     assert seen[0] == seen[1] == seen[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [2, 4, 7, 12])
 def test_interrupted_equals_uninterrupted(sweep_file: SweepFile, stop_after: int) -> None:
     """In the warm-up, at its end, in training, and after the last step; also through a state that went through a file."""
@@ -110,6 +111,7 @@ def test_interrupted_equals_uninterrupted(sweep_file: SweepFile, stop_after: int
     assert untimed == [[{k: v for k, v in row.items() if k != "seconds"} for row in t.history] for t in whole.trainees]
 
 
+@pytest.mark.slow
 def test_both_clocks_go_on_where_they_were_and_an_old_state_has_no_processor_time(sweep_file: SweepFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clocks that a test moves: the wall clock by 5 s, the processor's by 1 s whenever it is read."""
     ticks = {"wall": 0.0, "cpu": 0.0}
@@ -140,6 +142,7 @@ def test_both_clocks_go_on_where_they_were_and_an_old_state_has_no_processor_tim
     assert all(map(math.isnan, second.watch.cpu.values())), "a part of it was not measured"
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_one_seed_repeats(sweep_file: SweepFile) -> None:
     loaded = load_sweep(sweep_file(bits=["w4a4"], seeds=[0, 1]), cache_folder())
     ends = []

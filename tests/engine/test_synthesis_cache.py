@@ -125,6 +125,7 @@ def test_a_cells_cost_has_the_seconds_of_images_that_it_took_over_and_says_whose
     assert f"images taken over from cell {maker['id']}" in (tmp_path / "runs" / taker["id"] / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_other_bits_and_protocols_share_and_whatever_changes_images_does_not(run: Callable[..., Any], tmp_path: Path) -> None:
     assert run(tmp_path, {"gznq": GZNQ})[1].making == 6
     assert run(tmp_path, {"gznq": GZNQ}, bits=["w4a4", "w3a3"])[1].making == 0
@@ -145,6 +146,7 @@ def test_a_method_that_names_no_settings_shares_between_protocols_alone(run: Cal
     assert ends(tmp_path / "shared").keys() == ends(tmp_path / "alone").keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [4, 6, 8])
 def test_interrupted_anywhere_the_images_are_kept_and_taken_over_all_the_same(run: Callable[..., Any], tmp_path: Path, stop_after: int) -> None:
     """In the middle of a batch of images, after the last step of the making, and after it."""

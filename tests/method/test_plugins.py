@@ -130,6 +130,7 @@ def test_cells_of_finished_studies_keep_their_ids() -> None:
         assert fingerprint(json.loads((folder / "cell.json").read_text())["identity"]) == folder.name
 
 
+@pytest.mark.slow
 def test_a_package_is_hashed_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = tmp_path / "hashed_whole"
     place.mkdir()

@@ -94,6 +94,7 @@ def test_the_example_without_training_passes_every_check(tmp_path: Path) -> None
     method_checks(find_method("wide-round"))
 
 
+@pytest.mark.slow
 def test_the_example_test_is_valid_python(monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = blocks("python", "def test_conformance")
     module = ModuleType("my_idea")

@@ -353,6 +353,7 @@ def joined_layers(student: Student) -> int:
     return sum(isinstance(m, NormalisedLayer) for m in student.__dict__["_tuned_graph"].modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["lineage", {"gradient": "clipped", "weight_granularity": "per-tensor"}])
 @pytest.mark.parametrize("name", ["cv:resnet20_cifar10", "tv:mobilenet_v3_small", "tv:googlenet"])
 def test_layers_joined_with_their_batch_norms_give_the_values_and_gradients_of_two(name: str, protocol: object) -> None:

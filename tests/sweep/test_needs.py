@@ -134,6 +134,7 @@ def test_a_method_that_needs_none_of_it_runs_on_such_a_network(nets: Path, sweep
     assert load_sweep(sweep_file(teachers=[f"{nets}:group_norm"], methods=["zaq"], budget={}), cache_folder()).cells
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("net", "method", "need"), [("group_norm", "gdfq", "statistics"), ("no_stage", "zaq", "features")])
 def test_a_speed_measurement_is_refused_as_well(net: str, method: str, need: str, nets: Path, dfqbench: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = dfqbench("speed", "--methods", method, "--network", f"{nets}:{net}", "--rounds", 1, "--seconds", 0, "--device", "cpu")

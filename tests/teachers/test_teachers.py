@@ -302,6 +302,7 @@ def test_the_zoo_is_given_as_many_classes_as_the_config_says(tmp_path: Path) -> 
 # --- what a network expects of an image
 
 
+@pytest.mark.slow
 def test_each_zoo_says_what_its_networks_expect(tmp_path: Path) -> None:
     import timm
     import torchvision

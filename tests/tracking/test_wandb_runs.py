@@ -84,6 +84,7 @@ def test_what_was_pushed_is_not_pushed_again_unless_it_changed_or_was_asked_for(
     assert len(runs(tmp_path)) == 6, "a folder per cell and project, however often it was pushed"
 
 
+@pytest.mark.slow
 def test_sample_images_go_along(tmp_path: Path) -> None:
     from PIL import Image
 
