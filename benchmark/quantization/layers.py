@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,6 +11,25 @@ from torch.nn import functional as F
 from dfqbench.quantization.fake_quantize import fake_quantize, grid, levels
 from dfqbench.quantization.protocol import Protocol
 from dfqbench.quantization.ranges import RangeEstimator
+
+
+class Codes(NamedTuple):
+    """A weight as whole numbers: (levels - zero_point) * scale, in float32 and in this order, is the weight on its grid, to the bit.
+
+    levels: the weight's shape, whole numbers in lowest..highest as float32. scale, zero_point: float32, one per output channel or scalars; a
+    zero point is a whole number that need not lie within the levels, nor within any integer type.
+    """
+
+    levels: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    lowest: int
+    highest: int
+
+    def weight(self) -> Tensor:
+        """The weight on its grid."""
+        along = [-1, *[1] * (self.levels.dim() - 1)] if self.scale.dim() else []
+        return (self.levels - self.zero_point.view(along)) * self.scale.view(along)
 
 
 class QuantizedLayer(nn.Module):
@@ -49,6 +70,21 @@ class QuantizedLayer(nn.Module):
         scale, zero_point = (v if v.dim() == 0 else v.view(-1, *[1] * (weight.dim() - 1)) for v in self._grid(weight))
         lowest, highest = levels(self.bits, self.protocol.weight_symmetric)
         return torch.round(weight * (1.0 / scale) + zero_point).clamp_(lowest, highest)
+
+    @torch.no_grad()
+    def codes(self) -> Codes:
+        """The weight as it is now, in whole numbers. Raises ValueError where it has values that are not finite."""
+        weight = self.quantized_weight()
+        if not bool(torch.isfinite(weight).all()):
+            raise ValueError("a weight is not finite")
+        scale, zero_point = self._grid(self.layer.weight)
+        codes = Codes(self.weight_levels(self.layer.weight), scale, zero_point, *levels(self.bits, self.protocol.weight_symmetric))
+        if not torch.equal(codes.weight(), weight):  # a GPU's kernel may break a tie the other way: then what it computes with counts
+            along = [-1, *[1] * (weight.dim() - 1)] if scale.dim() else []
+            codes = codes._replace(levels=torch.round(weight / scale.view(along) + zero_point.view(along)).clamp_(codes.lowest, codes.highest))
+        if not torch.equal(codes.weight(), weight):
+            raise ValueError("a weight is not on its grid")
+        return codes
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:
