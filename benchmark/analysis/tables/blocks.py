@@ -118,15 +118,24 @@ def load_frame(results: list[Any]) -> pd.DataFrame:
     return pd.DataFrame([_record(result) for result in results])
 
 
-def _record(r: dict[str, Any]) -> Cell:
-    cell, identity, made, seconds = r["cell"], r["cell"]["identity"], r["provenance"], r["seconds"]
+def asked_for(cell: dict[str, Any]) -> Cell:
+    """What a cell's record says before anything is measured."""
+    identity = cell["identity"]
     return (
-        {"id": r["id"], "method": cell["label"], "plain_method": cell.get("method", cell["label"]), "fidelity": cell["fidelity"]}
-        | {"teacher": cell["teacher"]["label"], "weights": cell["teacher"]["weights_sha256"], "teacher_top1": r["teacher"]["top1"]}
-        | {"evaluation": cell["evaluation"]["name"], "digest": identity["evaluation"], "images": r["images"], "finished": r.get("finished", 0.0)}
+        {"method": cell["label"], "plain_method": cell.get("method", cell["label"]), "fidelity": cell["fidelity"]}
+        | {"teacher": cell["teacher"]["label"], "weights": cell["teacher"]["weights_sha256"]}
+        | {"evaluation": cell["evaluation"]["name"], "digest": identity["evaluation"]}
         | {"protocol": cell["protocol"], "precision": cell["precision"], "bits": cell["bits"], "seed": cell["seed"]}
+        | {"batch": int(identity["config"].get("batch_size") or 0)}
+    )
+
+
+def _record(r: dict[str, Any]) -> Cell:
+    made, seconds = r["provenance"], r["seconds"]
+    return (
+        {"id": r["id"], **asked_for(r["cell"]), "teacher_top1": r["teacher"]["top1"], "images": r["images"], "finished": r.get("finished", 0.0)}
         | {"top1": r["top1"], "best": r["best"]["top1"], "drop": round(r["teacher"]["top1"] - r["top1"], 10), "evaluations": r["evaluations"]}
-        | {"steps": r["steps"], "batch": int(identity["config"].get("batch_size") or 0), "seconds": round(seconds["own"] + seconds["shared"], 3)}
+        | {"steps": r["steps"], "seconds": round(seconds["own"] + seconds["shared"], 3)}
         | {"device": made["device_name"], "device_kind": made.get("device", "cpu"), "commit": made.get("git")}
     )
 
