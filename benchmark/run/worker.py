@@ -83,7 +83,7 @@ class Worker:
         pictures = self._pictures(lockstep)
         for trainee in lockstep.trainees:
             if trainee.failed is not None:
-                self._failed(trainee.cell, "Diverged", trainee.failed, "")
+                self._failed(trainee.cell, "Diverged", trainee.failed, "", steps=lockstep.student_steps)
                 summary.failed += 1
             else:
                 self._finished(trainee, lockstep, pictures)
@@ -244,9 +244,9 @@ class Worker:
         graphs = {"graphs": True} if lockstep.parts.replayed else {}
         return provenance(self.device) | graphs | ({"images": lockstep.images_from} if lockstep.images_from else {})
 
-    def _failed(self, cell: Cell, kind: str, message: str, trace: str) -> None:
+    def _failed(self, cell: Cell, kind: str, message: str, trace: str, **known: Any) -> None:
         self.store.append_log(cell.id, f"failed: {kind}: {message}")
-        self.store.write_failure(cell.id, kind, message, trace)
+        self.store.write_failure(cell.id, kind, message, trace, **known)
         self.watching.failed(cell.id)
         self.progress.failed(cell, f"{kind}: {message.splitlines()[0]}")
 

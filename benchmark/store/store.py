@@ -111,8 +111,9 @@ class Store:
         for name in ("failed.json", "progress.json"):
             (self.folder(cell_id) / name).unlink(missing_ok=True)
 
-    def write_failure(self, cell_id: str, kind: str, message: str, trace: str) -> None:
-        write_json(self.folder(cell_id) / "failed.json", {"kind": kind, "message": message, "traceback": trace, "time": time.time()})
+    def write_failure(self, cell_id: str, kind: str, message: str, trace: str, **known: Any) -> None:
+        """known: what else can be said of the try, like how many steps it was to have."""
+        write_json(self.folder(cell_id) / "failed.json", {"kind": kind, "message": message, "traceback": trace, "time": time.time(), **known})
 
     def write_history(self, cell_id: str, rows: list[dict[str, Any]]) -> None:
         """history.csv, whole: columns are all keys of all rows, in the order in which they first appear."""
