@@ -56,6 +56,8 @@ def normalised(latents: Tensor, dims: tuple[int, ...]) -> Tensor:
 class Qimera(GDFQ):
     """Superposed latent embeddings: images near class boundaries (Choi et al., NeurIPS 2021)."""
 
+    needs = {"statistics", "labels", "classifier"}
+
     class Config(GDFQ.Config):
         source = "the authors' code, CIFAR-10"
 

@@ -86,7 +86,7 @@ class Method:
     ranges: ClassVar[RangeEstimatorName | None] = None  # None: the protocol's choice
     batch_norm: ClassVar[BatchNormMode | None] = None  # None: the protocol's choice
     uses_seed: ClassVar[bool] = True  # False: nothing is random, one cell serves all seeds
-    needs: ClassVar[set[Needs]] = set()  # beside the teacher's logits: "statistics" (BN), "features" (of stages), "labels"
+    needs: ClassVar[set[Needs]] = set()  # beside the teacher's logits: "statistics" (BN), "features" (of stages), ... (info.py)
     quick: ClassVar[dict[str, Any]] = {}  # settings with which the conformance checks take seconds, beside a small budget
     expected_failures: ClassVar[dict[str, str]] = {}  # conformance checks that cannot hold, each with the reason
     info: ClassVar[MethodInfo]  # set by `register`

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from dfqbench.method.plugins import Origin
 
 Fidelity = Literal["code", "paper", "abstract"]
-Needs = Literal["statistics", "features", "labels"]
+Needs = Literal["statistics", "features", "labels", "classifier", "ranges"]
 NEEDS: dict[Needs, str] = {
     "statistics": "BN statistics: a teacher without BN layers will not do",
     "features": "stage features (attention, relations, class centres)",
     "labels": "class labels to make images from",
+    "classifier": "a convolution or linear layer with one output per class",
+    "ranges": "activation ranges from BN parameters: a BN layer that says how each quantized tensor is distributed",
 }
 
 
-def lacking(needs: Iterable[Needs], batch_norms: int | None, stages: int | None) -> list[str]:
+def lacking(needs: Iterable[Needs], offers: Mapping[str, int]) -> list[str]:
     """What a teacher lacks of what a method needs, as `statistics (BN statistics: ...)`. Labels every teacher has: its classes.
 
-    batch_norms: its BN layers with running statistics; stages: of its traced graph; None where nobody counted.
+    offers: how many of each need its network has (`Network.offers`); nothing is said of what nobody counted.
     """
-    there = {"statistics": batch_norms, "features": stages}
-    return [f"{need} ({NEEDS[need]})" for need in NEEDS if need in set(needs) and there.get(need) == 0]
+    return [f"{need} ({NEEDS[need]})" for need in NEEDS if need in set(needs) and offers.get(need) == 0]
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,12 @@ class Network(nn.Module):
         self.batch_norms_used = [n.target for n in sorted((n for n in nodes if "batch_norm" in n.meta), key=lambda n: n.meta["batch_norm"])]
         self.stages = sum("stage" in n.meta for n in nodes)
 
+    @property
+    def offers(self) -> dict[str, int]:
+        """How many there are of what a method may need: BN layers with running statistics, stages, layers with one output per class."""
+        layers = [m for m in self.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[0] == self.task.classes]
+        return {"statistics": len(self.batch_norms_used), "features": self.stages, "classifier": len(layers)}
+
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.traced(images)
         return logits

@@ -47,23 +47,25 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
     Returns what keeps float weights because no quantizer is known for it (attention modules, transposed convolutions), to be said to the
     user: nothing is left out silently. Under a protocol that folds, also batch norms without running statistics, which nothing can fold.
 
-    Raises UserError where the protocol finds no activation to quantize: activations would stay in full precision, whatever `bits` says.
+    Raises UserError where there is no weight, or the protocol finds no activation, to quantize: one of the two would stay in full precision,
+    whatever `bits` says.
     """
     if protocol.batch_norm == "folded":
         _fold_batch_norms(traced)
     layers = [n for n in traced.graph.nodes if isinstance(module_of(n, traced), LAYERS)]
     targets = list(dict.fromkeys(str(n.target) for n in layers))
+    if not targets:
+        raise UserError(f"{traced.meta['network']}: no weight to quantize: it has no nn.Conv2d and no nn.Linear")
     widths = dict.fromkeys(targets, bits.weights)
-    if targets:
-        widths[targets[0]] = protocol.first_bits or widths[targets[0]]
-        widths[targets[-1]] = protocol.last_bits or widths[targets[-1]]
+    widths[targets[0]] = protocol.first_bits or widths[targets[0]]
+    widths[targets[-1]] = protocol.last_bits or widths[targets[-1]]
     left_float = _layers_left_float(traced, set(targets)) + (_norms_left_float(traced) if protocol.batch_norm == "folded" else [])
 
     traced.add_submodule("quantizers", nn.Module())
     at_layers = protocol.placement == "layer-inputs"
     places = _before_layers_and_at_sums(traced, layers) if at_layers else _images_and_after_activations(traced)
     images = _image_nodes(traced)
-    last_only = [n for n in places if at_layers and targets and protocol.last_bits and _feeds_only(n, targets[-1], traced)]
+    last_only = [n for n in places if at_layers and protocol.last_bits and _feeds_only(n, targets[-1], traced)]
     if not any(n not in images or (at_layers and protocol.input_bits) for n in places):
         what = (
             "it has no convolution or linear layer that reads anything but the image"

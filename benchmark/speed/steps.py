@@ -132,7 +132,7 @@ class Stand:
 def phases_of(method: type[Method], stand: Stand) -> list[str]:
     """`images`, where a method optimises images before students train; `train`, where students do. UserError where the network will not do."""
     teacher, config = Teacher(stand.network, stand.task), stand.config(method, "train")
-    lacks = lacking(needs_of(method, config), len(teacher.batch_norms_used), teacher.stages)
+    lacks = lacking(needs_of(method, config), teacher.offers)
     if lacks:
         raise UserError(f"{stand.name or 'the network'} does not have what method {method.info.name} needs: {'; '.join(lacks)}")
     planned = method(teacher, config, 0)

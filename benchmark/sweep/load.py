@@ -23,7 +23,8 @@ from dfqbench.quantization import Bits, Protocol, find_protocol
 from dfqbench.sweep.cell import Cell, EvaluationCard
 from dfqbench.sweep.config_file import VARIABLE, text_digest
 from dfqbench.sweep.schema import Sweep
-from dfqbench.teachers import TeacherCard, TeacherSpec, describe, parse_teacher
+from dfqbench.sweep.students import student_of
+from dfqbench.teachers import TeacherCard, TeacherSpec, examine, parse_teacher
 from dfqbench.yaml_file import read_yaml
 
 
@@ -161,14 +162,18 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems) -> _Parts | None:
     evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate.set))
     card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate.name, cache)) if evaluation else None
     teachers: dict[TeacherCard, TeacherSpec] = {}
-    found: list[tuple[int, TeacherCard]] = []
+    found: list[tuple[int, TeacherCard, dict[str, str | None]]] = []
+    question = student_of(protocol) if protocol else None
     for i, given in enumerate(sweep.teachers):
         spec = problems.catch(f"teachers[{i}]", partial(parse_teacher, given))
-        teacher = problems.catch(f"teachers[{i}]", partial(describe, spec, cache)) if spec else None
-        if teacher is None:
+        examined = problems.catch(f"teachers[{i}]", partial(examine, spec, cache, question)) if spec else None
+        if examined is None:
             continue
+        teacher, student = examined
         teachers[teacher] = spec
-        found.append((i, teacher))
+        found.append((i, teacher, student or {}))
+        if student and student["refused"]:
+            problems.add(f"teachers[{i}]", f"{teacher.label}: {student['refused']}")
         if card and teacher.task.classes != card.classes:
             problems.add(f"teachers[{i}]", f"{teacher.label} has {teacher.task.classes} classes, evaluation set {card.name} has {card.classes}")
         elif card:
@@ -177,8 +182,12 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems) -> _Parts | None:
     makers = _variants("selection.images", sweep.selection.images, sweep, protocol, problems) if sweep.selection else []
     if len(makers) > 1:
         problems.add("selection.images", f"{len(makers)} variants, exactly one is expected: no lists of values here")
-    for (i, teacher), (method, config, _) in itertools.product(found, [*variants, *makers]):
-        for lack in lacking(needs_of(method, config), teacher.batch_norms, teacher.stages):
+    for (i, teacher, student), (method, config, _) in itertools.product(found, [*variants, *makers]):
+        needs = needs_of(method, config)
+        lacks = lacking(needs, teacher.offers)
+        if "ranges" in needs and student.get("ranges"):
+            lacks.append(f"ranges ({student['ranges']})")
+        for lack in lacks:
             problems.add(f"teachers[{i}]", f"{teacher.label} does not have what method {method.info.name} needs: {lack}")
     if problems.lines or protocol is None or evaluation is None or card is None:
         return None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 from dfqbench.errors import Notice, UserError
 from dfqbench.store.cache import remembered
 from dfqbench.task import Task
-from dfqbench.teachers.spec import ZOOS, TeacherSpec, parse_teacher
+from dfqbench.teachers.spec import ZOOS, Built, TeacherSpec, parse_teacher
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from dfqbench.network import Teacher
+
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
-CARD_VERSION = 3  # raised when what a card says changes, so that remembered ones are not used any more
+CARD_VERSION = 4  # raised when what a card says changes, so that remembered ones are not used any more
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class TeacherCard:
 
     `model` names a user's file without its folder, and `weights` (a path, 'zoo' or 'factory') is for people: what identifies the teacher is
     `model`, `weights_sha256` and `source_sha256`. The latter is of the one file that holds the factory; where a user's file imports others from
-    beside it, of all of them with their module names. `batch_norms` (BN layers with statistics) and `stages` are for planning, and no part of a
-    record; None where nobody counted.
+    beside it, of all of them with their module names. `offers` (`Network.offers`) is for planning, and no part of a record; empty where nobody
+    counted.
     """
 
     label: str
@@ -41,16 +44,24 @@ class TeacherCard:
     source_sha256: str | None
     task: Task
     parameters: int
-    batch_norms: int | None = field(default=None, compare=False)
-    stages: int | None = field(default=None, compare=False)
+    offers: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key not in ("batch_norms", "stages")} | {"task": self.task.as_dict()}
+        return {key: value for key, value in asdict(self).items() if key != "offers"} | {"task": self.task.as_dict()}
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> TeacherCard:
         task: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given["task"].items()}
         return cls(**{**given, "task": Task(**task)})
+
+
+@dataclass(frozen=True)
+class Question:
+    """What another room wants to know of a traced network. The answer depends on the network and `about` alone; both are what JSON can hold."""
+
+    name: str
+    about: Any
+    answer: Callable[[Teacher], Any]
 
 
 def describe(spec: TeacherSpec, cache: Path | None = None) -> TeacherCard:
@@ -59,10 +70,24 @@ def describe(spec: TeacherSpec, cache: Path | None = None) -> TeacherCard:
     With `cache` (a folder) the card is remembered for as long as the spec, the files and the zoo's version stay the same.
     Raises UserError for whatever keeps the teacher from being used.
     """
+    return examine(spec, cache)[0]
+
+
+def examine(spec: TeacherSpec, cache: Path | None = None, question: Question | None = None) -> tuple[TeacherCard, Any]:
+    """The card of a teacher (see `describe`), and the answer to a question about its network, remembered as the card is."""
     _check_files(spec)
     key = [CARD_VERSION, spec.model_dump(mode="json"), _stamp(spec.weights_file), _stamp(spec.source_file), _zoo_version(spec)]
-    found = remembered(cache, "teacher", key, lambda: _examine(spec), _neighbours_are_the_same)
-    return replace(TeacherCard.from_dict(found["card"]), **found["counted"])
+    traced = functools.cache(lambda: _traced(spec))  # once, whatever is not remembered
+    found = remembered(cache, "teacher", key, lambda: _examine(spec, *traced()), _neighbours_are_the_same)
+    card = replace(TeacherCard.from_dict(found["card"]), offers=found["offers"])
+    if question is None:
+        return card, None
+
+    def ask() -> dict[str, Any]:
+        built, teacher = traced()
+        return {"answer": question.answer(teacher), "neighbours": _stamps(built)}
+
+    return card, remembered(cache, question.name, [*key, question.about], ask, _neighbours_are_the_same)["answer"]
 
 
 def load(spec: TeacherSpec) -> nn.Module:
@@ -113,20 +138,25 @@ def _zoo_names(zoo: str, cache: Path | None) -> list[str]:
     return list(remembered(cache, "zoo", [zoo, version, _stamp(Path(found.origin)) if found and found.origin else None, here], ask)["names"])
 
 
-def _examine(spec: TeacherSpec) -> dict[str, Any]:
-    """What is remembered: the card, what was counted in the traced network, and the stamps of a user's file's neighbours."""
-    import torch
-
-    from dfqbench.network.network import Network, trace
+def _traced(spec: TeacherSpec) -> tuple[Built, Teacher]:
+    from dfqbench.network import Teacher
     from dfqbench.teachers.build import build, check_answer
-    from dfqbench.teachers.weights import hash_tensors
 
     built = build(spec)
     check_answer(built, spec)
     try:
-        traced = Network(trace(built.network, built.task), built.task)
+        return built, Teacher(built.network, built.task)
     except UserError as error:
         raise UserError(f"teacher {spec.model!r}: {error}") from error
+
+
+def _examine(spec: TeacherSpec, built: Built, teacher: Teacher) -> dict[str, Any]:
+    """What is remembered: the card, what was counted in the traced network, and the stamps of a user's file's neighbours."""
+    import torch
+
+    from dfqbench.teachers.build import build
+    from dfqbench.teachers.weights import hash_tensors
+
     place, name = spec.source
     if spec.source_file is not None:
         place = spec.source_module or spec.source_file.name
@@ -146,9 +176,13 @@ def _examine(spec: TeacherSpec) -> dict[str, Any]:
     )
     return {
         "card": card.as_dict(),
-        "counted": {"batch_norms": len(traced.batch_norms_used), "stages": traced.stages},
-        "neighbours": [_stamp(file) for file, _ in built.neighbours.values()],
+        "offers": teacher.offers,
+        "neighbours": _stamps(built),
     }
+
+
+def _stamps(built: Built) -> list[Any]:
+    return [_stamp(file) for file, _ in built.neighbours.values()]
 
 
 def _source_sha256(file: Path, neighbours: Mapping[str, tuple[Path, str]]) -> str:

@@ -145,7 +145,7 @@ def what_it_needs_is_declared(trial: Trial) -> None:
 
     with (
         patch.object(Method, "draw_labels", noting("labels", Method.draw_labels)),
-        patch.object(Student, "set_ranges_from_bn", noting("statistics", Student.set_ranges_from_bn)),
+        patch.object(Student, "set_ranges_from_bn", noting("ranges", Student.set_ranges_from_bn)),
     ):
         batch = trial.end(teacher=teacher).last_batch
     used |= {"labels"} if batch is not None and batch.labels is not None else set()

@@ -62,6 +62,44 @@ def branching():
     return Branching(nn.BatchNorm2d)
 
 
+def bare():
+    net = plain()
+    net.body[2] = net.body[5] = nn.Identity()
+    return net
+
+
+def weightless():
+    return Weightless(nn.BatchNorm2d)
+
+
+def late_norm():
+    net = plain()
+    net.body[1] = nn.Identity()
+    return net
+
+
+def split_head():
+    net = plain()
+    net.head = Split()
+    return net
+
+
+class Weightless(Net):
+    def forward(self, x):
+        return torch.relu(x - 0.1).flatten(1)[:, :10] * 2
+
+
+class Split(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 4), nn.Linear(8, 6)
+        for parameter in self.parameters():
+            nn.init.constant_(parameter, 0.1)
+
+    def forward(self, x):
+        return torch.cat([self.left(x), self.right(x)], 1)
+
+
 def scripted():
     return torch.jit.script(plain())
 
@@ -111,15 +149,15 @@ def lines(path: Path) -> list[str]:
     return str(caught.value).splitlines()
 
 
-WITH = {need: [m.info.name for m in list_methods() if need in m.needs] for need in ("statistics", "features", "labels")}
+LACKING = {"statistics": ["group_norm", "batch_statistics"], "features": ["no_stage"], "classifier": ["split_head"], "ranges": ["late_norm"]}
+WITH = {need: [m.info.name for m in list_methods() if need in m.needs] for need in LACKING}
 
 
-@pytest.mark.parametrize(("need", "name"), [(need, name) for need in ("statistics", "features") for name in WITH[need]])
+@pytest.mark.parametrize(("need", "name"), [(need, name) for need in LACKING for name in WITH[need]])
 def test_what_a_method_needs_and_a_network_lacks_is_told_before_anything_runs(need: str, name: str, nets: Path, sweep_file: SweepFile) -> None:
-    lacking = {"statistics": ["group_norm", "batch_statistics"], "features": ["no_stage"]}[need]
-    config = sweep_file(teachers=[f"{nets}:{net}" for net in lacking], methods=[name], budget={})
+    config = sweep_file(teachers=[f"{nets}:{net}" for net in LACKING[need]], methods=[name], budget={})
     told = lines(config)
-    for i, net in enumerate(lacking):
+    for i, net in enumerate(LACKING[need]):
         (line,) = (line for line in told if line.startswith(f"{config}: teachers[{i}]: ") and f": {need} (" in line)
         assert f"{net} does not have what method {name} needs" in line
     assert load_sweep(sweep_file(teachers=[f"{nets}:plain"], methods=[name], budget={}), cache_folder()).cells
@@ -132,6 +170,35 @@ def test_what_a_wrapped_method_needs_counts(nets: Path, sweep_file: SweepFile) -
 
 def test_a_method_that_needs_none_of_it_runs_on_such_a_network(nets: Path, sweep_file: SweepFile) -> None:
     assert load_sweep(sweep_file(teachers=[f"{nets}:group_norm"], methods=["zaq"], budget={}), cache_folder()).cells
+
+
+@pytest.mark.parametrize("protocol", ["lineage", {"base": "lineage", "input_bits": 8}, "own.yaml"])
+def test_a_network_that_a_protocol_finds_nothing_in_is_told_once_and_for_all(
+    protocol: object, nets: Path, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own.yaml").write_text("base: hardware\nplacement: activations\n")
+    monkeypatch.chdir(tmp_path)
+    config = sweep_file(teachers=[f"{nets}:bare", f"{nets}:plain", f"{nets}:weightless"], methods=["zaq", "round"], budget={}, protocol=protocol)
+    if protocol == "own.yaml":
+        config = sweep_file(teachers=[f"{nets}:bare", f"{nets}:plain", f"{nets}:weightless"], methods=["round"], budget={}, protocol=protocol)
+    said = [line for line in lines(config) if "does not have" not in line]
+    assert [line.split(": ")[1:4] for line in said] == [["teachers[0]", "bare", "Net"], ["teachers[2]", "weightless", "Weightless"]]
+    assert "finds no activation to quantize: it has no activation function that is known" in said[0]
+    assert "no weight to quantize: it has no nn.Conv2d and no nn.Linear" in said[1]
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setattr("dfqbench.teachers.build.build", forbidden)
+    assert [line for line in lines(config) if "does not have" not in line] == said, "the answers are remembered"
+    if protocol != "own.yaml":
+        with pytest.raises(AssertionError, match="built again"):  # another protocol is another question
+            lines(sweep_file(teachers=[f"{nets}:bare"], methods=["round"], budget={}, protocol={"base": "lineage", "input_bits": 7}))
+
+
+def test_what_one_protocol_cannot_quantize_another_can(nets: Path, sweep_file: SweepFile) -> None:
+    config = sweep_file(teachers=[f"{nets}:bare"], methods=["round"], budget={}, protocol="hardware")
+    assert load_sweep(config, cache_folder()).cells
 
 
 @pytest.mark.slow

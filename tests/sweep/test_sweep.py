@@ -241,7 +241,7 @@ def test_shipped_configs_are_valid_but_for_the_data_that_is_not_here(name: str, 
     assert problems.lines == []
     assert sweep is not None
     monkeypatch.setattr("dfqbench.sweep.load.find_set", lambda given: (_ for _ in ()).throw(UserError("absent")))
-    monkeypatch.setattr("dfqbench.sweep.load.describe", lambda spec, cache: (_ for _ in ()).throw(UserError("absent")))
+    monkeypatch.setattr("dfqbench.sweep.load.examine", lambda *_: (_ for _ in ()).throw(UserError("absent")))
     _parts(sweep, cache_folder(), problems)
     assert {line.split(": ")[1].split("[")[0] for line in problems.lines} == {"evaluate", "teachers"}
 
