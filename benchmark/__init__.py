@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dfqbench.analysis.frames import history as history
+    from dfqbench.analysis.frames import results as results
     from dfqbench.errors import UserError as UserError
     from dfqbench.method.contract import Batch as Batch
     from dfqbench.method.contract import Method as Method
@@ -39,7 +41,9 @@ _HOME = {
     "Teacher": "dfqbench.network.network",
     "TrainingConfig": "dfqbench.method.settings",
     "UserError": "dfqbench.errors",
+    "history": "dfqbench.analysis.frames",
     "register": "dfqbench.method.registry",
+    "results": "dfqbench.analysis.frames",
     "stream_seed": "dfqbench.method.contract",
 }
 __all__ = sorted(_HOME)

@@ -127,10 +127,7 @@ def _merge_result(result: dict[str, Any], folder: Path, store: Store, done: Merg
         done.replicates += 1
         return
     place, mine = same_setup[0]
-    differing = [name for name in NUMBERS if mine.get(name) != result.get(name)]
-    ours, theirs = read_correct(place / "correct.npy", mine), read_correct(folder / "correct.npy", result)
-    if not differing and ours is not None and theirs is not None and (ours != theirs).any():
-        differing = ["correct.npy"]
+    differing = differences(mine, place, result, folder)
     if not differing:
         done.duplicates += 1
         return
@@ -140,6 +137,15 @@ def _merge_result(result: dict[str, Any], folder: Path, store: Store, done: Merg
     )
     name = f"{cell['label']} {cell['teacher']['label']} {cell['bits']} seed {cell['seed']}"
     done.conflicts.append(f"{folder}: {name}: same device and versions, another result: {what}; nothing was changed")
+
+
+def differences(mine: dict[str, Any], here: Path, theirs: dict[str, Any], there: Path) -> list[str]:
+    """In which numbers two results of one cell, in their folders, differ; of equal ones, whether they are about other images."""
+    differing = [name for name in NUMBERS if mine.get(name) != theirs.get(name)]
+    if not differing:
+        ours, others = read_correct(here / "correct.npy", mine), read_correct(there / "correct.npy", theirs)
+        differing = ["correct.npy"] if ours is not None and others is not None and (ours != others).any() else []
+    return differing
 
 
 def setup_of(result: dict[str, Any]) -> str:
