@@ -1,0 +1,209 @@
+"""Results and curves in Python, as pandas data frames: `dfqbench.results` and `dfqbench.history`. No torch here."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dfqbench.analysis.compare import find_cell
+from dfqbench.analysis.merge import differences, setup_of
+from dfqbench.analysis.records import Reading, read_store
+from dfqbench.analysis.tables.blocks import asked_for, load_frame
+from dfqbench.errors import Notice, UserError
+from dfqbench.files import read_json
+from dfqbench.quantization import Bits
+from dfqbench.store import Store
+from dfqbench.sweep.cell import canonical_json, fingerprint
+
+STATES = ("done", "diverged", "failed")
+# the columns of `results` with their dtypes; results/README.md says what they hold
+COLUMNS = {
+    "store": "string",
+    "id": "string",
+    "status": "category",
+    "replicate": "int64",
+    "replicates": "int64",
+    "method": "string",
+    "plain_method": "string",
+    "fidelity": "string",
+    "configuration": "string",
+    "settings": "string",
+    "teacher": "string",
+    "weights": "string",
+    "evaluation": "string",
+    "digest": "string",
+    "protocol": "string",
+    "precision": "string",
+    "bits": "category",
+    "weight_bits": "Int64",
+    "activation_bits": "Int64",
+    "seed": "Int64",
+    "top1": "Float64",
+    "top5": "Float64",
+    "best": "Float64",
+    "best_epoch": "Int64",
+    "teacher_top1": "Float64",
+    "drop": "Float64",
+    "images": "Int64",
+    "evaluations": "Int64",
+    "last_epoch": "Int64",
+    "steps": "Int64",
+    "batch": "Int64",
+    "seconds": "Float64",
+    "cpu_seconds": "Float64",
+    "device": "string",
+    "device_kind": "string",
+    "commit": "string",
+    "finished": "datetime64[ns, UTC]",
+    "error": "string",
+}
+
+
+def results(stores: str | Path | Iterable[str | Path] = "results", *, replicates: bool = False) -> pd.DataFrame:
+    """All cells that ended, one row each, from one results folder or from several; results/README.md describes the columns.
+
+    Accuracies are in percent. Cells that failed or diverged are rows too (`status`), with missing values where nothing was measured: what is left
+    out of a mean is there to be counted. A cell that several folders hold is one row, that of the first folder that has finished it; the same cell
+    measured on another device or with other versions is counted in `replicates`, and has rows of its own only if `replicates` is true.
+
+    Raises UserError for a folder that is no store. Files that are damaged or foreign, and results of one cell and setup that contradict each other,
+    are left out with a Notice (a warning) each.
+    """
+    folders = [stores] if isinstance(stores, str | Path) else list(stores)
+    readings = [_read(Path(folder)) for folder in folders]
+    done: dict[str, list[tuple[Store, Path, dict[str, Any]]]] = {}
+    for reading in readings:
+        for store, folder, result in _measured(reading):
+            known = done.setdefault(result["id"], [])
+            same = next((one for one in known if setup_of(one[2]) == setup_of(result)), None)
+            if same is None:
+                known.append((store, folder, result))
+            elif differing := differences(same[2], same[1], result, folder):
+                said = f"{folder} and {same[1]}: the same cell, device and versions, but another {differing[0]}: the former is left out"
+                warnings.warn(said, Notice, stacklevel=2)
+    rows = []
+    for measured in done.values():
+        for number, (store, _, result) in enumerate(measured if replicates else measured[:1]):
+            rows.append({"store": str(store.root), "replicate": number, "replicates": len(measured) - 1} | _row(result))
+    ended = set(done)
+    for reading in readings:
+        for failure in reading.failures:
+            if failure["id"] not in ended:
+                ended.add(failure["id"])
+                rows.append({"store": str(reading.store.root), "replicate": 0, "replicates": 0} | _failed_row(failure))
+    return frame_of(rows)
+
+
+def _store(folder: Path) -> Store:
+    if not (folder / "runs").is_dir():
+        raise UserError(f"{folder}: no results folder (it has no runs/)" if folder.exists() else f"results folder {folder}: there is no such folder")
+    return Store(folder)
+
+
+def _read(folder: Path) -> Reading:
+    reading = read_store(_store(folder))
+    for line in reading.skipped:
+        warnings.warn(f"skipped: {line}", Notice, stacklevel=3)
+    return reading
+
+
+def _measured(reading: Reading) -> Iterable[tuple[Store, Path, dict[str, Any]]]:
+    """(store, folder, result) of all results of a store; a cell's own comes before its replicates."""
+    for result in reading.results:
+        yield reading.store, reading.store.folder(result["id"]), result
+    for cell_id, others in reading.replicates.items():
+        for other in others:
+            yield reading.store, reading.store.root / "replicates" / cell_id / setup_of(other), other
+
+
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    (own,) = load_frame([result]).to_dict("records")
+    cpu = result.get("cpu_seconds")
+    return (
+        {str(key): value for key, value in own.items()}
+        | _identity(result["cell"])
+        | {"status": "done", "top5": _number(result.get("top5")), "best_epoch": result["best"]["epoch"], "last_epoch": result["last_epoch"]}
+        | {"cpu_seconds": round(cpu["own"] + cpu["shared"], 3) if isinstance(cpu, dict) else None, "finished": _number(result.get("finished"))}
+    )
+
+
+def _failed_row(failure: dict[str, Any]) -> dict[str, Any]:
+    """As much as the cell's record says: it may be damaged."""
+    status = "diverged" if failure["kind"] == "Diverged" else "failed"
+    said = {"id": failure["id"], "status": status, "error": f"{failure['kind']}: {failure['message']}", "finished": _number(failure.get("time"))}
+    try:
+        return said | asked_for(failure["cell"]) | _identity(failure["cell"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return said
+
+
+def _identity(cell: dict[str, Any]) -> dict[str, Any]:
+    identity, bits = cell["identity"], Bits.parse(cell["bits"])
+    configuration = fingerprint({key: value for key, value in identity.items() if key not in ("bits", "seed")})
+    said = {"configuration": configuration, "settings": canonical_json(identity["config"])}
+    return said | {"weight_bits": bits.weights, "activation_bits": bits.activations}
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def frame_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows by COLUMNS, sorted as tables are read: teacher, evaluation set, protocol, precision, method, bits, seed."""
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    widths = sorted({bits for bits in frame.bits if isinstance(bits, str)}, key=Bits.parse)
+    frame["bits"] = pd.Categorical(frame.bits, widths, ordered=True)
+    frame["status"] = pd.Categorical(frame.status, STATES)
+    frame["finished"] = pd.to_datetime(frame.finished.astype("Float64"), unit="s", utc=True)
+    frame = frame.astype({name: kind for name, kind in COLUMNS.items() if kind != "category"})
+    order = ["teacher", "evaluation", "protocol", "precision", "method", "configuration", "bits", "seed", "id", "replicate"]
+    return frame.sort_values(order, ignore_index=True)
+
+
+def history(cell: str | Path, results: str | Path = "results") -> pd.DataFrame:
+    """The curves of a finished cell: a row for each epoch, with `epoch` (Int64), `phase` (string) and what was logged (Float64 where numeric).
+
+    cell: its id, the first characters of one if no other cell of the folder `results` has them, or its folder. top1, in percent, is there for epochs
+    that were evaluated. A cell that trains nothing has no epochs. Raises UserError where there is no such cell, where it is not finished, and
+    where its history.csv is missing or damaged.
+    """
+    folder = Path(cell)
+    if not (isinstance(cell, Path) or os.sep in cell or (folder / "result.json").exists()):
+        store = _store(Path(results))
+        folder = store.folder(find_cell(store, cell))
+    elif not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    path = folder / "history.csv"
+    try:
+        result = read_json(folder / "result.json")
+        epochs = None if result is None else int(result["last_epoch"])
+        lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else [["epoch", "phase"]]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise UserError(f"{folder}: damaged: {error}") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or folder}: {error.strerror}") from None
+    if epochs is None:
+        raise UserError(f"{folder}: not a finished cell, there is no result.json")
+    columns, rows = lines[0] if lines else [], lines[1:]
+    at = columns.index("epoch") if "epoch" in columns else None
+    if at is None or any(len(row) != len(columns) for row in rows) or [row[at] for row in rows] != [str(e) for e in range(1, epochs + 1)]:
+        raise UserError(f"{path}: missing or damaged: it does not have the {epochs} epochs of the result")
+    frame = pd.DataFrame(rows, columns=columns, dtype="string").replace("", pd.NA)
+    for name in columns:
+        frame[name] = _numeric(frame[name])
+    return frame.astype({"epoch": "Int64"} | {name: "string" for name in ("phase",) if name in columns})
+
+
+def _numeric(column: pd.Series[str]) -> pd.Series[Any]:
+    """As Float64 if all that is there are numbers."""
+    try:
+        return column.astype("Float64")
+    except ValueError:
+        return column
