@@ -13,8 +13,8 @@ GUIDE = (Path(__file__).parents[2] / "methods" / "README.md").read_text()
 
 API = {
     "dfqbench": (
-        "Batch Field HostingConfig HostingMethod Method MethodConfig Observation Phase Student Task Teacher TrainingConfig UserError register "
-        "stream_seed"
+        "Batch Field HostingConfig HostingMethod Method MethodConfig Observation Phase Student Task Teacher TrainingConfig UserError history "
+        "register results stream_seed"
     ),
     "dfqbench.data": "EvaluationSet OwnSet find_set list_sets register_set",
     "dfqbench.testing": "check_method method_checks outcomes Outcome Trial small_task small_teacher ends_of",
