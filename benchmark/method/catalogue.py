@@ -65,12 +65,12 @@ def catalogue(cache: Path | None) -> Catalogue:
         entries = {method.info.name: asdict(Entry.of(method)) for method in registry.list_methods()}
         return {"entries": entries, "broken": registry.broken, "clashes": registry.clashes()}
 
-    found = remembered(cache, "methods", _depends_on(), ask, lambda answer: not answer["broken"] and not answer["clashes"])
+    found = remembered(cache, "methods", code_state(), ask, lambda answer: not answer["broken"] and not answer["clashes"])
     return Catalogue(**{**found, "entries": {name: Entry.from_dict(entry) for name, entry in found["entries"].items()}})
 
 
-def _depends_on() -> list[Any]:
-    """Digests of our own files and of those of the packages that bring methods or sets, and the versions of all packages."""
+def code_state() -> list[Any]:
+    """What methods depend on: digests of our own files and of those of the packages that bring methods or sets, and the versions of all packages."""
     entries = [entry for group in (registry.ENTRY_POINTS, "dfqbench.sets") for entry in importlib.metadata.entry_points(group=group)]
     files = {file for entry in entries for file in _files_of(entry)}
     for folder in (PACKAGE, *registry.built_in_folders()):

@@ -86,6 +86,11 @@ def discover() -> None:
     plugins.load_entry_points(ENTRY_POINTS)
 
 
+def untouched() -> bool:
+    """Whether no method is known to this process yet and no installed package brings one: then the suite's files decide what methods will say."""
+    return not (_methods or discover.cache_info().currsize or importlib.metadata.entry_points(group=ENTRY_POINTS))
+
+
 def clashes() -> dict[str, str]:
     """Names that two places claim, each with what is said about it."""
     discover()

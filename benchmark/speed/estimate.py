@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 from dfqbench.errors import counted
@@ -104,28 +103,13 @@ def _speed_file(path: Path, record: dict[str, Any]) -> SpeedFile:
 
 
 def steps_of(cell: Cell) -> dict[str, int] | None:
-    """Steps by phase as `dfqbench speed` names them: `images` that only make images, `train` all others where students train; those there are.
-
-    None where the method cannot tell its phases before it is set up.
-    """
+    """Steps by phase: as the sweep knows them, else as the method says; None where it cannot tell them before it is set up."""
+    if cell.steps is not None:
+        return cell.steps
     from dfqbench.method.registry import find_method
+    from dfqbench.sweep import variants
 
-    method = find_method(cell.method)
-    teacher: Any = SimpleNamespace(task=cell.teacher.task)
-    try:
-        config = method.Config(**cell.config)
-        planned = method(teacher, config, 0).phases()
-        phases = [
-            (phase, phase.epochs * int(getattr(config, "iterations", 0) if phase.iterations is None else phase.iterations)) for phase in planned
-        ]
-    except Exception:  # a plug-in's phases may need what only its `setup` makes
-        return None
-    trains = any(phase.distill and steps for phase, steps in phases)
-    steps = {
-        "images": sum(steps for phase, steps in phases if phase.step is not None),
-        "train": sum(steps for phase, steps in phases if phase.step is None) if trains else 0,
-    }
-    return {phase: count for phase, count in steps.items() if count}
+    return variants.steps_of(find_method(cell.method), cell.config, cell.teacher.task)
 
 
 def _batch(config: dict[str, Any], phase: str) -> int | None:

@@ -22,7 +22,7 @@ def remembered(
 ) -> dict[str, Any]:
     """`compute()`, or what it answered earlier for the same `key` (anything that JSON can hold); without a folder nothing is remembered.
 
-    `valid` says whether an earlier answer still holds, where it depends on more than was known before it was computed.
+    `valid` says whether an answer holds, where it depends on more than was known before it was computed: one that does not is not remembered.
     A file that cannot be read is written anew. Several processes may do the same at once: each replaces the file in one step.
     """
     if folder is None:
@@ -36,6 +36,8 @@ def remembered(
     except (OSError, ValueError):
         pass
     answer = compute()
+    if not valid(answer):
+        return answer
     with contextlib.suppress(OSError):  # a home folder that cannot be written only costs the time to find out again
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")

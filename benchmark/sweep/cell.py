@@ -54,7 +54,8 @@ class Cell:
     """Method and its complete settings, teacher, evaluation set, protocol, bits, seed and precision.
 
     config holds every setting with its value; `changed` those that differ from the method's defaults (for labels only). `plugin` and `source`
-    (package, version, file, sha256) are provenance of the method's code; only its declared `version` takes part in the identity.
+    (package, version, file, sha256) are provenance of the method's code; only its declared `version` takes part in the identity. `steps` by phase is
+    for estimates only; None where nobody asked.
     """
 
     method: str
@@ -71,6 +72,7 @@ class Cell:
     fidelity: str = ""
     plugin: str = ""
     source: dict[str, str] = field(default_factory=dict)
+    steps: dict[str, int] | None = field(default=None, compare=False)
 
     def identity(self) -> dict[str, Any]:
         """Everything that can change the number."""

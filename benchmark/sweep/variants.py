@@ -1,0 +1,170 @@
+"""The methods of a sweep with each of their settings, as cells know them; remembered, so that the next `plan` needs no torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, get_origin
+
+from pydantic import ValidationError
+
+from dfqbench.errors import nearest
+from dfqbench.method import registry
+from dfqbench.method.catalogue import code_state
+from dfqbench.method.info import Fidelity, Needs
+from dfqbench.method.settings import MethodConfig
+from dfqbench.quantization import Protocol
+from dfqbench.quantization.protocol import BatchNormMode, RangeEstimatorName
+from dfqbench.store.cache import remembered
+from dfqbench.sweep.problems import Problems, described
+from dfqbench.sweep.schema import Sweep
+from dfqbench.task import Task
+
+if TYPE_CHECKING:
+    from dfqbench.method.contract import Method
+
+Entry = str | dict[str, dict[str, Any] | None]
+Configured = tuple["type[Method]", MethodConfig, dict[str, Any]]  # the last: settings that differ from the method's own
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with complete settings; all of it JSON. changed: settings that differ from the method's own; needs: with those of the method that it
+    wraps; steps: by phase, by the teacher's task as text; none where nobody asked."""
+
+    method: str
+    version: int
+    ranges: RangeEstimatorName | None
+    batch_norm: BatchNormMode | None
+    uses_seed: bool
+    shares_synthesis: bool
+    fidelity: Fidelity
+    plugin: str
+    source: dict[str, str]
+    config: dict[str, Any]
+    changed: dict[str, Any]
+    needs: list[Needs]
+    steps: dict[str, dict[str, int] | None]
+
+    @classmethod
+    def of(cls, method: type[Method], config: MethodConfig, changed: dict[str, Any], tasks: Collection[Task]) -> Variant:
+        from dfqbench.method.hosting import needs_of
+
+        info, settings = method.info, config.model_dump(mode="json")
+        return cls(
+            method=info.name,
+            version=method.version,
+            ranges=method.ranges,
+            batch_norm=method.batch_norm,
+            uses_seed=method.uses_seed,
+            shares_synthesis=info.shares_synthesis,
+            fidelity=info.fidelity,
+            plugin=f"{info.origin} {info.source_sha256[:12]}",
+            source=info.source.as_dict(),
+            config=settings,
+            changed=changed,
+            needs=sorted(needs_of(method, config)),
+            steps={str(task): steps_of(method, settings, task) for task in tasks},
+        )
+
+
+def find_variants(
+    sweep: Sweep, protocol: Protocol | None, tasks: Collection[Task], problems: Problems, cache: Path
+) -> tuple[list[Variant], list[Variant]]:
+    """(those of the methods, those of the method that makes images to select on); what is wrong is added to `problems`.
+
+    Remembered where nothing is wrong and no code but the suite's has a say, for as long as neither its files nor any installed package change.
+    The steps for each of the teachers' tasks are remembered with it: they need the methods too.
+    """
+    images = [sweep.selection.images] if sweep.selection else []
+    known = registry.untouched() and protocol is not None and not problems.lines
+    code = code_state() if known else None
+
+    def ask() -> dict[str, Any]:
+        from dfqbench.method.hosting import methods_of
+
+        found = {
+            "methods": [v for i, given in enumerate(sweep.methods) for v in _variants(f"methods[{i}]", given, sweep, protocol, problems)],
+            "images": [v for given in images for v in _variants("selection.images", given, sweep, protocol, problems)],
+        }
+        asked = {method for method, config, _ in itertools.chain(*found.values()) for method in methods_of(method, config)}
+        own = all(method.info.source.package == "dfqbench" for method in asked) and not registry.broken
+        holds = known and own and not problems.lines and code_state() == code
+        return {"holds": holds, **{key: [asdict(Variant.of(*v, tasks if holds else ())) for v in variants] for key, variants in found.items()}}
+
+    given = [sweep.methods, images, sweep.preset, sweep.budget.given(), protocol, sorted(map(str, tasks))]
+    key = [code, repr(given)]  # as text: the order of settings and 1 or 1.0 make a difference
+    answer = remembered(cache if known else None, "variants", key, ask, lambda answer: bool(answer["holds"]))
+    methods, makers = ([Variant(**variant) for variant in answer[part]] for part in ("methods", "images"))
+    return methods, makers
+
+
+def _variants(key: str, given: Entry, sweep: Sweep, protocol: Protocol | None, problems: Problems) -> list[Configured]:
+    """The method of one entry with each of its settings: a list value spans a grid."""
+    if isinstance(given, dict) and len(given) != 1:
+        problems.add(key, f"{given!r}: one method with its settings is expected, like {{gdfq: {{bn_weight: 1.0}}}}")
+        return []
+    name, settings = (given, {}) if isinstance(given, str) else next(iter(given.items()))
+    settings = dict(settings or {})
+    key = f"{key}.{name}"
+    method = problems.catch(key, lambda: registry.find_method(name))
+    if method is None:
+        return []
+    if protocol is not None:
+        problems.catch(key, lambda: protocol.for_method(name, method.ranges, method.batch_norm))
+    preset = settings.pop("preset", None)
+    if preset is not None and preset not in method.Config.presets:
+        problems.add(f"{key}.preset", f"{preset!r}: unknown preset: {nearest(preset, method.Config.presets)}")
+        return []
+    fields = method.Config.model_fields
+    unknown = [k for k in settings if k not in fields]
+    for setting in unknown:
+        problems.add(f"{key}.{setting}", f"unknown setting: {nearest(setting, [*fields, 'preset'])}")
+    base = method.Config.presets.get(preset or sweep.preset or "", {}) | {k: v for k, v in sweep.budget.given().items() if k in fields}
+    axes = {k: v if _spans(v, fields[k].annotation) else [v] for k, v in settings.items() if k in fields}
+    variants = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        try:
+            config = method.Config(**{**base, **chosen})
+        except ValidationError as error:
+            for line in described(error, key):
+                problems.add(*line)
+            continue
+        plain = method.Config(**base).model_dump(mode="json")
+        changed = {k: v for k, v in config.model_dump(mode="json").items() if k in chosen and v != plain[k]}
+        variants.append((method, config, changed))
+    return variants
+
+
+def _spans(value: Any, annotation: Any) -> bool:
+    """Whether a setting's value is a list of values to try: for a setting that is a list itself, a list of lists."""
+    if not isinstance(value, list):
+        return False
+    takes_list = annotation is list or get_origin(annotation) in (list, tuple)
+    return not takes_list or (bool(value) and all(isinstance(v, list) for v in value))
+
+
+def steps_of(method: type[Method], settings: dict[str, Any], task: Task) -> dict[str, int] | None:
+    """Steps by phase as `dfqbench speed` names them: `images` that only make images, `train` all others where students train; those there are.
+
+    None where the method cannot tell its phases before it is set up.
+    """
+    teacher: Any = SimpleNamespace(task=task)
+    try:
+        config = method.Config(**settings)
+        planned = method(teacher, config, 0).phases()
+        phases = [
+            (phase, phase.epochs * int(getattr(config, "iterations", 0) if phase.iterations is None else phase.iterations)) for phase in planned
+        ]
+    except Exception:  # a plug-in's phases may need what only its `setup` makes
+        return None
+    trains = any(phase.distill and steps for phase, steps in phases)
+    steps = {
+        "images": sum(steps for phase, steps in phases if phase.step is not None),
+        "train": sum(steps for phase, steps in phases if phase.step is None) if trains else 0,
+    }
+    return {phase: count for phase, count in steps.items() if count}
