@@ -45,7 +45,7 @@ class ZAQ(Method):
     class Config(TrainingConfig):
         source = "the authors' code"
 
-        epochs: int = Field(300, ge=0)
+        epochs: int = Field(300, ge=1)
         iterations: int = Field(300, ge=1, unit="steps", description="student steps per epoch")
         batch_size: int = Field(256, ge=2)
         student_lr: float = Field(0.1, gt=0)

@@ -40,7 +40,7 @@ class TrainingConfig(MethodConfig):
 
     source = "GDFQ's code, CIFAR"
 
-    epochs: int = Field(400, ge=0, unit="epochs", description="training in all, warm-up included")
+    epochs: int = Field(400, ge=1, unit="epochs", description="training in all, warm-up included")
     iterations: int = Field(200, ge=1, unit="steps", description="steps per epoch")
     batch_size: int = Field(200, ge=2, unit="images", description="synthetic images per step")
     student_lr: float = Field(1e-4, gt=0, description="learning rate of the student's SGD (Nesterov)")

@@ -78,6 +78,10 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
     selection = loaded.selection
     if selection is None:
         raise UserError(f"{loaded.path}: selection: missing; it says which images to compare on, like {{images: {{gznq: {{images: 1280}}}}}}")
+    clash = {(cell.method, cell.seed) for cell in loaded.cells} & {(maker.method, maker.seed) for maker in selection.cells}
+    if clash:  # told before another method's cells are trained
+        method, seed = clash.pop()
+        raise UserError(f"{loaded.path}: selection.seed: {seed} is also a seed of the sweep, and {method} one of its methods")
     device = check_device(device_name)
     keep_freed_memory()
     folder = store.root / "selections" / loaded.sweep.name
@@ -89,8 +93,6 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
         paths = {cell.id: folder / f"{cell.id}-{digest}.json" for cell in bundle.cells}
         missing = tuple(cell for cell in bundle.cells if read_json(paths[cell.id]) is None)
         if missing:
-            if any(maker.method == cell.method and maker.seed == cell.seed for cell in missing):
-                raise UserError(f"{loaded.path}: selection.seed: {maker.seed} is also a seed of the sweep, and {maker.method} one of its methods")
             teacher = Teacher(load(loaded.teachers[card]), card.task).to(device).to(memory_format=torch.channels_last)
             path = folder / f"images-{digest}.safetensors"
             if not path.exists():

@@ -29,7 +29,7 @@ class StoredImagesConfig(TrainingConfig):
     source = "IntraQ's code, CIFAR-10"
     after_images = {*TrainingConfig.model_fields, "calibration_epochs", "latent_dim", "conditioning", "bn_weight", "generator_lr"}
 
-    epochs: int = Field(151, ge=0, unit="epochs", description="training in all, calibration included; the making of images comes before")
+    epochs: int = Field(151, ge=1, unit="epochs", description="training in all, calibration included; the making of images comes before")
     batch_size: int = Field(256, ge=2)
     milestones: list[int] = Field([20, 40, 60], description="epochs from which on the student's learning rate is multiplied by lr_decay")
     images: int = Field(5120, ge=1, unit="images", description="stored images")

@@ -77,7 +77,7 @@ def test_select_ranks_by_divergence_without_a_real_image_and_runs_nothing_twice(
         ({}, "selection: missing"),
         ({"selection": {**IMAGES, "images": {"gdfq": {"bn_weight": [0.1, 1.0]}}}}, "selection.images: 2 variants"),
         ({"selection": {**IMAGES, "images": "gdfk"}}, "gdfq"),
-        ({"selection": {"images": "gdfq", "seed": 0}}, "selection.seed: 0 is also a seed of the sweep"),
+        ({"selection": {"images": "gdfq", "seed": 0}, "methods": ["round", "gdfq"]}, "selection.seed: 0 is also a seed of the sweep"),
     ],
 )
 def test_a_selection_that_cannot_work_is_told(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -85,6 +85,7 @@ def test_a_selection_that_cannot_work_is_told(dfqbench: Run, sweep_file: SweepFi
     assert code == 2
     assert said in err
     assert "Traceback" not in err
+    assert not (tmp_path / "r" / "selections").exists(), "nothing was trained before"
 
 
 def test_a_selection_is_no_part_of_any_cell(sweep_file: SweepFile) -> None:

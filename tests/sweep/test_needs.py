@@ -196,6 +196,13 @@ def test_a_network_that_a_protocol_finds_nothing_in_is_told_once_and_for_all(
             lines(sweep_file(teachers=[f"{nets}:bare"], methods=["round"], budget={}, protocol={"base": "lineage", "input_bits": 7}))
 
 
+@pytest.mark.parametrize("name", sorted({m.info.name for m in list_methods()} - {"round", "zeroq", "gznq"}))
+def test_a_plan_without_an_epoch_in_which_ranges_could_be_found_is_told(name: str, nets: Path, sweep_file: SweepFile) -> None:
+    (line,) = lines(sweep_file(teachers=[f"{nets}:plain"], methods=[name], budget={"epochs": 0}))
+    assert f"methods[0].{name}" in line
+    assert "greater than or equal to 1" in line
+
+
 def test_what_one_protocol_cannot_quantize_another_can(nets: Path, sweep_file: SweepFile) -> None:
     config = sweep_file(teachers=[f"{nets}:bare"], methods=["round"], budget={}, protocol="hardware")
     assert load_sweep(config, cache_folder()).cells

@@ -27,7 +27,7 @@ def test_a_built_in_method_passes_every_check(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "used"),
-    [("gdfq", "labels, statistics"), ("zaq", "features"), ("round", "statistics"), ("intraq", "features, labels, statistics")],
+    [("gdfq", "labels, statistics"), ("zaq", "features"), ("round", "ranges"), ("intraq", "features, labels, statistics")],
 )
 def test_what_a_method_asks_for_is_seen_and_has_to_be_declared(name: str, used: str) -> None:
     method = find_method(name)
