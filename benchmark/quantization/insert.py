@@ -129,13 +129,14 @@ def _before_layers_and_at_sums(traced: fx.GraphModule, layers: list[fx.Node]) ->
 
 def _origin(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
     """Back through poolings and reshapes to where the values were computed."""
-    if _keeps_values(node, traced) and node.args and isinstance(node.args[0], fx.Node):
+    if keeps_values(node, traced) and node.args and isinstance(node.args[0], fx.Node):
         origin = _origin(node.args[0], traced)
         return origin if "shape" in origin.meta else node  # a module may give several tensors: then the one that was picked
     return node
 
 
-def _keeps_values(node: fx.Node, traced: fx.GraphModule) -> bool:
+def keeps_values(node: fx.Node, traced: fx.GraphModule) -> bool:
+    """Whether all values of the output are values of the input, or zero: what is on a grid stays on it."""
     module = module_of(node, traced)
     return isinstance(module, _SAME_VALUES_MODULES) if module is not None else node.target in _SAME_VALUES
 
@@ -143,7 +144,7 @@ def _keeps_values(node: fx.Node, traced: fx.GraphModule) -> bool:
 def _feeds_only(node: fx.Node, target: str, traced: fx.GraphModule) -> bool:
     """Whether the values of `node` enter the layer `target` and no other computation."""
     users = _readers(node)
-    while len(users) == 1 and _keeps_values(users[0], traced):
+    while len(users) == 1 and keeps_values(users[0], traced):
         users = _readers(users[0])
     return len(users) == 1 and users[0].target == target
 
