@@ -21,6 +21,7 @@ from dfqbench.engine.learning_rate import unreached_milestones
 from dfqbench.engine.lockstep import Interrupted, Lockstep, Trainee
 from dfqbench.engine.synthesis_cache import SynthesisCache
 from dfqbench.errors import UserError
+from dfqbench.export.size import size_of
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
@@ -231,6 +232,7 @@ class Worker:
             "left_float": trainee.student.left_float,
             "seconds": {"own": round(own, 3), "shared": round(shared, 3), "bundle": [c.id for c in lockstep.bundle.cells]},
             **_cpu_seconds(trainee, lockstep),
+            **self._size(trainee, lockstep),
             "provenance": self._provenance(lockstep),
             "finished": time.time(),
         }
@@ -238,6 +240,14 @@ class Worker:
         self.store.write_result(cell.id, result)
         self.watching.finished(cell.id)
         self.progress.done(cell, evaluation.top1, float(result["teacher"]["top1"]))
+
+    def _size(self, trainee: Trainee, lockstep: Lockstep) -> dict[str, Any]:
+        """Of teacher and student. A network that cannot be counted is told, and costs no result."""
+        try:
+            return {"size": {"teacher": size_of(lockstep.teacher).as_dict(), "student": size_of(trainee.student).as_dict()}}
+        except Exception as error:
+            self._log(lockstep.bundle, f"no size: {type(error).__name__}: {error}")
+            return {}
 
     def _provenance(self, lockstep: Lockstep) -> dict[str, Any]:
         """On what, and, where it was so: that steps were replayed, and which cell made the images in how many seconds."""

@@ -45,6 +45,11 @@ def test_run_leaves_a_complete_record_and_does_nothing_the_second_time(dfqbench:
     assert (result["last_epoch"], result["steps"], result["evaluations"]) == (3, 8, 3)
     assert result["best"]["top1"] >= result["top1"]
     assert result["provenance"]["threads"] >= 1
+    weights, macs = 216 + 576 + 1152 + 2304 + 160, 256 * (216 + 576) + 64 * (1152 + 2304) + 160
+    assert result["size"]["teacher"] == {"bytes": 4 * (weights + 4 * 48 + 10), "weight_bits": 32.0, "macs": macs, "bops": macs * 1024}
+    grids = 8 * (8 + 8 + 16 + 16 + 10) + 8 * 4
+    assert result["size"]["student"]["bytes"] == weights / 2 + grids + 4 * (4 * 48 + 10)
+    assert found["w3a3"]["size"]["student"]["bops"] == 3 * 32 * (256 * 216 + 160) + 9 * (macs - 256 * 216 - 160)
     assert sorted(result["seconds"]["bundle"]) == sorted(r["id"] for r in found.values())
     history = list(csv.DictReader(io.StringIO((folder / "history.csv").read_text())))
     assert [row["phase"] for row in history] == ["warm-up", "train", "train"]
@@ -434,3 +439,16 @@ def test_a_methods_pictures_are_kept_beside_its_samples_and_a_bad_one_costs_no_r
     assert ("no pictures from shows-badly: ValueError: a picture is 3 x H x W, this one has the shape (1, 5, 5)" in out) != kept
     if kept:
         assert Image.open(folder / "red-square.png").getpixel((2, 2)) == (255, 0, 0)
+
+
+def test_a_network_that_cannot_be_counted_costs_no_result(
+    dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(network: object) -> None:
+        raise ValueError("no formula")
+
+    monkeypatch.setattr("dfqbench.run.worker.size_of", fails)
+    assert dfqbench("run", sweep_file(methods=["round"]), "--results", tmp_path / "r")[0] == 0
+    first, second = results_of(tmp_path / "r")
+    assert "size" not in first | second
+    assert "no size: ValueError: no formula" in (tmp_path / "r" / "runs" / first["id"] / "log.txt").read_text()
