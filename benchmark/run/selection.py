@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 BATCH = 256
 SHOWN = 6
+SECONDS = ("wall_seconds", "gpu_seconds")
 
 
 @torch.inference_mode()
@@ -93,7 +94,7 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
         paths = {cell.id: folder / f"{cell.id}-{digest}.json" for cell in bundle.cells}
         missing = tuple(cell for cell in bundle.cells if read_json(paths[cell.id]) is None)
         if missing:
-            teacher = Teacher(load(loaded.teachers[card]), card.task).to(device).to(memory_format=torch.channels_last)
+            teacher = Teacher(load(loaded.teachers[card], card), card.task).to(device).to(memory_format=torch.channels_last)
             path = folder / f"images-{digest}.safetensors"
             if not path.exists():
                 progress.say(f"making {selection.count} images with {maker.method}, seed {maker.seed}")
@@ -131,14 +132,17 @@ def _compared(bundle: Bundle, teacher: Teacher, images: Tensor, device: torch.de
 
 
 def selection_frame(records: list[dict[str, Any]]) -> pd.DataFrame:
-    """One row per cell, the lowest mean KL over bit widths and seeds first; behind the first SHOWN columns the last epoch's logged values."""
+    """One row per cell, the lowest mean KL over bit widths and seeds first, methods of which a cell diverged last.
+
+    Behind the first SHOWN columns are the last epoch's logged values, and its seconds: a GPU's, or by the clock on the wall.
+    """
     frame = pd.DataFrame(
         {"method": r["cell"]["label"], "bits": r["cell"]["bits"], "seed": r["cell"]["seed"], "kl": r["kl"], "agreement": r["agreement"]}
         | {"failed": r["failed"] or ""}
-        | {k: v for k, v in r["last"].items() if k not in ("phase", "top1")}
+        | {SECONDS[r["provenance"]["device"] == "cuda"] if k == "seconds" else k: v for k, v in r["last"].items() if k not in ("phase", "top1")}
         for r in records
     )
-    mean = frame.groupby("method").kl.transform("mean")
+    mean = frame.astype({"kl": float}).groupby("method").kl.transform(lambda kl: kl.mean(skipna=False))  # survivors alone would look better
     return frame.assign(mean=mean).sort_values(["mean", "method", "bits", "seed"], ascending=[True, True, False, True]).drop(columns="mean")
 
 

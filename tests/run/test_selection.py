@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dfqbench.data.sets import EvaluationSet
-from dfqbench.run.selection import agreement
+from dfqbench.run.selection import agreement, selection_frame
 
 SweepFile = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -59,7 +59,8 @@ def test_select_ranks_by_divergence_without_a_real_image_and_runs_nothing_twice(
     means = {name: np.mean([float(r["kl"]) for r in rows if r["method"] == name]) for name in {r["method"] for r in rows}}
     assert rows[0]["method"] == rows[1]["method"] == min(means, key=lambda name: means[name])
     assert all(float(r["kl"]) > 0 for r in rows)
-    assert {"generator_bns", "loss"} <= rows[0].keys()
+    assert {"generator_bns", "loss", "wall_seconds"} <= rows[0].keys()
+    assert "seconds" not in rows[0]
     kept = sorted((tmp_path / "r" / "selections" / "small").iterdir())
     assert [p.suffix for p in kept] == [".json"] * 4 + [".safetensors"]
     record = json.loads(kept[0].read_text())
@@ -69,6 +70,18 @@ def test_select_ranks_by_divergence_without_a_real_image_and_runs_nothing_twice(
     assert dfqbench("select", *ask)[1] == out
     assert {p: p.stat().st_mtime_ns for p in kept} == before
     assert not list((tmp_path / "r" / "runs").iterdir())
+
+
+def test_a_method_of_which_a_cell_diverged_is_not_ranked_by_the_cells_that_are_left() -> None:
+    def record(method: str, bits: str, kl: float | None) -> dict[str, Any]:
+        said = {"failed": None if kl else "diverged: the loss is nan in epoch 5", "last": {"seconds": 3.0}, "provenance": {"device": "cuda"}}
+        return {"cell": {"label": method, "bits": bits, "seed": 0}, "kl": kl, "agreement": kl and 90.0, **said}
+
+    records = [record("wild", "w4a4", 0.1), record("wild", "w3a3", None), record("tame", "w4a4", 0.2), record("tame", "w3a3", 0.4)]
+    frame = selection_frame(records)
+    assert frame.method.tolist() == ["tame", "tame", "wild", "wild"]
+    assert frame.gpu_seconds.tolist() == [3.0] * 4
+    assert selection_frame(records[1:2]).failed.tolist() == ["diverged: the loss is nan in epoch 5"]
 
 
 @pytest.mark.parametrize(
