@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dfqbench.network import Teacher
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
-CARD_VERSION = 4  # raised when what a card says changes, so that remembered ones are not used any more
+CARD_VERSION = 5  # raised when what a card says changes, so that remembered ones are not used any more
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class TeacherCard:
 
     `model` names a user's file without its folder, and `weights` (a path, 'zoo' or 'factory') is for people: what identifies the teacher is
     `model`, `weights_sha256` and `source_sha256`. The latter is of the one file that holds the factory; where a user's file imports others from
-    beside it, of all of them with their module names. `offers` (`Network.offers`) is for planning, and no part of a record; empty where nobody
-    counted.
+    beside it, of all of them with their module names; for an installed module, of its package (packages.py). `offers` (`Network.offers`) is for
+    planning, and no part of a record; empty where nobody counted.
     """
 
     label: str
@@ -85,17 +85,27 @@ def examine(spec: TeacherSpec, cache: Path | None = None, question: Question | N
 
     def ask() -> dict[str, Any]:
         built, teacher = traced()
-        return {"answer": question.answer(teacher), "neighbours": _stamps(built)}
+        return {"answer": question.answer(teacher), "neighbours": _stamps(spec, built)}
 
     return card, remembered(cache, question.name, [*key, question.about], ask, _neighbours_are_the_same)["answer"]
 
 
-def load(spec: TeacherSpec) -> nn.Module:
-    """The network with its weights: float32, on the CPU, in eval mode, without gradients. Takes nothing from torch's global random stream."""
-    _check_files(spec)
-    from dfqbench.teachers.build import build
+def load(spec: TeacherSpec, card: TeacherCard | None = None) -> nn.Module:
+    """The network with its weights: float32, on the CPU, in eval mode, without gradients. Takes nothing from torch's global random stream.
 
-    return build(spec).network
+    Raises UserError where it is no longer the one that `card` was made of: a file was changed in the meantime.
+    """
+    _check_files(spec)
+    from dfqbench.teachers.build import build, check_answer
+
+    built = build(spec)
+    if card is not None:
+        check_answer(built, spec)  # a forward may import, too
+        weights, source = _files_sha256(spec, built)
+        changed = spec.weights if weights not in (None, card.weights_sha256) else spec.source_file if source != card.source_sha256 else None
+        if changed:
+            raise UserError(f"teacher {spec.model!r}: {changed}, or what it imports, has changed since the sweep was read: start the command again")
+    return built.network
 
 
 def list_models(pattern: str = "*", cache: Path | None = None) -> list[str]:
@@ -158,6 +168,7 @@ def _examine(spec: TeacherSpec, built: Built, teacher: Teacher) -> dict[str, Any
     from dfqbench.teachers.weights import hash_tensors
 
     place, name = spec.source
+    weights_sha256, source_sha256 = _files_sha256(spec, built)
     if spec.source_file is not None:
         place = spec.source_module or spec.source_file.name
         with torch.random.fork_rng(devices=[]):
@@ -169,20 +180,27 @@ def _examine(spec: TeacherSpec, built: Built, teacher: Teacher) -> dict[str, Any
         label=spec.label,
         model=f"{place}:{name}",
         weights=spec.weights or ("zoo" if spec.source_file is None else "factory"),
-        weights_sha256=_sha256(spec.weights_file) if spec.weights_file else hash_tensors(built.network.state_dict().items()),
-        source_sha256=_source_sha256(spec.source_file, built.neighbours) if spec.source_file else None,
+        weights_sha256=weights_sha256 or hash_tensors(built.network.state_dict().items()),
+        source_sha256=source_sha256,
         task=built.task,
         parameters=sum(parameter.numel() for parameter in built.network.parameters()),
     )
     return {
         "card": card.as_dict(),
         "offers": teacher.offers,
-        "neighbours": _stamps(built),
+        "neighbours": _stamps(spec, built),
     }
 
 
-def _stamps(built: Built) -> list[Any]:
-    return [_stamp(file) for file, _ in built.neighbours.values()]
+def _files_sha256(spec: TeacherSpec, built: Built) -> tuple[str | None, str | None]:
+    """sha256 of the weights' file and of a user's source, as they are now; None where there is no such file."""
+    return _sha256(spec.weights_file) if spec.weights_file else None, _source_sha256(spec.source_file, built.neighbours) if spec.source_file else None
+
+
+def _stamps(spec: TeacherSpec, built: Built) -> list[Any]:
+    """Of a source's files; of an installed module's folders too, to which a file may be added."""
+    files = [file for file, _ in built.neighbours.values()]
+    return [_stamp(path) for path in (*files, *({file.parent for file in files} if spec.source_module else ()))]
 
 
 def _source_sha256(file: Path, neighbours: Mapping[str, tuple[Path, str]]) -> str:

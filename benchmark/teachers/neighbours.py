@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
 
+INSTALLED = {"site-packages", "dist-packages"}  # folders of what pip has copied there: never a user's own files
 # what cannot be loaded twice in a process, and so is never a neighbour once it is loaded
 LOADED_ONCE = sys.stdlib_module_names | {"dfqbench", "dfqbench_methods", "dfqbench_slurm", "numpy", "torch", "torchvision"}
 
@@ -100,7 +101,7 @@ class Neighbours(MetaPathFinder):
     def _search(self) -> list[str]:
         """The file's folder and what it has put on sys.path, in the order of sys.path."""
         new = [place for place in sys.path if place in self._places or place not in self._path_before]
-        return [place for place in dict.fromkeys(new) if not {"site-packages", "dist-packages"} & set(Path(place).parts)]
+        return [place for place in dict.fromkeys(new) if not INSTALLED & set(Path(place).parts)]
 
     def _hide(self, tops: set[str]) -> None:
         """Takes out of sys.modules what others have loaded under a neighbour's name."""

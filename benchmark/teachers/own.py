@@ -13,6 +13,7 @@ from torch import nn
 from dfqbench.errors import UserError, nearest
 from dfqbench.task import Task
 from dfqbench.teachers.neighbours import Neighbours
+from dfqbench.teachers.packages import package_files
 from dfqbench.teachers.spec import Built, TeacherSpec
 from dfqbench.teachers.weights import fit, one_line, weights_of
 
@@ -58,7 +59,10 @@ def from_file(name: str, spec: TeacherSpec) -> Built:
         raise UserError(f"{where}: classes and size must be whole numbers, mean and std one number per channel ({error})") from None
     if len(mean) != len(std) or min(std, default=0) <= 0:
         raise UserError(f"{where}: mean {mean} and std {std} must have a number per channel each, and std must be above 0")
-    return Built(network, task, beside.files if beside else {})
+    if beside is not None:
+        return Built(network, task, beside.files)
+    package = package_files(str(spec.source_module))
+    return Built(network, task, {place: found for place, found in package.items() if found[0] != spec.source_file})
 
 
 def _wrapped(network: nn.Module) -> nn.Module | None:

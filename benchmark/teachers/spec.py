@@ -104,14 +104,15 @@ def _file_of_module(name: str) -> Path | None:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):
         return None
-    return Path(found.origin) if found is not None and found.has_location and found.origin else None
+    return Path(found.origin).absolute() if found is not None and found.has_location and found.origin else None
 
 
 @dataclass(frozen=True)
 class Built:
     """A network with its weights, and the task that it was trained for.
 
-    neighbours: what a user's file has imported from beside it, so far: module name -> (file, sha256).
+    neighbours: what a user's file has imported from beside it, so far: module name -> (file, sha256); for an installed module, the other files
+    of its package.
     """
 
     network: nn.Module
