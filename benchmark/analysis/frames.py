@@ -15,6 +15,7 @@ import pandas as pd
 from dfqbench.analysis.compare import find_cell
 from dfqbench.analysis.merge import differences, setup_of
 from dfqbench.analysis.records import Reading, read_store
+from dfqbench.analysis.size import sizes_of
 from dfqbench.analysis.tables.blocks import asked_for, load_frame
 from dfqbench.errors import Notice, UserError
 from dfqbench.files import read_json
@@ -56,6 +57,13 @@ COLUMNS = {
     "last_epoch": "Int64",
     "steps": "Int64",
     "batch": "Int64",
+    "bytes": "Int64",
+    "teacher_bytes": "Int64",
+    "compression": "Float64",
+    "mean_weight_bits": "Float64",
+    "macs": "Int64",
+    "bops": "Int64",
+    "teacher_bops": "Int64",
     "seconds": "Float64",
     "cpu_seconds": "Float64",
     "device": "string",
@@ -125,9 +133,10 @@ def _measured(reading: Reading) -> Iterable[tuple[Store, Path, dict[str, Any]]]:
 
 def _row(result: dict[str, Any]) -> dict[str, Any]:
     (own,) = load_frame([result]).to_dict("records")
-    cpu = result.get("cpu_seconds")
+    cpu, sizes = result.get("cpu_seconds"), sizes_of(result)
     return (
         {str(key): value for key, value in own.items()}
+        | (sizes.as_columns() if sizes else {})
         | _identity(result["cell"])
         | {"status": "done", "top5": _number(result.get("top5")), "best_epoch": result["best"]["epoch"], "last_epoch": result["last_epoch"]}
         | {"cpu_seconds": round(cpu["own"] + cpu["shared"], 3) if isinstance(cpu, dict) else None, "finished": _number(result.get("finished"))}

@@ -100,6 +100,19 @@ def test_bits_are_in_the_order_of_their_widths(tmp_path: Path) -> None:
     assert frame.bits.max() == "w8a8"
 
 
+def test_size_and_work_are_there_for_results_that_have_them(store: Store) -> None:
+    first, second, third, *others = store.ids()
+    teacher = {"bytes": 1000, "weight_bits": 32.0, "macs": 10, "bops": 10240}
+    change(store, first, size={"teacher": teacher, "student": {"bytes": 130, "weight_bits": 4.02, "macs": 10, "bops": 160}})
+    change(store, second, size={"teacher": teacher})
+    change(store, third, size={"teacher": teacher, "student": teacher | {"bytes": "few"}})
+    frame = quietly(store.root).set_index("id")
+    row = frame.loc[first]
+    assert (row.bytes, row.teacher_bytes, row.compression, row.mean_weight_bits) == (130, 1000, 7.6923, 4.02)
+    assert (row.macs, row.bops, row.teacher_bops) == (10, 160, 10240)
+    assert frame.loc[[second, third, *others], ["bytes", "compression", "bops"]].isna().all(axis=None)
+
+
 def test_csv_and_frame_agree(store: Store, dfqbench: Any, tmp_path: Path) -> None:
     _, out, _ = dfqbench("table", "--results", store.root, "--format", "csv")
     (tmp_path / "t.csv").write_text(out)

@@ -1,0 +1,98 @@
+"""Size and work of finished cells as their results hold them; nothing where an earlier version wrote the result. No torch here.
+
+A megabyte is 2^20 bytes, as in the tables of HAWQ-V3 (arXiv:2011.10680) and most papers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dfqbench.errors import UserError, nearest
+
+MEGABYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Size:
+    """bytes: of all that inference needs. weight_bits: of an average weight. macs, bops: for one image; see export/size.py."""
+
+    bytes: int
+    weight_bits: float
+    macs: int
+    bops: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A student's size and its teacher's."""
+
+    student: Size
+    teacher: Size
+
+    @property
+    def compression(self) -> float:
+        return self.teacher.bytes / self.student.bytes
+
+    def as_columns(self) -> dict[str, float]:
+        """As data frames name them."""
+        student, teacher = self.student, self.teacher
+        return (
+            {"bytes": student.bytes, "teacher_bytes": teacher.bytes, "compression": round(self.compression, 4)}
+            | {"mean_weight_bits": student.weight_bits, "macs": student.macs, "bops": student.bops, "teacher_bops": teacher.bops}
+        )  # fmt: skip
+
+
+def sizes_of(result: dict[str, Any]) -> Sizes | None:
+    """None where the result has no size, or none that can be true."""
+    try:
+        student, teacher = (Size(**{key: result["size"][whose][key] for key in Size.__dataclass_fields__}) for whose in ("student", "teacher"))
+        positive = all(value > 0 for each in (student, teacher) for value in vars(each).values())
+    except (KeyError, TypeError):
+        return None
+    return Sizes(student, teacher) if positive else None
+
+
+def common_sizes(results: Iterable[dict[str, Any]]) -> Sizes | None:
+    """Of cells that differ in their seeds alone, and so not in size: that of any that knows it."""
+    return next((sizes for result in results if (sizes := sizes_of(result))), None)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that a table can have beside an accuracy; means: in a note."""
+
+    head: str
+    text: Callable[[Sizes], str]
+    means: str
+
+
+def _three(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+
+
+def megabytes(size: Size) -> float:
+    return size.bytes / MEGABYTE
+
+
+def gigabops(size: Size) -> float:
+    return size.bops / 1e9
+
+
+COLUMNS = {
+    "size": Column("MB", lambda s: _three(megabytes(s.student)), "MB: weights, grids and all that stays float, packed, in 2^20 bytes"),
+    "compression": Column("smaller", lambda s: f"{s.compression:.2f}x", "smaller: the teacher's bytes over the student's"),
+    "weight-bits": Column("bits/weight", lambda s: f"{s.student.weight_bits:.2f}", "bits/weight: the mean over all weights of layers"),
+    "bops": Column("GBOPs", lambda s: _three(gigabops(s.student)), "GBOPs: 10^9 multiply-accumulates x weight bits x activation bits, per image"),
+}
+
+
+def columns_of(given: str) -> Sequence[str]:
+    """`size,bops` as names of COLUMNS. Raises UserError for an unknown one."""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    for name in names:
+        if name not in COLUMNS:
+            raise UserError(f"--columns {name!r}: {nearest(name, COLUMNS)}")
+    return list(dict.fromkeys(names))
