@@ -33,7 +33,7 @@ from dfqbench.task import Task
 from dfqbench.teachers.weights import hash_tensors
 
 FORMAT = 1
-NAME, GRAPH = "student.safetensors", "graph.json"
+GRAPH = "graph.json"
 LARGEST_GRAPH = 2**28  # bytes of text: what a file unpacks to must not fill the memory
 
 

@@ -5,6 +5,7 @@
                          failed.json    the traceback of the last try
                          history.csv    one row per epoch
                          correct.npy    packed bits, one per test image in the set's order
+                         student.safetensors  the quantized network (export/student_file.py)
                          samples.png, log.txt
 <results>/runs/<cell id>/lease.json     some process works on it; its heartbeat is the file's time
                          progress.json  how far it is, or was when its process ended
@@ -21,6 +22,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import time
@@ -31,6 +33,9 @@ from typing import Any
 from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.store.lease import Lease, kept_alive
+
+CELL_ID = re.compile(r"[0-9a-f]{12}")
+NAMED = 5  # cells that an ambiguous prefix stands for and that are named
 
 
 class Store:
@@ -67,6 +72,16 @@ class Store:
     def ids(self) -> list[str]:
         runs = self.root / "runs"
         return sorted(p.name for p in runs.iterdir() if p.is_dir()) if runs.is_dir() else []
+
+    def find(self, given: str) -> str:
+        """The id of a cell that is `given` or, alone of all in the store, starts with it. Raises UserError where that is none, or several."""
+        found = [cell_id for cell_id in self.ids() if CELL_ID.fullmatch(cell_id) and cell_id.startswith(given)]
+        if not found:
+            raise UserError(f"{given!r}: no cell in {self.root / 'runs'} has such an id; `dfqbench table --format csv` and the report show them")
+        if len(found) > 1:
+            named = ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
+            raise UserError(f"{given!r}: {len(found)} cells have such an id: {named}")
+        return found[0]
 
     def result(self, cell_id: str) -> dict[str, Any] | None:
         """The finished cell's result; None if there is none or it cannot be read."""

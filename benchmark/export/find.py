@@ -1,0 +1,46 @@
+"""Which student is meant: a file, a cell's folder, or a cell of a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dfqbench.errors import UserError
+from dfqbench.store import Store
+
+if TYPE_CHECKING:
+    from dfqbench.export.student_file import StoredStudent
+
+NAME = "student.safetensors"
+
+
+def student_path(given: str | Path, results: str | Path = "results") -> Path:
+    """The file that `given` stands for: itself, the one in a cell's folder, or the one of a cell of `results` by its id or its first letters.
+
+    Raises UserError where there is none, and says why where the store knows.
+    """
+    path = Path(given)
+    if path.is_file() or path.suffix == ".safetensors":
+        return path
+    if path.is_dir():
+        folder = path
+    else:
+        store = Store(results)
+        folder = store.folder(store.find(str(given)))
+    if (folder / NAME).is_file():
+        return folder / NAME
+    if not (folder / "result.json").is_file():
+        raise UserError(f"{folder} holds no student: the cell is not finished")
+    raise UserError(f"{folder} holds no student: it was not kept (`store: {{students: off}}`), or an earlier version ran the cell")
+
+
+def load_student(given: str | Path, results: str | Path = "results") -> StoredStudent:
+    """The quantized network of a finished cell: `load_student("3f2a91c04b7d")`, or of a file: `load_student("student.safetensors")`.
+
+    A `torch.nn.Module` in eval mode on the CPU; called with normalised images (N x C x H x W; `.task` says mean, std and size) it gives the logits
+    that were evaluated, to the bit on a CPU. Neither the teacher nor its code is needed. `.about` says where it comes from.
+    Raises UserError for what is no student's file, and for one that is damaged or of a later format.
+    """
+    from dfqbench.export.student_file import load_student_file
+
+    return load_student_file(student_path(given, results))
