@@ -21,7 +21,9 @@ from dfqbench.engine.learning_rate import unreached_milestones
 from dfqbench.engine.lockstep import Interrupted, Lockstep, Trainee
 from dfqbench.engine.synthesis_cache import SynthesisCache
 from dfqbench.errors import UserError
+from dfqbench.export.find import NAME as STUDENT
 from dfqbench.export.size import size_of
+from dfqbench.export.student_file import save_student
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
@@ -159,7 +161,7 @@ class Worker:
 
     def _load_teacher(self, card: TeacherCard) -> Teacher:
         if self._teacher is None or self._teacher[0] != card:
-            self._teacher = (card, Teacher(load(self.loaded.teachers[card]), card.task))
+            self._teacher = (card, Teacher(load(self.loaded.teachers[card], card), card.task))
         return self._teacher[1]
 
     def _decoded(self, card: TeacherCard) -> Images:
@@ -219,6 +221,7 @@ class Worker:
         write_atomically(self.store.folder(cell.id) / "correct.npy", buffer.getvalue())
         for name, content in pictures.items():
             write_atomically(self.store.folder(cell.id) / name, content)
+        kept = self._kept_student(trainee)
         result = {
             "id": cell.id,
             "cell": cell.record(),
@@ -229,6 +232,7 @@ class Worker:
             "steps": lockstep.student_steps,
             "teacher": read_json(teacher_record(self.store, cell)),
             "student_state": state_hash(trainee.student),
+            "student": kept,
             "left_float": trainee.student.left_float,
             "seconds": {"own": round(own, 3), "shared": round(shared, 3), "bundle": [c.id for c in lockstep.bundle.cells]},
             **_cpu_seconds(trainee, lockstep),
@@ -248,6 +252,20 @@ class Worker:
         except Exception as error:
             self._log(lockstep.bundle, f"no size: {type(error).__name__}: {error}")
             return {}
+
+    def _kept_student(self, trainee: Trainee) -> dict[str, Any]:
+        """Writes student.safetensors: its `sha256` and `bytes`. A student that has no form in a file is told, and costs no result."""
+        cell = trainee.cell
+        if self.loaded.sweep.store.students == "off":
+            return {}
+        teacher = {key: value for key, value in cell.record()["teacher"].items() if key != "task"}
+        about = {"cell": cell.id, "label": cell.label, "teacher": teacher, "evaluation": cell.record()["evaluation"], "precision": cell.precision}
+        try:
+            return save_student(trainee.student, self.store.folder(cell.id) / STUDENT, about)
+        except UserError as error:
+            self.store.append_log(cell.id, str(error))
+            self.progress.say(str(error))
+            return {"not_kept": str(error)}
 
     def _provenance(self, lockstep: Lockstep) -> dict[str, Any]:
         """On what, and, where it was so: that steps were replayed, and which cell made the images in how many seconds."""
