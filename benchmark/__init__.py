@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dfqbench.analysis.frames import history as history
     from dfqbench.analysis.frames import results as results
     from dfqbench.errors import UserError as UserError
+    from dfqbench.export.find import load_student as load_student
     from dfqbench.method.contract import Batch as Batch
     from dfqbench.method.contract import Method as Method
     from dfqbench.method.contract import Phase as Phase
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from dfqbench.method.hosting import HostingMethod as HostingMethod
     from dfqbench.method.registry import register as register
     from dfqbench.method.settings import Field as Field
+    from dfqbench.method.settings import InputFile as InputFile
     from dfqbench.method.settings import MethodConfig as MethodConfig
     from dfqbench.method.settings import TrainingConfig as TrainingConfig
     from dfqbench.network.network import Observation as Observation
     from dfqbench.network.network import Teacher as Teacher
     from dfqbench.quantization.student import Student as Student
     from dfqbench.task import Task as Task
+    from dfqbench.teachers.weights import read_weights as read_weights
 
 _HOME = {
     "Batch": "dfqbench.method.contract",
@@ -33,6 +36,7 @@ _HOME = {
     "Method": "dfqbench.method.contract",
     "HostingConfig": "dfqbench.method.hosting",
     "HostingMethod": "dfqbench.method.hosting",
+    "InputFile": "dfqbench.method.settings",
     "MethodConfig": "dfqbench.method.settings",
     "Observation": "dfqbench.network.network",
     "Phase": "dfqbench.method.contract",
@@ -42,6 +46,8 @@ _HOME = {
     "TrainingConfig": "dfqbench.method.settings",
     "UserError": "dfqbench.errors",
     "history": "dfqbench.analysis.frames",
+    "load_student": "dfqbench.export.find",
+    "read_weights": "dfqbench.teachers.weights",
     "register": "dfqbench.method.registry",
     "results": "dfqbench.analysis.frames",
     "stream_seed": "dfqbench.method.contract",

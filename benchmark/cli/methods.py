@@ -60,7 +60,7 @@ def show_method(name: str, plugin: Plugins = None) -> None:
     from rich.table import Table
 
     from dfqbench.method.catalogue import Entry
-    from dfqbench.method.info import NEEDS
+    from dfqbench.method.info import FIDELITY, NEEDS
     from dfqbench.method.registry import find_method
 
     known = _catalogue(plugin)
@@ -71,7 +71,8 @@ def show_method(name: str, plugin: Plugins = None) -> None:
     source = info.source
     lines = [
         f"{info.name}: {info.summary}",
-        f"paper      {info.paper}, follows the {info.fidelity}",
+        f"paper      {info.paper}",
+        f"follows    {FIDELITY[info.fidelity]}",
         f"from       {info.origin}, {source.file}, sha256 {source.sha256[:12]}",
         *(f"needs      {NEEDS[need]}" for need in info.needs),
         f"lockstep   {'yes: one stream of images serves all bit widths' if info.shares_synthesis else 'no: the images depend on the student'}",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dfqbench.errors import UserError
 from dfqbench.method.contract import Method, stream_seed
 from dfqbench.method.image_set import ImageSet
 from dfqbench.method.registry import find_method
@@ -252,7 +253,11 @@ def _copied(value: Any) -> Any:
 def set_up(cell: Cell, teacher: Teacher, device: torch.device, work: Path | None) -> Method:
     """The method of a cell, set up: what it makes lands on the device, and its initial values depend on the seed alone."""
     method_class = find_method(cell.method)
-    method = method_class(teacher, method_class.Config(**cell.config), cell.seed, device, work)
+    config = method_class.Config(**cell.settings)
+    for name in cell.files:
+        if config.model_dump(mode="json")[name] != cell.config[name]:
+            raise UserError(f"{cell.method}.{name}: {cell.files[name]} is not the file any more that it was when the sweep was read")
+    method = method_class(teacher, config, cell.seed, device, work)
     torch.manual_seed(stream_seed(cell.seed, "setup"))
     with torch.device(device):
         method.setup()

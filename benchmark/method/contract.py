@@ -158,6 +158,14 @@ class Method:
         """
         return {}
 
+    @classmethod
+    def widths(cls, config: Any, asked: Sequence[str]) -> Sequence[str]:
+        """Of the bit widths that a sweep asks for (`w4a4`, ...), those at which there is a cell with these settings: all of them.
+
+        For what was made for one width elsewhere. Raise UserError where none is left.
+        """
+        return asked
+
     # --- what a method uses -------------------------------------------------------------------------------------------
 
     def random(self, stream: str) -> torch.Generator:

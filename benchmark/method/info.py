@@ -8,7 +8,13 @@ from typing import Literal
 
 from dfqbench.method.plugins import Origin
 
-Fidelity = Literal["code", "paper", "abstract"]
+Fidelity = Literal["code", "paper", "abstract", "released"]
+FIDELITY: dict[Fidelity, str] = {
+    "code": "the authors' code",
+    "paper": "the paper",
+    "abstract": "an abstract: reconstructed, details of the method are not public",
+    "released": "a released checkpoint: trained elsewhere, evaluated here",
+}
 Needs = Literal["statistics", "features", "labels", "classifier", "ranges"]
 NEEDS: dict[Needs, str] = {
     "statistics": "BN statistics: a teacher without BN layers will not do",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from dfqbench.errors import UserError, nearest
 from dfqbench.method import plugins
-from dfqbench.method.info import NEEDS, Fidelity, MethodInfo
+from dfqbench.method.info import FIDELITY, NEEDS, Fidelity, MethodInfo
 
 if TYPE_CHECKING:
     from dfqbench.method.contract import Method
@@ -30,13 +30,14 @@ broken = plugins.broken
 def register(name: str, *, paper: str, fidelity: Fidelity, shares_synthesis: bool = False) -> Callable[[M], M]:
     """Class decorator that makes a method known by `name`.
 
-    paper: where it is published ("arXiv:2003.03603"). fidelity: what the implementation follows: the authors' `code`, the `paper`, or only an
-    `abstract` (reconstructed). shares_synthesis: the images never depend on a student, so one stream of them serves all bit widths.
+    paper: where it is published ("arXiv:2003.03603"). fidelity: what the implementation follows: the authors' `code`, the `paper`, only an
+    `abstract` (reconstructed), or nothing: it evaluates what others have `released`. shares_synthesis: the images never depend on a student, so one
+    stream of them serves all bit widths.
 
     Raises UserError if the name is taken, naming both places.
     """
-    if fidelity not in ("code", "paper", "abstract"):
-        raise UserError(f"method {name}: fidelity {fidelity!r} is none of code, paper, abstract")
+    if fidelity not in FIDELITY:
+        raise UserError(f"method {name}: fidelity {fidelity!r} is none of {', '.join(FIDELITY)}")
 
     def add(cls: M) -> M:
         unknown = sorted(set(cls.needs) - set(NEEDS))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
+from pydantic_core import PydanticCustomError
 
 
 def Field(default: Any, *, unit: str | None = None, source: str | None = None, description: str = "", **rules: Any) -> Any:
@@ -21,18 +25,47 @@ def Field(default: Any, *, unit: str | None = None, source: str | None = None, d
     return pydantic.Field(default, description=description or None, json_schema_extra=extra or None, **rules)
 
 
+def _existing(path: Path) -> Path:
+    path = path.expanduser()
+    if not path.is_file():
+        raise PydanticCustomError("no_file", "there is no such file")
+    return path
+
+
+def _digest(path: Path) -> str:
+    status = path.stat()
+    return _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache
+def _sha256(path: Path, size: int, modified: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# A setting that names a file, relative to the working directory. It must exist; what identifies a cell is the file's sha256, never its path.
+InputFile = Annotated[Path, AfterValidator(_existing), PlainSerializer(_digest, return_type=str, when_used="json")]
+
+
 class MethodConfig(BaseModel):
     """Settings of a method. Unknown keys are errors; every field takes part in a cell's identity.
 
     `presets` names sets of other defaults: `presets = {"imagenet": dict(batch_size=16)}`. `source` says where the defaults come from, unless a
     field's own `source` does. `after_images` names the settings that the leading phases which only make images do not depend on: cells that differ
     in nothing else take each other's images over. A subclass adds what it knows of its own settings; what is not named keeps cells apart.
+
+    A setting of type `InputFile` takes part by the content of its file; one that changes no number is left out by `exclude=True`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, ignored_types=(dict,), validate_default=True)
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     source: ClassVar[str] = "not given"
     after_images: ClassVar[set[str]] = set()
+
+
+def files_of(config: MethodConfig) -> dict[str, str]:
+    """The paths of the files that settings name, by the name of the setting."""
+    return {name: str(value) for name, value in config if isinstance(value, Path)}
 
 
 class TrainingConfig(MethodConfig):
@@ -74,7 +107,7 @@ def settings_of(config: type[MethodConfig]) -> Iterator[Setting]:
         declared = [cls.model_fields[name] for cls in homes]
         meaning = next((f.description for f in declared if f.description), "")
         unit = next((unit for f in declared if (unit := _extra(f, "unit"))), "")
-        default = field.get_default(call_default_factory=True)
+        default = "required" if field.is_required() else field.get_default(call_default_factory=True)
         yield Setting(name, "null" if default is None else str(default), unit, meaning, _extra(field, "source") or homes[0].source)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dfqbench.errors import UserError
 from dfqbench.network import Network, Teacher
@@ -51,6 +51,13 @@ class Student(Network):
         nodes = (str(n.target) for n in self.traced.graph.nodes if n.op == "call_module")
         found = {name: self.traced.get_submodule(name) for name in nodes}
         return {name.removeprefix("quantizers."): m for name, m in found.items() if isinstance(m, ActivationQuantizer)}
+
+    @property
+    def quantized_modules(self) -> dict[str, str]:
+        """The module of the teacher whose output each activation quantizer takes; "" where a function or the image gives it."""
+        nodes = {n.target: n.args[0] for n in self.traced.graph.nodes if n.op == "call_module" and n.args}
+        before = {name: nodes[f"quantizers.{name}"] for name in self.quantizers}
+        return {name: str(n.target) if isinstance(n, fx.Node) and n.op == "call_module" else "" for name, n in before.items()}
 
     @property
     def layers(self) -> dict[str, QuantizedLayer]:

@@ -109,7 +109,7 @@ def steps_of(cell: Cell) -> dict[str, int] | None:
     from dfqbench.method.registry import find_method
     from dfqbench.sweep import variants
 
-    return variants.steps_of(find_method(cell.method), cell.config, cell.teacher.task)
+    return variants.steps_of(find_method(cell.method), cell.settings, cell.teacher.task)
 
 
 def _batch(config: dict[str, Any], phase: str) -> int | None:

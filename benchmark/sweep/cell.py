@@ -54,8 +54,8 @@ class Cell:
     """Method and its complete settings, teacher, evaluation set, protocol, bits, seed and precision.
 
     config holds every setting with its value; `changed` those that differ from the method's defaults (for labels only). `plugin` and `source`
-    (package, version, file, sha256) are provenance of the method's code; only its declared `version` takes part in the identity. `steps` by phase is
-    for estimates only; None where nobody asked.
+    (package, version, file, sha256) are provenance of the method's code; only its declared `version` takes part in the identity. `files`: where those
+    lie that settings name, which `config` has by their sha256. `steps` by phase is for estimates only; None where nobody asked.
     """
 
     method: str
@@ -72,6 +72,7 @@ class Cell:
     fidelity: str = ""
     plugin: str = ""
     source: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict, compare=False)
     steps: dict[str, int] | None = field(default=None, compare=False)
 
     def identity(self) -> dict[str, Any]:
@@ -93,6 +94,11 @@ class Cell:
             "seed": self.seed,
             "precision": self.precision,
         }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the method's Config is made of on this machine: `config` with the paths of files."""
+        return self.config | self.files
 
     def at(self, bits: Bits, seed: int) -> Cell:
         """The same at another bit width and seed. Sweeps can be large: what is common to all of these cells is put into words once."""
@@ -145,6 +151,7 @@ class Cell:
             "fidelity": self.fidelity,
             "plugin": self.plugin,
             "source": self.source,
+            **({"files": {name: PurePath(path).name for name, path in self.files.items()}} if self.files else {}),
             "teacher": {**self.teacher.as_dict(), "weights": PurePath(self.teacher.weights).name},
             "evaluation": {"name": self.evaluation.name, "classes": self.evaluation.classes, "images": self.evaluation.images},
             "protocol": self.protocol.name,

@@ -150,13 +150,15 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems) -> _Parts | None:
 def _selection(sweep: Sweep, parts: _Parts) -> LoadedSelection | None:
     if sweep.selection is None:
         return None
-    makers = replace(parts, variants=parts.image_makers, bits=parts.bits[:1])
+    width = next(width for width in parts.bits if str(width) in parts.image_makers[0].widths)
+    makers = replace(parts, variants=parts.image_makers, bits=[width])
     return LoadedSelection(_span(sweep.model_copy(update={"seeds": [sweep.selection.seed]}), makers), sweep.selection.count)
 
 
 def _span(sweep: Sweep, parts: _Parts) -> list[Cell]:
     cells = []
     for teacher, variant in itertools.product(parts.teachers, parts.variants):
+        widths = [width for width in parts.bits if str(width) in variant.widths]
         first = Cell(
             method=variant.method,
             method_version=variant.version,
@@ -172,11 +174,13 @@ def _span(sweep: Sweep, parts: _Parts) -> list[Cell]:
             fidelity=variant.fidelity,
             plugin=variant.plugin,
             source=variant.source,
+            files=variant.files,
             steps=variant.steps.get(str(teacher.task)),
         )
-        cells += [first.at(width, seed if variant.uses_seed else 0) for seed, width in itertools.product(sweep.seeds, parts.bits)]
+        cells += [first.at(width, seed if variant.uses_seed else 0) for seed, width in itertools.product(sweep.seeds, widths)]
     return list({cell.id: cell for cell in cells}.values())
 
 
 def _evaluation_card(found: EvaluationSet, name: str | None, cache: Path) -> EvaluationCard:
+    found.check_files(cache)
     return EvaluationCard(name or found.name, found.digest(cache), found.classes, len(found))

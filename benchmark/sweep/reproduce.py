@@ -21,7 +21,7 @@ def config_of(record: dict[str, Any]) -> dict[str, Any]:
         "name": "cell-{id}",
         "teachers": [teacher],
         "evaluate": name if name in BY_NAME else {"set": "imagefolder:${EVALUATION_SET}", "name": name},
-        "methods": [{record["method"]: record["identity"]["config"]}],
+        "methods": [{record["method"]: record["identity"]["config"] | {name: f"${{{name.upper()}}}" for name in record.get("files", {})}}],
         "bits": ["{bits}"],
         "seeds": ["{seed}"],
         "protocol": {"name": record["protocol"], **record["identity"]["protocol"]},
@@ -39,6 +39,8 @@ def recipe(result: dict[str, Any]) -> str:
         lines.append(f"git checkout {commit}" + ("   # and uncommitted changes on top of it" if provenance["git"].endswith("+") else ""))
     if "${TEACHER_WEIGHTS}" in str(config):
         lines.append(f"export TEACHER_WEIGHTS={record['teacher']['weights']}   # hash {record['teacher']['weights_sha256'][:16]}")
+    for name, file in record.get("files", {}).items():
+        lines.append(f"export {name.upper()}={file}   # sha256 {record['identity']['config'][name][:16]}")
     if "${EVALUATION_SET}" in str(config):
         lines.append(
             f"export EVALUATION_SET=path/to/images   # {record['evaluation']['images']} images, digest {record['identity']['evaluation'][:16]}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_origin
@@ -15,7 +16,7 @@ from dfqbench.errors import nearest
 from dfqbench.method import registry
 from dfqbench.method.catalogue import code_state
 from dfqbench.method.info import Fidelity, Needs
-from dfqbench.method.settings import MethodConfig
+from dfqbench.method.settings import MethodConfig, files_of
 from dfqbench.quantization import Protocol
 from dfqbench.quantization.protocol import BatchNormMode, RangeEstimatorName
 from dfqbench.store.cache import remembered
@@ -27,13 +28,14 @@ if TYPE_CHECKING:
     from dfqbench.method.contract import Method
 
 Entry = str | dict[str, dict[str, Any] | None]
-Configured = tuple["type[Method]", MethodConfig, dict[str, Any]]  # the last: settings that differ from the method's own
+Configured = tuple["type[Method]", MethodConfig, dict[str, Any], Sequence[str]]  # the last two: settings not the method's own; bit widths
 
 
 @dataclass(frozen=True)
 class Variant:
     """A method with complete settings; all of it JSON. changed: settings that differ from the method's own; needs: with those of the method that it
-    wraps; steps: by phase, by the teacher's task as text; none where nobody asked."""
+    wraps; widths: those of the sweep's bit widths at which it has cells; files: paths by setting; steps: by phase, by the teacher's task as text;
+    none where nobody asked."""
 
     method: str
     version: int
@@ -47,10 +49,12 @@ class Variant:
     config: dict[str, Any]
     changed: dict[str, Any]
     needs: list[Needs]
+    widths: list[str]
+    files: dict[str, str]
     steps: dict[str, dict[str, int] | None]
 
     @classmethod
-    def of(cls, method: type[Method], config: MethodConfig, changed: dict[str, Any], tasks: Collection[Task]) -> Variant:
+    def of(cls, method: type[Method], config: MethodConfig, changed: dict[str, Any], widths: Sequence[str], tasks: Collection[Task]) -> Variant:
         from dfqbench.method.hosting import needs_of
 
         info, settings = method.info, config.model_dump(mode="json")
@@ -67,7 +71,9 @@ class Variant:
             config=settings,
             changed=changed,
             needs=sorted(needs_of(method, config)),
-            steps={str(task): steps_of(method, settings, task) for task in tasks},
+            widths=list(widths),
+            files=files_of(config),
+            steps={str(task): steps_of(method, settings | files_of(config), task) for task in tasks},
         )
 
 
@@ -90,12 +96,14 @@ def find_variants(
             "methods": [v for i, given in enumerate(sweep.methods) for v in _variants(f"methods[{i}]", given, sweep, protocol, problems)],
             "images": [v for given in images for v in _variants("selection.images", given, sweep, protocol, problems)],
         }
-        asked = {method for method, config, _ in itertools.chain(*found.values()) for method in methods_of(method, config)}
+        configured = list(itertools.chain(*found.values()))
+        asked = {method for method, config, *_ in configured for method in methods_of(method, config)}
         own = all(method.info.source.package == "dfqbench" for method in asked) and not registry.broken
-        holds = known and own and not problems.lines and code_state() == code
+        fixed = not any(files_of(config) for _, config, *_ in configured)  # a file's content may be another the next time
+        holds = known and own and fixed and not problems.lines and code_state() == code
         return {"holds": holds, **{key: [asdict(Variant.of(*v, tasks if holds else ())) for v in variants] for key, variants in found.items()}}
 
-    given = [sweep.methods, images, sweep.preset, sweep.budget.given(), protocol, sorted(map(str, tasks))]
+    given = [sweep.methods, images, sweep.preset, sweep.budget.given(), protocol, sweep.bits, sorted(map(str, tasks))]
     key = [code, repr(given)]  # as text: the order of settings and 1 or 1.0 make a difference
     answer = remembered(cache if known else None, "variants", key, ask, lambda answer: bool(answer["holds"]))
     methods, makers = ([Variant(**variant) for variant in answer[part]] for part in ("methods", "images"))
@@ -134,9 +142,12 @@ def _variants(key: str, given: Entry, sweep: Sweep, protocol: Protocol | None, p
             for line in described(error, key):
                 problems.add(*line)
             continue
-        plain = method.Config(**base).model_dump(mode="json")
-        changed = {k: v for k, v in config.model_dump(mode="json").items() if k in chosen and v != plain[k]}
-        variants.append((method, config, changed))
+        required = {k: v for k, v in chosen.items() if fields[k].is_required()}
+        plain = method.Config(**{**base, **required}).model_dump(mode="json")
+        changed = {k: v for k, v in config.model_dump(mode="json").items() if k in chosen and (k in required or v != plain[k])}
+        changed |= {k: Path(path).name for k, path in files_of(config).items() if k in changed}
+        widths = problems.catch(key, partial(method.widths, config, sweep.bits))
+        variants.append((method, config, changed, widths or []))
     return variants
 
 

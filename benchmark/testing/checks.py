@@ -18,11 +18,11 @@ LARGEST_PIXEL = 50.0  # in standard deviations: beyond it an image is no normali
 
 
 def defaults_are_valid(trial: Trial) -> None:
-    """The settings have defaults, and the plan is made of phases.
+    """The defaults of the settings are valid, and the plan is made of phases.
 
-    Mend: give every setting a default that its own rules allow; return a list of Phase from phases().
+    Mend: give every setting a default that its own rules allow, or none; return a list of Phase from phases().
     """
-    method = trial.method(small_teacher(small_task()), trial.method.Config(), seed=0)
+    method = trial.method(small_teacher(small_task()), trial.method.Config(**trial.required), seed=0)
     torch.manual_seed(0)
     method.setup()
     assert all(isinstance(phase, Phase) for phase in method.phases()), "phases() must return a list of Phase"
@@ -34,7 +34,7 @@ def unknown_settings_fail(trial: Trial) -> None:
     Mend: derive Config from MethodConfig or TrainingConfig, without model_config of its own.
     """
     try:
-        trial.method.Config(no_such_setting=1)  # type: ignore[call-arg]
+        trial.method.Config(**trial.required, no_such_setting=1)  # type: ignore[call-arg]
     except ValidationError:
         return
     raise AssertionError("Config accepts unknown settings: derive it from MethodConfig or TrainingConfig")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dfqbench.errors import nearest
+from dfqbench.errors import UserError, nearest
 from dfqbench.method.contract import Method
 from dfqbench.testing import checks, declarations
 from dfqbench.testing.trial import Trial
@@ -75,7 +75,11 @@ class Outcome:
 
 
 def outcomes(method: type[Method], settings: dict[str, Any] | None = None) -> Iterator[Outcome]:
-    """Runs the checks on a registered method, one after the other."""
+    """Runs the checks on a registered method, one after the other. Raises UserError where a setting without a default is not given."""
+    fields = method.Config.model_fields
+    needed = [name for name, field in fields.items() if field.is_required() and name not in {**method.quick, **(settings or {})}]
+    if needed:
+        raise UserError(f"{method.info.name} cannot be checked without its settings {', '.join(needed)}: they have no defaults")
     names = [check.__name__ for check in CHECKS]
     for name, reason in method.expected_failures.items():
         wrong = {

@@ -13,6 +13,7 @@ from dfqbench.data import Images
 from dfqbench.engine.evaluate import evaluate, state_hash
 from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.method.contract import Method, Phase
+from dfqbench.method.settings import files_of
 from dfqbench.network import Teacher
 from dfqbench.quantization import PROTOCOLS, Bits
 from dfqbench.sweep.cell import Bundle, Cell, EvaluationCard
@@ -90,7 +91,9 @@ class Trial:
         self.method, self.settings = method, settings or {}
         fields = method.Config.model_fields
         small = {k: v for k, v in BUDGET.items() if k in fields}
-        self.config = method.Config(**{**small, **method.quick, **self.settings})
+        given = {**small, **method.quick, **self.settings}
+        self.config = method.Config(**given)
+        self.required = {name: given[name] for name, field in fields.items() if field.is_required()}
 
     def start(
         self,
@@ -110,6 +113,7 @@ class Trial:
                 method=self.method.info.name,
                 method_version=self.method.version,
                 config=self.config.model_dump(mode="json"),
+                files=files_of(self.config),
                 teacher=card,
                 evaluation=EvaluationCard("noise", "0" * 64, task.classes, 32),
                 protocol=protocol,

@@ -85,7 +85,7 @@ def test_a_file_that_takes_a_built_in_name_is_refused_though_it_came_first(tmp_p
         ("import sys\nsys.exit('bye')\n", "SystemExit: bye (mine.py, line 2)"),
         ("def f(:\n", "SyntaxError: invalid syntax (mine.py, line 1)"),
         (METHOD.format(name="half-way") + "\n\n1 / 0\n", "ZeroDivisionError: division by zero (mine.py, line 9)"),
-        (METHOD.format(name="x").replace('"paper")', '"guess")'), "fidelity 'guess' is none of code, paper, abstract"),
+        (METHOD.format(name="x").replace('"paper")', '"guess")'), "fidelity 'guess' is none of code, paper, abstract, released"),
         (
             METHOD.format(name="x") + '    needs = {"labels", "attention"}\n',
             "method x: needs 'attention': known: classifier, features, labels, ranges, statistics",
