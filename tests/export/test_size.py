@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfqbench.export.size import Size, size_of
+from dfqbench.export.student_file import GRAPH, NAME, load_student_file, save_student
 from dfqbench.network import Teacher
 from dfqbench.quantization import Bits, Protocol, find_protocol
 from dfqbench.quantization.student import Student
@@ -182,3 +186,17 @@ def test_counting_leaves_the_student_as_it_is() -> None:
     assert size_of(student) == size_of(student)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
     assert torch.backends.mha.get_fastpath_enabled() == fused
+
+
+@pytest.mark.parametrize("protocol", [LINEAGE, HARDWARE])
+def test_bytes_are_those_of_the_tensors_in_a_students_file(protocol: Protocol, tmp_path: Path) -> None:
+    """The file has the activations' grids in its text, and zero points also where they are always 0."""
+    student = Student(Teacher(cifar_resnet("resnet20"), Task(10, 3, 32, (0.5,) * 3, (0.25,) * 3)), protocol, Bits(3, 5))
+    for quantizer in student.quantizers.values():
+        quantizer.set_range(0, 1)
+    save_student(student, tmp_path / NAME)
+    with safe_open(tmp_path / NAME, "pt") as file:
+        tensors = [file.get_tensor(name) for name in file.keys() if name != GRAPH]  # noqa: SIM118, it is no mapping
+    zero_points = sum(layer.layer.weight.shape[0] for layer in student.layers.values()) if protocol.weight_symmetric else 0
+    assert sum(t.numel() * t.element_size() for t in tensors) == size_of(student).bytes - 8 * len(student.quantizers) + 4 * zero_points
+    assert size_of(load_student_file(tmp_path / NAME)) == size_of(student)
