@@ -13,8 +13,8 @@ GUIDE = (Path(__file__).parents[2] / "methods" / "README.md").read_text()
 
 API = {
     "dfqbench": (
-        "Batch Field HostingConfig HostingMethod Method MethodConfig Observation Phase Student Task Teacher TrainingConfig UserError history "
-        "register results stream_seed"
+        "Batch Field HostingConfig HostingMethod InputFile Method MethodConfig Observation Phase Student Task Teacher TrainingConfig UserError history "
+        "read_weights register results stream_seed"
     ),
     "dfqbench.data": "EvaluationSet OwnSet find_set list_sets register_set",
     "dfqbench.testing": "check_method method_checks outcomes Outcome Trial small_task small_teacher ends_of",
@@ -29,10 +29,10 @@ API = {
 MEMBERS = {
     ("dfqbench", "Method"): (
         "Config version ranges batch_norm uses_seed needs quick expected_failures "
-        "setup phases synthesize distill student_optimizer student_step adversary finish pictures "
+        "setup phases synthesize distill student_optimizer student_step adversary finish pictures widths "
         "random draw_labels draw_noise image_set minimise schedule log"
     ),
-    ("dfqbench", "Student"): "observe quantizers layers set_ranges_from_bn correct_biases full_precision track_ranges",
+    ("dfqbench", "Student"): "observe quantizers quantized_modules layers set_ranges_from_bn correct_biases full_precision track_ranges",
     ("dfqbench", "Teacher"): "observe batch_statistics batch_norms",
     ("dfqbench", "Observation"): "statistics",
     ("dfqbench", "Task"): "image_shape pixel_range denormalised",
