@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfqbench.export.size import Size, size_of
-from dfqbench.export.student_file import GRAPH, NAME, load_student_file, save_student
+from dfqbench.export.student_file import GRAPH, load_student_file, save_student
 from dfqbench.network import Teacher
 from dfqbench.quantization import Bits, Protocol, find_protocol
 from dfqbench.quantization.student import Student
@@ -194,9 +194,9 @@ def test_bytes_are_those_of_the_tensors_in_a_students_file(protocol: Protocol, t
     student = Student(Teacher(cifar_resnet("resnet20"), Task(10, 3, 32, (0.5,) * 3, (0.25,) * 3)), protocol, Bits(3, 5))
     for quantizer in student.quantizers.values():
         quantizer.set_range(0, 1)
-    save_student(student, tmp_path / NAME)
-    with safe_open(tmp_path / NAME, "pt") as file:
+    save_student(student, tmp_path / "student.safetensors")
+    with safe_open(tmp_path / "student.safetensors", "pt") as file:
         tensors = [file.get_tensor(name) for name in file.keys() if name != GRAPH]  # noqa: SIM118, it is no mapping
     zero_points = sum(layer.layer.weight.shape[0] for layer in student.layers.values()) if protocol.weight_symmetric else 0
     assert sum(t.numel() * t.element_size() for t in tensors) == size_of(student).bytes - 8 * len(student.quantizers) + 4 * zero_points
-    assert size_of(load_student_file(tmp_path / NAME)) == size_of(student)
+    assert size_of(load_student_file(tmp_path / "student.safetensors")) == size_of(student)
