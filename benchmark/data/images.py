@@ -72,7 +72,7 @@ class Images:
             for index in range(start, min(start + CHUNK, len(self))):
                 pixels[index] = self._read(index)
 
-        pool = ThreadPoolExecutor(_threads())
+        pool = ThreadPoolExecutor(threads())
         try:
             for done in [pool.submit(decode, start) for start in range(0, len(self), CHUNK)]:
                 done.result()
@@ -81,7 +81,7 @@ class Images:
 
     def _stream(self, batch_size: int) -> Iterator[tuple[Pixels, Labels]]:
         """Two batches are decoded ahead of the one that is in use."""
-        pool = ThreadPoolExecutor(_threads())
+        pool = ThreadPoolExecutor(threads())
         waiting: deque[Future[Pixels]] = deque()
         submitted = 0
         try:
@@ -118,10 +118,15 @@ def prepare(image: Image.Image, task: Task) -> Pixels:
     return np.asarray(image).reshape(task.size, task.size, task.channels)
 
 
-def open_image(path: Path) -> Image.Image:
-    """UserError that names the file where it cannot be decoded, or has more than 8 bits per value (PIL would clip those)."""
+def open_image(path: Path, coarsely: bool = False) -> Image.Image:
+    """UserError that names the file where it cannot be decoded, or has more than 8 bits per value (PIL would clip those).
+
+    Coarsely, a JPEG is read to its end and decoded at an eighth of its size: as sure to find damage, in half the time.
+    """
     try:
         with Image.open(path) as image:
+            if coarsely:
+                image.draft(None, (1, 1))
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL calls a damaged PNG a SyntaxError
         raise UserError(f"{path} cannot be read as an image ({error})") from error
@@ -167,5 +172,5 @@ def _cgroup_limits() -> Iterator[tuple[int, int]]:
                 continue  # no limit at this level ("max"), or not visible from inside a container
 
 
-def _threads() -> int:
+def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

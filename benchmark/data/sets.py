@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 from PIL import Image
 
 from dfqbench.data.folders import IMAGE_FILES, are_numbers, class_folders, class_order, files_below, stamp, unreadable
-from dfqbench.data.images import Images, Labels, Pixels, open_image, prepare
+from dfqbench.data.images import Images, Labels, Pixels, open_image, prepare, threads
 from dfqbench.data.pixels import kept
 from dfqbench.errors import Notice, UserError
 from dfqbench.store.cache import cache_folder, remembered
@@ -31,6 +32,7 @@ BUILT_IN = {
     "imagenet": "ImageNet, 50,000 validation images; imagenet:ROOT or $IMAGENET",
     "imagefolder": "a folder with one sub-folder of images per class; imagefolder:PATH",
 }
+MANY = 10_000  # images: reading them takes a while
 
 
 class EvaluationSet(ABC):
@@ -78,6 +80,10 @@ class EvaluationSet(ABC):
         """UserError for what would keep `decode` from working, as far as it can be told without decoding the set."""
         if task.channels not in (1, 3):
             raise UserError(f"evaluation set {self.name} gives images with 1 or 3 channels, the teacher takes {task.channels}")
+
+    def check_files(self, cache: Path | None = None) -> None:
+        """UserError where files of images are damaged. With `cache` (a folder), what was found whole once is not looked at again."""
+        return  # where a set is no folder of files, opening it tells
 
     def _no_split(self, split: str, known: str) -> UserError:
         return UserError(f"evaluation set {self.name} has no split {split!r}, only {known}")
@@ -221,9 +227,26 @@ class ImageFolder(EvaluationSet):
             raise self._no_split(split, "the folder itself, which is 'test'")
         return lambda index: open_image(self._files[index][1]), np.array([label for label, _ in self._files], np.int64)
 
-    def check(self, task: Task) -> None:
-        super().check(task)
-        prepare(open_image(self._files[0][1]), task)  # images of more than 8 bits, say, are seldom alone
+    def check_files(self, cache: Path | None = None) -> None:
+        """Decodes every image once, whoever asks: hours of training end with an evaluation."""
+
+        def trouble(entry: tuple[int, Path]) -> str | None:
+            try:
+                open_image(entry[1], coarsely=True)
+            except UserError as error:
+                return str(error)
+            return None
+
+        def look() -> dict[str, Any]:
+            if len(self) >= MANY:
+                warnings.warn(f"evaluation set {self.name}: looking once at each of {len(self)} images, whether it can be read", Notice, stacklevel=4)
+            with ThreadPoolExecutor(threads()) as pool:
+                found = [said for said in pool.map(trouble, self._files) if said]
+            if found:
+                raise UserError(found[0] + (f"; {len(found) - 1} more of {len(self)} images cannot be read either" if len(found) > 1 else ""))
+            return {"images": len(self)}
+
+        remembered(cache, "whole", [self.digest(cache), PIL.__version__], look)
 
     def digest(self, cache: Path | None = None) -> str:
         def hashed(entry: tuple[int, Path]) -> tuple[int, bytes]:

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from hashlib import md5
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,54 @@ def test_a_damaged_image_is_named(folder: Path, in_memory: bool, monkeypatch: py
     damaged.write_bytes(b"hello")
     with pytest.raises(UserError, match=rf"^{damaged} cannot be read as an image"):
         list(find_set(f"imagefolder:{folder}").decode(task(classes=3)).batches(2))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def scribbled(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-400:-100] = np.random.default_rng(0).integers(0, 256, 300, dtype=np.uint8).tobytes()
+    path.write_bytes(content)
+
+
+def emptied(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def deep(path: Path) -> None:
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(path, "PNG")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(
+    ("kind", "damage"),
+    [(kind, damage) for kind in ("jpg", "png", "tif", "webp") for damage in (cut, emptied, deep)] + [("png", scribbled), ("jpg", scribbled)],
+)
+def test_a_damaged_image_anywhere_in_a_folder_is_named_before_anything_is_trained(
+    folder: Path, tmp_path: Path, damage: Callable[[Path], None], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = folder / "eel" / f"9.{kind}"
+    whole = Image.fromarray(np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    whole.save(bad)
+    find_set(f"imagefolder:{folder}").check_files(tmp_path / "cache")
+    damage(bad)
+    with pytest.raises(UserError) as caught:
+        find_set(f"imagefolder:{folder}").check_files(tmp_path / "cache")
+    assert str(caught.value).startswith(f"{bad} ")
+    assert "\n" not in str(caught.value)
+    whole.save(bad)
+    monkeypatch.setattr(sets, "open_image", lambda *_, **__: pytest.fail("what was found whole is looked at again"))
+    os.utime(bad, ns=(5, 5))
+    find_set(f"imagefolder:{folder}").check_files(tmp_path / "cache")
+
+
+def test_several_damaged_images_are_counted(folder: Path) -> None:
+    for path in (folder / "eel").glob("*.*"):
+        path.write_bytes(b"hello")
+    with pytest.raises(UserError, match=r"eel/1.png cannot be read as an image .*; 1 more of 6 images cannot be read either"):
+        find_set(f"imagefolder:{folder}").check_files()
 
 
 def test_sixteen_bit_images_are_refused_rather_than_clipped(folder: Path) -> None:
