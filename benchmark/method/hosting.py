@@ -62,14 +62,14 @@ def host_of(config: HostingConfig) -> tuple[type[Method], MethodConfig]:
     return method, method.Config(**{name: getattr(config, name) for name in SHARED_SETTINGS}, **config.host_settings)
 
 
-def methods_of(method: type[Method], config: MethodConfig) -> list[type[Method]]:
-    """A method, and the one that it wraps as configured."""
-    return [method, host_of(config)[0]] if isinstance(config, HostingConfig) else [method]
+def methods_of(method: type[Method], config: MethodConfig) -> list[tuple[type[Method], MethodConfig]]:
+    """A method and the one that it wraps, each as configured."""
+    return [(method, config), host_of(config)] if isinstance(config, HostingConfig) else [(method, config)]
 
 
 def needs_of(method: type[Method], config: MethodConfig) -> set[Needs]:
     """What a method needs as configured: its own `needs`, and those of the method that it wraps."""
-    return {need for one in methods_of(method, config) for need in one.needs}
+    return {need for one, _ in methods_of(method, config) for need in one.needs}
 
 
 class HostingMethod(Method):

@@ -96,10 +96,9 @@ def find_variants(
             "methods": [v for i, given in enumerate(sweep.methods) for v in _variants(f"methods[{i}]", given, sweep, protocol, problems)],
             "images": [v for given in images for v in _variants("selection.images", given, sweep, protocol, problems)],
         }
-        configured = list(itertools.chain(*found.values()))
-        asked = {method for method, config, *_ in configured for method in methods_of(method, config)}
-        own = all(method.info.source.package == "dfqbench" for method in asked) and not registry.broken
-        fixed = not any(files_of(config) for _, config, *_ in configured)  # a file's content may be another the next time
+        asked = [one for method, config, *_ in itertools.chain(*found.values()) for one in methods_of(method, config)]
+        own = all(method.info.source.package == "dfqbench" for method, _ in asked) and not registry.broken
+        fixed = not any(files_of(config) for _, config in asked)  # a file's content may be another the next time
         holds = known and own and fixed and not problems.lines and code_state() == code
         return {"holds": holds, **{key: [asdict(Variant.of(*v, tasks if holds else ())) for v in variants] for key, variants in found.items()}}
 
