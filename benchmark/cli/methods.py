@@ -110,14 +110,19 @@ def new_method(
 
 
 @app.command("check")
-def check_method(name: str, plugin: Plugins = None) -> None:
+def check_method(
+    name: str,
+    plugin: Plugins = None,
+    given: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting to check it with; can be repeated.")] = None,
+) -> None:
     """Run the conformance checks on a method, on a small random network: what held, what failed, how to mend it."""
     method = _find(name, plugin)
+    settings = dict(_setting(pair, method) for pair in given or [])
     from dfqbench.testing import outcomes
 
     print(f"{method.info.name} ({method.info.origin})")
     started, counts = time.perf_counter(), dict.fromkeys(("held", "expected", "failed", "outdated"), 0)
-    for outcome in outcomes(method):
+    for outcome in outcomes(method, settings):
         counts[outcome.verdict] += 1
         print(f"  {'FAILED' if not outcome.good else outcome.verdict:<9} {outcome.check}: {outcome.meaning}")
         if outcome.verdict == "outdated":
@@ -134,6 +139,13 @@ def check_method(name: str, plugin: Plugins = None) -> None:
     print(f"{sum(counts.values())} checks: {', '.join(filter(None, parts))} ({time.perf_counter() - started:.0f} s)")
     if failed:
         raise typer.Exit(1)
+
+
+def _setting(pair: str, method: type[Method]) -> tuple[str, str]:
+    name, equals, value = pair.partition("=")
+    if not equals or name not in method.Config.model_fields:
+        raise UserError(f"--set {pair}: NAME=VALUE is expected: {nearest(name, method.Config.model_fields)}")
+    return name, value
 
 
 def _indented(text: str) -> str:
