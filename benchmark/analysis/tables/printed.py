@@ -117,6 +117,7 @@ def notes_of(table: Block | WideTable) -> list[str]:
         **dict.fromkeys(own, True),
         "[1], [2]: same name and budget, but other settings or versions; the report shows them per cell": numbered,
         "follows 'abstract': reconstructed, details of the method are not public": any(row.fidelity == "abstract" for row in rows),
+        "follows 'released': trained elsewhere, evaluated here": any(row.fidelity == "released" for row in rows),
         "published: what papers claim (a range where sources disagree), and how far we are from it in our standard errors; "
         "papers print one figure each, most of them the best epoch on the test set": any(entry.published for entry in entries),
     }
