@@ -22,7 +22,7 @@ def speed(
     precisions: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
     rounds: Annotated[int, typer.Option(min=1, help="How often all contenders take their turn.")] = 3,
     seconds: Annotated[float, typer.Option(min=0, help="About how long a turn is.")] = 5.0,
-    out: Annotated[Path | None, typer.Option(help="Write the figures here too; `auto`: results/speed/DEVICE.json.")] = None,
+    out: Annotated[Path | None, typer.Option(readable=False, help="Write the figures here too; `auto`: results/speed/DEVICE.json.")] = None,
     overheads: Annotated[
         bool,
         typer.Option("--overheads", help="Instead: planning, start of a worker, memory; into results/speed/overheads-DEVICE.json."),
@@ -45,6 +45,7 @@ def speed(
     from dfqbench.engine.device import check_device
     from dfqbench.files import write_json
     from dfqbench.method.registry import find_method
+    from dfqbench.method.settings import without_default
     from dfqbench.speed import steps
     from dfqbench.speed.estimate import network_of
     from dfqbench.store.provenance import provenance
@@ -52,6 +53,9 @@ def speed(
     from dfqbench.teachers.build import build
     from dfqbench_methods.textbook import loops
 
+    for name in wanted:
+        if needed := without_default(find_method(name).Config):
+            raise UserError(f"--methods {name}: it has settings without a default: {', '.join(needed)}")
     presets = {known for name in wanted for known in find_method(name).Config.presets}
     if preset is not None and preset not in presets:
         raise UserError(f"--preset {preset!r}: {nearest(preset, presets)}")

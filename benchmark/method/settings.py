@@ -68,6 +68,11 @@ def files_of(config: MethodConfig) -> dict[str, str]:
     return {name: str(value) for name, value in config if isinstance(value, Path)}
 
 
+def without_default(config: type[MethodConfig]) -> list[str]:
+    """The settings that have to be given."""
+    return [name for name, field in config.model_fields.items() if field.is_required()]
+
+
 class TrainingConfig(MethodConfig):
     """What every method that trains a student can be told. The defaults are the lineage's (spec section 1.4, CIFAR)."""
 

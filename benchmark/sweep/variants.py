@@ -16,7 +16,7 @@ from dfqbench.errors import nearest
 from dfqbench.method import registry
 from dfqbench.method.catalogue import code_state
 from dfqbench.method.info import Fidelity, Needs
-from dfqbench.method.settings import MethodConfig, files_of
+from dfqbench.method.settings import MethodConfig, files_of, without_default
 from dfqbench.quantization import Protocol
 from dfqbench.quantization.protocol import BatchNormMode, RangeEstimatorName
 from dfqbench.store.cache import remembered
@@ -141,7 +141,7 @@ def _variants(key: str, given: Entry, sweep: Sweep, protocol: Protocol | None, p
             for line in described(error, key):
                 problems.add(*line)
             continue
-        required = {k: v for k, v in chosen.items() if fields[k].is_required()}
+        required = {k: v for k, v in chosen.items() if k in without_default(method.Config)}
         plain = method.Config(**{**base, **required}).model_dump(mode="json")
         changed = {k: v for k, v in config.model_dump(mode="json").items() if k in chosen and (k in required or v != plain[k])}
         changed |= {k: Path(path).name for k, path in files_of(config).items() if k in changed}

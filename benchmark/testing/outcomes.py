@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from dfqbench.errors import UserError, nearest
 from dfqbench.method.contract import Method
+from dfqbench.method.settings import without_default
 from dfqbench.testing import checks, declarations
 from dfqbench.testing.trial import Trial
 
@@ -76,8 +77,7 @@ class Outcome:
 
 def outcomes(method: type[Method], settings: dict[str, Any] | None = None) -> Iterator[Outcome]:
     """Runs the checks on a registered method, one after the other. Raises UserError where a setting without a default is not given."""
-    fields = method.Config.model_fields
-    needed = [name for name, field in fields.items() if field.is_required() and name not in {**method.quick, **(settings or {})}]
+    needed = [name for name in without_default(method.Config) if name not in {**method.quick, **(settings or {})}]
     if needed:
         raise UserError(f"{method.info.name} cannot be checked without its settings {', '.join(needed)}: they have no defaults")
     names = [check.__name__ for check in CHECKS]

@@ -13,7 +13,7 @@ from dfqbench.data import Images
 from dfqbench.engine.evaluate import evaluate, state_hash
 from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.method.contract import Method, Phase
-from dfqbench.method.settings import files_of
+from dfqbench.method.settings import files_of, without_default
 from dfqbench.network import Teacher
 from dfqbench.quantization import PROTOCOLS, Bits
 from dfqbench.sweep.cell import Bundle, Cell, EvaluationCard
@@ -93,7 +93,7 @@ class Trial:
         small = {k: v for k, v in BUDGET.items() if k in fields}
         given = {**small, **method.quick, **self.settings}
         self.config = method.Config(**given)
-        self.required = {name: given[name] for name, field in fields.items() if field.is_required()}
+        self.required = {name: given[name] for name in without_default(method.Config)}
 
     def start(
         self,
@@ -103,10 +103,11 @@ class Trial:
         poisoned: bool = False,
         teacher: Teacher | None = None,
         device: torch.device = CPU,
+        protocol: str = "lineage",
     ) -> Lockstep:
         """A lockstep before its first step, evaluated after every epoch."""
         task = task or small_task()
-        protocol = PROTOCOLS["lineage"].for_method(self.method.info.name, self.method.ranges, self.method.batch_norm)
+        rules = PROTOCOLS[protocol].for_method(self.method.info.name, self.method.ranges, self.method.batch_norm)
         card = TeacherCard("small", "small", "none", "0" * 64, None, task, 0)
         cells = tuple(
             Cell(
@@ -116,7 +117,7 @@ class Trial:
                 files=files_of(self.config),
                 teacher=card,
                 evaluation=EvaluationCard("noise", "0" * 64, task.classes, 32),
-                protocol=protocol,
+                protocol=rules,
                 bits=Bits.parse(width),
                 seed=seed,
                 precision="fp32",

@@ -361,3 +361,8 @@ def test_it_conforms_on_a_checkpoint_of_the_small_network(dfqbench: Run, tmp_pat
     for wrong in ("file", "fil=x"):
         code, _, err = dfqbench("methods", "check", "checkpoint", "--set", wrong)
         assert (code, err.startswith(f"dfqbench: --set {wrong}: NAME=VALUE is expected: ")) == (2, True)
+
+
+def test_speed_says_that_it_has_settings_without_a_default(dfqbench: Run) -> None:
+    code, _, err = dfqbench("speed", "--methods", "checkpoint")
+    assert (code, err.strip()) == (2, "dfqbench: --methods checkpoint: it has settings without a default: file")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dfqbench import Batch, Method, Phase, Student, TrainingConfig
 from dfqbench.method.registry import find_method, list_methods, register
+from dfqbench.method.settings import without_default
 from dfqbench.testing import Trial, check_method, method_checks
 from dfqbench.testing.declarations import what_it_needs_is_declared
 from dfqbench.testing.outcomes import CHECKS
@@ -17,9 +18,7 @@ from dfqbench.testing.outcomes import CHECKS
 pytestmark = pytest.mark.slow
 
 BUILT_IN = [  # without those whose tests give them the settings that have no default
-    method.info.name
-    for method in list_methods()
-    if method.info.origin == "built in" and not any(field.is_required() for field in method.Config.model_fields.values())
+    method.info.name for method in list_methods() if method.info.origin == "built in" and not without_default(method.Config)
 ]
 
 
