@@ -70,7 +70,8 @@ def _take_apart(node: fx.Node, graph: fx.Graph, layer: nn.Module, name: str) -> 
         inner = fx.Tracer().trace(layer)
     except Exception as error:
         raise NotWritable(f"the class {kind.__qualname__} of {kind.__module__} cannot be traced by torch.fx ({error})") from error
-    given, copies = [*node.args, *node.kwargs.values()], {}
+    given = [*node.args, *node.kwargs.values()]
+    copies: dict[fx.Node, Any] = {}
     with graph.inserting_before(node):
         for old in inner.nodes:
             if old.op == "placeholder":
@@ -102,7 +103,8 @@ def nodes_as_text(graph: fx.Graph) -> list[dict[str, Any]]:
 
 def graph_of(text: list[dict[str, Any]]) -> fx.Graph:
     """The graph of `nodes_as_text`. Raises NotWritable for what a text must not name, and whatever a damaged text leads to."""
-    graph, nodes = fx.Graph(), {}
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
     for given in text:
         op, target = given["op"], given["target"]
         if op == "call_method":

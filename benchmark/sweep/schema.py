@@ -36,6 +36,13 @@ class Budget(BaseModel):
         return {k: v for k, v in self.model_dump().items() if v is not None}
 
 
+class Kept(BaseModel):
+    """The `store` key of a config: what a finished cell leaves behind beside its numbers. Never part of a cell's identity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    students: Literal["last", "off"] = Field(default="last", description="the quantized network after its last epoch as student.safetensors, or off")
+
+
 class NamedSet(BaseModel):
     """An evaluation set with the name that tables are to give it."""
 
@@ -73,6 +80,7 @@ class Sweep(BaseModel):
     tracking: Tracking | None = Field(
         None, description="W&B: wandb, or {wandb: online or offline, project: ..., entity: ...}; never changes a result"
     )
+    store: Kept = Field(Kept(), description="what a finished cell leaves behind beside its numbers: {students: last or off}")
 
     @field_validator("evaluate", mode="before")
     @classmethod
