@@ -116,6 +116,12 @@ def write_cell(store: Store, cell: Cell, images: int = 1000, evaluated: bool = T
     return result
 
 
+def write_failure(store: Store, cell: Cell, kind: str = "Diverged", **known: Any) -> None:
+    """All files of a cell that ended without a result."""
+    store.write_cell(cell.record())
+    store.write_failure(cell.id, kind, "diverged: the loss is nan in epoch 5" if kind == "Diverged" else "out of luck", "", **known)
+
+
 def make_store(root: Path, count: int, images: int = 1000) -> Store:
     store = Store(root, writable=True)
     for cell in cells(count):

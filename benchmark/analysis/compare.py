@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from dfqbench.analysis.per_image import PerImage
-from dfqbench.analysis.records import CELL_ID, Reading, read_store
+from dfqbench.analysis.records import CELL_ID, Reading, read_store, said_of
 from dfqbench.analysis.stats import Estimate, McNemar
 from dfqbench.errors import UserError, counted
 from dfqbench.store import Store
 from dfqbench.sweep.cell import leaves
 
 NAMED = 5  # cells that an ambiguous prefix stands for and that are named
-OF_THE_PLACE = ("host", "slurm_job")  # of provenance: where it happened to run
+OF_THE_PLACE = ("host", "slurm_job", "images.seconds")  # of provenance: where it happened to run, and how long that took
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _finished(reading: Reading, cell_id: str) -> dict[str, Any]:
             return result
     folder = reading.store.folder(cell_id)
     damaged = next((line for line in reading.skipped if line.startswith(f"{folder / 'result.json'}: ")), None)
-    failed = next((f"cell {cell_id} failed: {f['kind']}: {f['message']}".splitlines()[0] for f in reading.failures if f["id"] == cell_id), None)
+    failed = next((f"cell {cell_id} {said_of(f)}" for f in reading.failures if f["id"] == cell_id), None)
     raise UserError(damaged or failed or f"cell {cell_id} is not finished: there is no result.json in {folder}")
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,10 +19,11 @@ from numpy.typing import NDArray
 
 from dfqbench.files import read_json
 from dfqbench.store import Store
-from dfqbench.sweep.cell import fingerprint
+from dfqbench.sweep.cell import canonical_json, fingerprint
 
 CELL_ID = re.compile(r"[0-9a-f]{12}")
 OF_A_CELL = {"cell.json", "result.json", "failed.json", "lease.json", "log.txt", "history.csv"}
+DIVERGED = "Diverged"  # the kind of a failure
 ABANDONED_S = 60.0  # a temporary file older than this has no writer any more
 
 # what a result must hold, and of which type: whatever reads a checked result relies on it
@@ -56,6 +58,7 @@ REQUIRED: dict[str, type | tuple[type, ...]] = {
     "cell.identity.config": dict,
 }
 _KEYS = {path: path.split(".") for path in REQUIRED}
+_OF_THE_CELL = [path for path in REQUIRED if path.startswith("cell.")]
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,19 @@ class Reading:
                     if not problem_of(result, path.parent.parent.name):
                         found.setdefault(result["id"], []).append(result)
         return found
+
+    @cached_property
+    def unfinished(self) -> list[dict[str, Any]]:
+        """Cells that diverged or failed, in the form of results whose numbers are NaN, with `status`: what tables show beside results.
+
+        Left out are failures whose cell.json cannot be used, and those that a newer result or failure of the same experiment stands for.
+        """
+        found = [made for failure in self.failures if (made := _as_result(failure, self.store))]
+        newest: dict[str, tuple[Any, ...]] = {}
+        for each in [*self.results, *found] if found else []:
+            experiment = _experiment(each)
+            newest[experiment] = max(newest.get(experiment, ()), _age(each))
+        return [each for each in found if _age(each) == newest[_experiment(each)]]
 
     def correct(self, result: dict[str, Any]) -> NDArray[np.uint8] | None:
         """Which test images the cell got right, as packed bits; None where the file is missing, damaged or another cell's."""
@@ -157,12 +173,8 @@ def problem_of(result: Any, cell_id: str) -> str:
     """Why a result cannot be used; empty if it can."""
     if not isinstance(result, dict):
         return "not a result of this suite"
-    for path, kind in REQUIRED.items():
-        value: Any = result
-        for key in _KEYS[path]:
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, kind):
-            return f"not a result of this suite: {path} is {'missing' if value is None else repr(value)}"
+    if lacking := _lacking(result, REQUIRED):
+        return f"not a result of this suite: {lacking}"
     if not all(math.isfinite(v) and 0 <= v <= 100 for v in (result["top1"], result["best"]["top1"], result["teacher"]["top1"])):
         return "an accuracy is not between 0 and 100"
     if result["images"] < 1:
@@ -172,6 +184,61 @@ def problem_of(result: Any, cell_id: str) -> str:
     if fingerprint(result["cell"]["identity"]) != cell_id:
         return "its settings do not have this id: edited by hand, or another suite's"
     return ""
+
+
+def _lacking(record: dict[str, Any], paths: Iterable[str]) -> str:
+    """The first of these keys that is missing or of another type; empty where all are as they must be."""
+    for path in paths:
+        value: Any = record
+        for key in _KEYS[path]:
+            value = value.get(key) if isinstance(value, dict) else None
+        if not isinstance(value, REQUIRED[path]):
+            return f"{path} is {'missing' if value is None else repr(value)}"
+    return ""
+
+
+def said_of(failure: dict[str, Any]) -> str:
+    """What became of a failed cell, in one line."""
+    message = (str(failure["message"]).splitlines() or [""])[0]
+    return message if failure["kind"] == DIVERGED and message.startswith("diverged") else f"failed: {failure['kind']}: {message}"
+
+
+def _as_result(failure: dict[str, Any], store: Store) -> dict[str, Any] | None:
+    """None where its cell.json is missing or not this cell's."""
+    cell, steps, ended = failure["cell"], failure.get("steps"), failure.get("time")
+    if _lacking({"cell": cell}, _OF_THE_CELL) or fingerprint(cell["identity"]) != failure["id"]:
+        return None
+    teacher, _ = _read(store.root / "teachers" / f"{fingerprint([cell['identity'].get('teacher'), cell['identity']['evaluation']])}.json")
+    top1, images = teacher.get("top1") if isinstance(teacher, dict) else None, cell["evaluation"].get("images")
+    return {
+        "id": failure["id"],
+        "cell": cell,
+        "status": "diverged" if failure["kind"] == DIVERGED else "failed",
+        "top1": math.nan,
+        "best": {"top1": math.nan},
+        "evaluations": 0,
+        "images": images if isinstance(images, int) else 0,
+        "steps": steps if isinstance(steps, int) else None,
+        "teacher": {"top1": float(top1) if isinstance(top1, int | float) else math.nan},
+        "seconds": {"own": math.nan, "shared": math.nan},
+        "provenance": {"device_name": None, "device": None},
+        "finished": float(ended) if isinstance(ended, int | float) else 0.0,
+    }
+
+
+def _experiment(result: dict[str, Any]) -> str:
+    """Equal for cells that differ in nothing but versions and in what those change: of them the newest counts."""
+    cell, identity = result["cell"], result["cell"]["identity"]
+    same = [cell["method"], cell["changed"], cell["bits"], cell["seed"], cell["precision"], cell["teacher"]["weights_sha256"]]
+    budget = [identity["config"].get(key) for key in ("epochs", "iterations", "batch_size")]
+    return canonical_json([*same, *budget, *(identity.get(key) for key in ("teacher", "evaluation", "protocol"))])
+
+
+def _age(result: dict[str, Any]) -> tuple[Any, ...]:
+    """Greater for newer ones: versions, then time; a result counts before a failure."""
+    identity = result["cell"]["identity"]
+    versions = [n if isinstance(n := identity.get(key), int) else 0 for key in ("engine", "method_version")]
+    return *versions, result.get("finished", 0.0), "status" not in result
 
 
 def read_correct(path: Path, result: dict[str, Any]) -> NDArray[np.uint8] | None:

@@ -48,7 +48,7 @@ def table(
     from dfqbench.analysis.tables.blocks import load_frame
 
     if output == "csv":
-        load_frame(reading.results).to_csv(sys.stdout, index=False)
+        load_frame([*reading.results, *reading.unfinished]).to_csv(sys.stdout, index=False)
         return
     from dfqbench.analysis.ledger import load_ledger
     from dfqbench.analysis.per_image import PerImage
@@ -56,7 +56,7 @@ def table(
     from dfqbench.analysis.tables.printed import means_frame, ranking
     from dfqbench.analysis.tables.wide import side_by_side
 
-    found = blocks(reading.results, checked, ledger=load_ledger(), per_image=PerImage(reading))
+    found = blocks([*reading.results, *reading.unfinished], checked, ledger=load_ledger(), per_image=PerImage(reading))
     if output == "csv-means":
         means_frame(found).to_csv(sys.stdout, index=False)
         return
@@ -132,7 +132,7 @@ def cells_of(config: str, store: Store, plugins: list[str] | None) -> dict[str, 
 def plot(
     config: OnlyConfig = None,
     results: Results = DEFAULT_RESULTS,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: figures in the results folder.")] = None,
+    out: Annotated[Path | None, typer.Option(readable=False, help="Folder to write to; default: figures in the results folder.")] = None,
     kind: Annotated[
         list[str] | None, typer.Option(help="Only this kind; may be given again. accuracy, published, cost, curves, losses, drop, ablation.")
     ] = None,
@@ -173,7 +173,7 @@ def plot(
 def report(
     config: OnlyConfig = None,
     results: Results = DEFAULT_RESULTS,
-    out: Annotated[Path | None, typer.Option(help="The HTML file to write; default: report.html in the results folder.")] = None,
+    out: Annotated[Path | None, typer.Option(readable=False, help="The HTML file to write; default: report.html in the results folder.")] = None,
     rule: RuleOption = "last",
     plugin: Plugins = None,
 ) -> None:
@@ -207,7 +207,7 @@ def compare(
 
 
 def merge(
-    others: Annotated[list[Path], typer.Argument(metavar="OTHER_RESULTS...", help="Results folders of others.")],
+    others: Annotated[list[Path], typer.Argument(metavar="OTHER_RESULTS...", readable=False, help="Results folders of others.")],
     results: Results = DEFAULT_RESULTS,
 ) -> None:
     """Copy the cells of other results folders into this one; nothing is overwritten, conflicts are reported."""

@@ -13,7 +13,7 @@ from synthetic_store import cells, make_store, write_cell
 from dfqbench.analysis.ledger import load_ledger
 from dfqbench.analysis.per_image import PerImage
 from dfqbench.analysis.records import read_store
-from dfqbench.analysis.tables.blocks import Block, Row, blocks, load_frame
+from dfqbench.analysis.tables.blocks import Block, Row, blocks
 from dfqbench.analysis.tables.formats import html, latex, markdown
 from dfqbench.analysis.tables.printed import means_frame, names_of, notes_of, ranking, texts_of
 from dfqbench.store import Store
@@ -126,13 +126,6 @@ def test_the_rule_decides_which_epoch_counts_and_is_named() -> None:
     assert (shown(last, "gdfq", "w4a4"), shown(best, "gdfq", "w4a4")) == ("50.00", "51.00")
     assert "rule 'last'" in notes_of(last)[0]
     assert "chosen on the test labels" in notes_of(best)[0]
-
-
-def test_the_cost_of_a_cell_is_its_own_and_the_shared_seconds_of_a_named_device() -> None:
-    assert load_frame([result()]).seconds.tolist() == [30.0]
-    (cpu,), (gpu,) = blocks([result()]), blocks([result(provenance={"device_name": "a GPU", "device": "cuda"})])
-    both = blocks([result(), result(seed=1, provenance={"device_name": "a GPU", "device": "cuda"})])
-    assert [block.time for block in (cpu, gpu, *both)] == ["CPU-seconds", "GPU-seconds", "seconds"]
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
@@ -284,7 +277,7 @@ def test_a_latex_table_that_is_too_wide_is_set_small_and_in_pieces_that_keep_a_w
     assert text.count(r"\begin{table*}") == 1
     heads = [line.removesuffix(r" \\").split(" & ") for line in text.splitlines() if line.startswith("method & ")]
     assert len(heads) == 2
-    assert [head for row in heads for head in row[4:]] == [head for bits in widths for head in (bits, "drop")] + ["CPU-s/cell"]
+    assert [head for row in heads for head in row[4:]] == [head for bits in widths for head in (bits, "drop")] + ["wall s/cell"]
     assert all(row[:4] == ["method", "follows", "steps x batch", "seeds"] and row[4] != "drop" for row in heads)
 
 

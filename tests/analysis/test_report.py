@@ -96,7 +96,7 @@ def test_failures_and_skipped_files_are_listed(tmp_path: Path) -> None:
     assert "the loss is nan in epoch 3" in text
     assert "Traceback x" in text
     assert f"runs/{first}/result.json: damaged" in text
-    assert "1 cell failed. 1 file could not be read and is listed at the end." in text
+    assert "1 cell diverged. 1 file could not be read and is listed at the end." in text
 
 
 def test_the_recipe_of_a_cell_spans_exactly_that_cell(sweep_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

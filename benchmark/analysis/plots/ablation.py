@@ -10,7 +10,7 @@ from dfqbench.analysis.tables.blocks import Block, Entry, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from dfqbench.analysis.plots.drawn import WIDTH_MARKERS, Drawn, NothingToDraw
+from dfqbench.analysis.plots.drawn import WIDTH_MARKERS, Drawn, NothingToDraw, what_is_lost
 
 
 def ablation(drawn: Drawn) -> list[Figure]:
@@ -28,7 +28,7 @@ def ablation(drawn: Drawn) -> list[Figure]:
         for ax, (block, base, others) in axes:
             style = drawn.look[base.label]
             for i, row in enumerate(others):
-                there = [w for w in block.widths if w in row.entries and w in base.entries]
+                there = [w for w in block.widths if row.complete(w) and base.complete(w)]
                 for k, width in enumerate(there):
                     ours, theirs = row.entries[width], base.entries[width]
                     value, reach = _difference(drawn, ours, theirs)
@@ -36,9 +36,9 @@ def ablation(drawn: Drawn) -> list[Figure]:
                     y = i + (k - (len(there) - 1) / 2) * 0.7 / max(len(there), 1)
                     ax.errorbar([value], [y], xerr=reach, color=style.color, marker=marker, mfc="white" if k % 2 else style.color, elinewidth=0.9)
             ax.axvline(0, color="#555555", lw=0.8)
-            ax.set_yticks(range(len(others)), [wrapped(_settings(row), 24) for row in others])
+            ax.set_yticks(range(len(others)), ["\n".join([wrapped(_settings(row), 24), *what_is_lost(row)]) for row in others])
             ax.set_ylim(len(others) - 0.45, -0.55)
-            ax.set_xlabel(f"points of top-1 against {base.label} as it is")
+            ax.set_xlabel("\n".join([f"points of top-1 against {base.label} as it is", *what_is_lost(base)]))
             ax.set_title(panel_title(block, drawn.blocks))
         for k, width in enumerate(widths):
             marker = WIDTH_MARKERS[k % len(WIDTH_MARKERS)]

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from dfqbench.analysis.per_image import PerImage
 from dfqbench.analysis.plots.style import Style, styles
 from dfqbench.analysis.records import Reading
 from dfqbench.analysis.tables.blocks import Block, Entry, Row, Rule
 
-if TYPE_CHECKING:
-    pass
-
 WIDTH_MARKERS = "osD^vPX"
+ALL_WIDTHS = 12  # panels of one width each; with more, only the narrowest width of each block is drawn
+FEWER = "some seeds diverged or failed"  # what hollow markers and faint lines mean
+LOST = "diverged or failed"
 
 
 class NothingToDraw(Exception):
@@ -41,7 +40,7 @@ class Drawn:
     def rows(self) -> list[Row]:
         """One per label, best first."""
         best = {row.label: row for block in self.blocks for row in block.rows}
-        return sorted(best.values(), key=lambda row: -row.mean)
+        return sorted(best.values(), key=lambda row: -row.above)
 
 
 def entries_of(drawn: Drawn) -> Iterator[tuple[Block, Row, str, Entry]]:
@@ -49,3 +48,22 @@ def entries_of(drawn: Drawn) -> Iterator[tuple[Block, Row, str, Entry]]:
         for row in block.rows:
             for width, entry in row.entries.items():
                 yield block, row, width, entry
+
+
+def panels_of(drawn: Drawn) -> list[tuple[Block, str]]:
+    """Bit widths one by one."""
+    panels = [(block, width) for block in drawn.blocks for width in block.widths]
+    return panels if len(panels) <= ALL_WIDTHS else [(block, block.widths[-1]) for block in drawn.blocks]
+
+
+def fill(row: Row, width: str, color: str) -> str:
+    """What a marker is filled with."""
+    return "white" if width in row.lost else color
+
+
+def what_is_lost(row: Row) -> list[str]:
+    """`W4A4, W3A3: diverged`, a line for each of what became of some."""
+    said: dict[str, list[str]] = {}
+    for width, lost in row.lost.items():
+        said.setdefault(str(lost), []).append(width.upper())
+    return [f"{', '.join(widths)}: {what}" for what, widths in said.items()]

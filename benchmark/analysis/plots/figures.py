@@ -25,7 +25,8 @@ _shared: Drawn | None = None
 def prepare(reading: Reading, rule: Rule = "last") -> Drawn:
     """The tables of a store with everything that its plots need."""
     per_image = PerImage(reading)
-    drawn = Drawn(reading, blocks(reading.results, rule, ledger=load_ledger(), per_image=per_image), per_image, rule)
+    found = blocks([*reading.results, *reading.unfinished], rule, ledger=load_ledger(), per_image=per_image)
+    drawn = Drawn(reading, found, per_image, rule)
     _say_what_no_font_has(drawn)
     return drawn
 

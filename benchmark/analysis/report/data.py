@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from dfqbench.analysis.cost import clock_of, seconds_of
 from dfqbench.analysis.plots.drawn import Drawn
 from dfqbench.analysis.records import Reading, read_history
 from dfqbench.errors import counted
@@ -46,6 +47,7 @@ class Data:
         cell, folder = r["cell"], self.reading.store.folder(r["id"])
         history = read_history(folder / "history.csv", POINTS)
         curve = {name: [_rounded(v) for v in history.get(name, [])] for name in ("epoch", "top1", "loss")}
+        clock = clock_of([r])
         provenance = {k: v for k, v in r["provenance"].items() if v is not None}
         return {
             "id": r["id"],
@@ -62,9 +64,9 @@ class Data:
             "last_epoch": r["last_epoch"],
             "teacher_top1": round(r["teacher"]["top1"], 4),
             "drop": round(r["teacher"]["top1"] - r["top1"], 4),
-            "seconds": round(r["seconds"]["own"] + r["seconds"]["shared"], 3),
-            "own": r["seconds"]["own"],
-            "shared": r["seconds"]["shared"],
+            "seconds": round(seconds_of(r, clock), 3),
+            "clock": clock,
+            **{part: r["cpu_seconds" if clock == "CPU" else "seconds"][part] for part in ("own", "shared")},
             "curve": curve if curve["epoch"] else {"epoch": [], "top1": [], "loss": []},
             "config": self._share(cell["identity"]["config"]),
             "provenance": self._share(provenance),

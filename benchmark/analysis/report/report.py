@@ -12,7 +12,7 @@ from typing import Any
 from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
 from dfqbench.analysis.plots.figures import drawn_kinds, prepare
 from dfqbench.analysis.plots.kinds import KINDS
-from dfqbench.analysis.records import Reading
+from dfqbench.analysis.records import DIVERGED, Reading, said_of
 from dfqbench.analysis.report.data import Data
 from dfqbench.analysis.tables import formats
 from dfqbench.analysis.tables.blocks import Block, Rule
@@ -22,10 +22,7 @@ from dfqbench.quantization.protocol_words import in_words
 from dfqbench.store import Store
 
 PAGE = Path(__file__).parent / "page"
-LOG_LINES = 20
-POINTS = 60  # of a curve
-SHEETS = 48  # sheets of synthetic images that are embedded; equal ones count once
-SHEET_SIDE = 420  # pixels
+NOT_SHOWN = " (not in the tables: a newer try counts, or its cell.json cannot be read)"
 
 
 def write_report(reading: Reading, out: Path, title: str, rule: Rule = "last") -> None:
@@ -65,8 +62,9 @@ def _summary(reading: Reading, drawn: Drawn, rule: Rule) -> str:
         f"{counted(len(drawn.blocks), 'block')} of what can be compared.",
         "Reported is the last epoch." if rule == "last" else "Reported is the best epoch on the test set, which is a choice made with test labels.",
     ]
-    if reading.failures:
-        said.append(f"{counted(len(reading.failures), 'cell')} failed.")
+    diverged = sum(failure["kind"] == DIVERGED for failure in reading.failures)
+    for number, what in ((diverged, "diverged"), (len(reading.failures) - diverged, "failed")):
+        said += [f"{counted(number, 'cell')} {what}."] * bool(number)
     if reading.skipped:
         said.append(
             f"{counted(len(reading.skipped), 'file')} could not be read and {'is' if len(reading.skipped) == 1 else 'are'} listed at the end."
@@ -91,7 +89,7 @@ def _comparisons(drawn: Drawn) -> Iterator[str]:
 
 
 def _against_best(drawn: Drawn, block: Block, width: str) -> str:
-    there = sorted(((row, row.entries[width]) for row in block.rows if width in row.entries), key=lambda pair: -pair[1].mean)
+    there = sorted(((row, entry) for row in block.rows if (entry := row.complete(width))), key=lambda pair: -pair[1].mean)
     if len(there) < 2 or not any(entry.against_best for _, entry in there):
         return ""
     best = there[0][0].label
@@ -108,7 +106,8 @@ def _against_best(drawn: Drawn, block: Block, width: str) -> str:
             f"{test.p:.2g}" if test else "-",
             f"{test.only_first} / {test.only_second}" if test else "-",
         ]
-        lines.append(f"<tr><td>{html.escape(row.label)}</td>" + "".join(f'<td class="number">{cell}</td>' for cell in cells) + "</tr>")
+        lines.append(_line(row.label, cells))
+    lines += [_line(row.label, [str(row.lost[width]), *"----"]) for row in block.rows if width in row.lost]
     heads = "".join(
         f'<th scope="col" class="number">{name}</th>' for name in ("difference", "95 % interval", "p (Holm)", "p (McNemar)", "only it / only best")
     )
@@ -117,6 +116,10 @@ def _against_best(drawn: Drawn, block: Block, width: str) -> str:
         f'<thead><tr><th scope="col">method</th>{heads}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _line(label: str, cells: list[str]) -> str:
+    return f"<tr><td>{html.escape(label)}</td>" + "".join(f'<td class="number">{cell}</td>' for cell in cells) + "</tr>"
 
 
 def _plots(drawn: Drawn) -> Iterator[str]:
@@ -146,17 +149,19 @@ def _protocols(reading: Reading) -> str:
 
 def _failures(reading: Reading) -> str:
     parts = []
+    shown = {cell["id"] for cell in reading.unfinished}
     for failure in reading.failures:
         cell = failure["cell"]
         name = f"{cell.get('label', '?')} {cell.get('teacher', {}).get('label', '')} {cell.get('bits', '')} seed {cell.get('seed', '?')}"
+        said = said_of(failure) + NOT_SHOWN * (failure["id"] not in shown)
         parts.append(
-            f"<details><summary><b>{html.escape(name)}</b> (cell {html.escape(failure['id'])}): {html.escape(str(failure['kind']))}: "
-            f"{html.escape(str(failure['message']))}</summary><pre>{html.escape(str(failure['traceback']) or 'no traceback')}</pre></details>"
+            f"<details><summary><b>{html.escape(name)}</b> (cell {html.escape(failure['id'])}) {html.escape(said)}</summary>"
+            f"<pre>{html.escape(str(failure['traceback']) or 'no traceback')}</pre></details>"
         )
     skipped = [line.replace(f"{reading.store.root}/", "") for line in reading.skipped]
     if skipped:
         parts.append("<p>Not read, and left as they are:</p><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in skipped) + "</ul>")
-    return "\n".join(parts) or "<p>No cell failed and every file could be read.</p>"
+    return "\n".join(parts) or "<p>No cell diverged or failed, and every file could be read.</p>"
 
 
 def default_title(store: Store) -> str:

@@ -1,4 +1,4 @@
-"""Accuracies of finished cells as rows by bit widths. One block per teacher, evaluation set, protocol and precision: these are never mixed."""
+"""Accuracies, or what diverged, as rows by bit widths. One block per teacher, evaluation set, protocol and precision: these are never mixed."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from dfqbench.analysis.cost import Cost, cost_of, processor_seconds
 from dfqbench.analysis.ledger import METHODS_OWN, Ledger, Published
 from dfqbench.analysis.per_image import PerImage
 from dfqbench.analysis.stats import Estimate, binomial_error, holm
@@ -22,12 +23,11 @@ ALPHA = 0.05
 NOT_OF_A_ROW = ("bits", "seed", "teacher", "evaluation", "precision")  # of a cell's identity: they say which column, seed or table it is in
 KEYS = ("evaluation", "digest", "teacher", "teacher_key", "protocol", "shared_rules", "precision")  # what a block's cells agree in
 SHARED = ("teacher", "teacher_top1", "evaluation", "protocol", "shared_rules", "precision")  # what a block has of its cells
-TIMES = {("cuda",): "GPU-seconds", ("cpu",): "CPU-seconds"}
 
 
 @dataclass
 class Entry:
-    """One row at one bit width. Accuracies in percent; seconds: a cell's mean cost; sd: over seeds, None for one; error: one standard error.
+    """The finished cells of one row at one bit width. Accuracies in percent; sd: over seeds, None for one; error: one standard error.
 
     estimate: the mean with its interval over test images and seeds, None where per-image results are missing. best: the best of its column, or not
     distinguishable from it. against_best: the difference to the best (p Holm-adjusted in the column); pair: both cells' ids at their lowest seed.
@@ -39,7 +39,7 @@ class Entry:
     sd: float | None
     drop: float
     error: float
-    seconds: float
+    cost: Cost
     estimate: Estimate | None
     published: Published | None = None
     why_unpublished: str = ""
@@ -51,34 +51,64 @@ class Entry:
         return f"{self.mean:.2f}" if self.sd is None else f"{self.mean:.2f} ± {self.sd:.2f}"
 
 
+@dataclass(frozen=True)
+class Lost:
+    """Cells of one row at one bit width that have no result: how many diverged, how many ended with an error, of how many that were tried."""
+
+    diverged: int
+    failed: int
+    tried: int
+
+    @property
+    def share(self) -> float:
+        return (self.diverged + self.failed) / self.tried
+
+    def __str__(self) -> str:
+        """`diverged`, `1 of 3 diverged`, `1 diverged, 1 failed of 3`."""
+        counts = {what: count for what, count in (("diverged", self.diverged), ("failed", self.failed)) if count}
+        if len(counts) > 1:
+            return ", ".join(f"{count} {what}" for what, count in counts.items()) + f" of {self.tried}"
+        ((what, count),) = counts.items()
+        return what if count == self.tried else f"{count} of {self.tried} {what}"
+
+
 @dataclass
 class Row:
     """One method with its settings and budget. `label` is unique within its table; `mark` refers to a note.
 
-    entries: by bit width; of blocks side by side by (index of the block, bit width). name: as its cells call it, which others may share.
-    settings: its cells' identity without what tells columns and seeds apart. differing: those in which blocks side by side differ.
+    entries: by bit width; of blocks side by side by (index of the block, bit width). lost: the same way, where cells diverged or failed: an entry
+    beside it is the mean of those that are left, and is in no comparison. name: as its cells call it, which others may share. steps: None where no
+    cell says it. settings: its cells' identity without what tells columns and seeds apart. differing: those in which blocks side by side differ.
+    above: see `worst_first`.
     """
 
     label: str
     name: str
     method: str
     fidelity: str
-    steps: int
+    steps: int | None
     batch: int
     changed: dict[str, Any]
     settings: dict[str, Any]
     entries: dict[Any, Entry]
-    seconds: float
+    lost: dict[Any, Lost]
+    cost: Cost
     mark: str
     differing: Sequence[str] = ()
+    above: float = 0.0
 
     @property
     def budget(self) -> str:
-        return f"{self.steps} x {self.batch}" if self.steps else "none"
+        return "-" if self.steps is None else f"{self.steps} x {self.batch}" if self.steps else "none"
 
     @property
-    def mean(self) -> float:
-        return float(np.mean([entry.mean for entry in self.entries.values()]))
+    def seeds(self) -> list[int]:
+        """How many were tried, by bit width."""
+        return [lost.tried for lost in self.lost.values()] + [len(entry.ids) for w, entry in self.entries.items() if w not in self.lost]
+
+    def complete(self, width: Any) -> Entry | None:
+        """What may be compared and ranked."""
+        return None if width in self.lost else self.entries.get(width)
 
 
 @dataclass
@@ -86,7 +116,8 @@ class Block:
     """Results that can be compared with each other: rows from worst to best, widths from wide to narrow.
 
     heading: what was measured, over a table of several blocks. shared_rules: without what a method may declare for itself. marks: by printed rules.
-    time: what a second is of. error: a cell's largest standard error from the test set's size, in percent. uncompared: without per-image results.
+    teacher_top1: NaN where it was not measured. devices: of finished cells. error: a cell's largest standard error from the test set's size, in
+    percent. uncompared: without per-image results.
     """
 
     title: str
@@ -101,7 +132,6 @@ class Block:
     widths: list[str]
     rows: list[Row]
     marks: dict[str, str]
-    time: str
     devices: list[str]
     error: float
     uncompared: int
@@ -114,8 +144,12 @@ class Block:
 
 
 def load_frame(results: list[Any]) -> pd.DataFrame:
-    """One row per finished cell: accuracies and drop in percent, seconds of its own and its share-free total (own + shared)."""
-    return pd.DataFrame([_record(result) for result in results])
+    """One row per cell: accuracies and drop in percent, seconds by the clock (of a GPU: by its events) and of processor time, own + shared.
+
+    status: done, or diverged or failed, without numbers (see `Reading.unfinished`).
+    """
+    frame = pd.DataFrame([_record(result) for result in results])
+    return frame.astype({"steps": "Int64"}) if len(frame) else frame
 
 
 def asked_for(cell: dict[str, Any]) -> Cell:
@@ -133,28 +167,37 @@ def asked_for(cell: dict[str, Any]) -> Cell:
 def _record(r: dict[str, Any]) -> Cell:
     made, seconds = r["provenance"], r["seconds"]
     return (
-        {"id": r["id"], **asked_for(r["cell"]), "teacher_top1": r["teacher"]["top1"], "images": r["images"], "finished": r.get("finished", 0.0)}
+        {"id": r["id"], "status": r.get("status", "done"), **asked_for(r["cell"]), "teacher_top1": r["teacher"]["top1"], "images": r["images"]}
+        | {"finished": r.get("finished", 0.0)}
         | {"top1": r["top1"], "best": r["best"]["top1"], "drop": round(r["teacher"]["top1"] - r["top1"], 10), "evaluations": r["evaluations"]}
         | {"steps": r["steps"], "seconds": round(seconds["own"] + seconds["shared"], 3)}
-        | {"device": made["device_name"], "device_kind": made.get("device", "cpu"), "commit": made.get("git")}
+        | {"cpu_seconds": processor_seconds(r), "device": made["device_name"], "device_kind": made.get("device", "cpu")}
+        | {"host": made.get("host"), "threads": made.get("threads"), "commit": made.get("git")}
     )
 
 
 def blocks(results: list[Any], rule: Rule = "last", *, ledger: Ledger | None = None, per_image: PerImage | None = None) -> list[Block]:
-    """Tables of top-1 accuracy under one reporting rule. Without `per_image` nothing is compared, without `ledger` nothing is matched."""
+    """Tables of top-1 accuracy under one reporting rule. Without `per_image` nothing is compared, without `ledger` nothing is matched.
+
+    results: finished cells, and those of `Reading.unfinished` that are to be named as well.
+    """
     cells = [_record(result) | {"result": result} for result in results]
     for cell in cells:
         identity = cell["result"]["cell"]["identity"]
         cell["teacher_key"] = fingerprint([identity.get("teacher"), cell["weights"]])
         cell["rules"] = str(sorted(identity["protocol"].items()))
         cell["shared_rules"] = str(sorted((k, v) for k, v in identity["protocol"].items() if k not in METHODS_OWN))
-        # what makes two cells the same row is everything in their identity but bits and seed
-        cell["settings"] = fingerprint([cell["method"], {k: v for k, v in identity.items() if k not in ("bits", "seed")}, cell["steps"]])
+        cell["plan"] = fingerprint([cell["method"], identity["config"]])
+    steps = {cell["plan"]: cell["steps"] for cell in cells if cell["steps"] is not None}  # a failure need not know how many it was to have
     # a set is what its content says, a teacher its weights and task, a protocol its rules: names are only what somebody called them last
     by_age = sorted(cells, key=lambda cell: cell["finished"])
     sets, teachers = ({cell[key]: cell[name] for cell in by_age} for key, name in (("digest", "evaluation"), ("teacher_key", "teacher")))
     for cell in cells:
         cell |= {"evaluation": sets[cell["digest"]], "teacher": teachers[cell["teacher_key"]]}
+        cell["steps"] = steps.get(cell["plan"]) if cell["steps"] is None else cell["steps"]
+        # what makes two cells the same row is everything in their identity but bits and seed
+        same = {k: v for k, v in cell["result"]["cell"]["identity"].items() if k not in ("bits", "seed")}
+        cell["settings"] = fingerprint([cell["method"], same, cell["steps"]])
         cell["block"] = tuple(cell[key] for key in KEYS)
     groups = {key: list(its) for key, its in groupby(sorted(cells, key=lambda cell: cell["block"]), key=lambda cell: cell["block"])}
     per_image = per_image if rule == "last" else None  # only the last epoch's per-image results are stored
@@ -176,26 +219,30 @@ def marks_of(rules: Sequence[str]) -> dict[str, str]:
 
 def _block(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerImage | None) -> Block:
     # what a method declares about ranges or BN changes the protocol's rules for its own rows: they are marked, not mixed silently
-    first, marks = cells[0], marks_of([cell["rules"] for cell in cells])
+    done, marks = [cell for cell in cells if cell["status"] == "done"], marks_of([cell["rules"] for cell in cells])
+    first = (done or cells)[0]
     widths = sorted({cell["bits"] for cell in cells}, reverse=True)
     rows = []
     for _, (own, *more) in groupby(sorted(cells, key=lambda cell: (cell["settings"], int(cell["seed"]))), key=lambda cell: cell["settings"]):
-        entries = {w: _entry(there, rule, ledger, per_image) for w in widths if (there := [cell for cell in (own, *more) if cell["bits"] == w])}
+        at = {w: [cell for cell in (own, *more) if cell["bits"] == w] for w in widths}
+        entries = {w: _entry(there, rule, ledger, per_image) for w in widths if (there := [cell for cell in at[w] if cell["status"] == "done"])}
+        states = {w: Counter(cell["status"] for cell in there) for w, there in at.items()}
+        lost = {w: Lost(n["diverged"], n["failed"], n.total()) for w, n in states.items() if n.total() > n["done"]}
         settings = {k: v for k, v in own["result"]["cell"]["identity"].items() if k not in NOT_OF_A_ROW}
-        seconds, changed = float(np.mean([cell["seconds"] for cell in (own, *more)])), own["result"]["cell"].get("changed", {})
+        cost, changed = cost_of([cell["result"] for cell in (own, *more) if cell["status"] == "done"]), own["result"]["cell"].get("changed", {})
         label, fidelity, steps, batch = (own[key] for key in ("method", "fidelity", "steps", "batch"))
-        rows.append(Row(label, label, own["plain_method"], fidelity, steps, batch, changed, settings, entries, seconds, marks[own["rules"]]))
-    rows.sort(key=lambda row: (row.mean, row.label, row.budget))
-    make_unique(rows)
+        rows.append(Row(label, label, own["plain_method"], fidelity, steps, batch, changed, settings, entries, lost, cost, marks[own["rules"]]))
+    rows = worst_first(rows)
     for width in widths:
-        _compare([row.entries[width] for row in rows if width in row.entries], per_image)
-    top1, where = f"{first['teacher_top1']:.2f} %", f"on {first['evaluation']} ({first['images']} images)"
+        _compare([entry for row in rows if (entry := row.complete(width))], per_image)
+    top1 = "accuracy not measured" if np.isnan(first["teacher_top1"]) else f"{first['teacher_top1']:.2f} %"
+    where = f"on {first['evaluation']} ({first['images']} images)"
     title = f"{first['teacher']} {where}: teacher {top1}, protocol {first['protocol']}, {first['precision']}"
     heading = f"{first['teacher']}, {top1}, {where}"
-    shared = {name: first[name] for name in SHARED} | {"devices": sorted({cell["device"] for cell in cells})}
-    time, error = TIMES.get(tuple({cell["device_kind"] for cell in cells}), "seconds"), max(binomial_error(c["top1"], c["images"]) for c in cells)
+    shared = {name: first[name] for name in SHARED} | {"devices": sorted({cell["device"] for cell in done})}
+    error = max((binomial_error(c["top1"], c["images"]) for c in done), default=0.0)
     uncompared = sum(entry.estimate is None for row in rows for entry in row.entries.values()) if per_image else 0
-    return Block(title, heading, **shared, rule=rule, widths=widths, rows=rows, marks=marks, time=time, error=error, uncompared=uncompared)
+    return Block(title, heading, **shared, rule=rule, widths=widths, rows=rows, marks=marks, error=error, uncompared=uncompared)
 
 
 def _entry(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerImage | None) -> Entry:
@@ -205,14 +252,14 @@ def _entry(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerI
     estimate = per_image.mean(ids) if per_image else None
     error = estimate.error if estimate else (binomial_error(mean, first["images"]) ** 2 + (sd or 0.0) ** 2 / len(values)) ** 0.5
     claims = ledger.published(first["result"]) if ledger else ()
-    return Entry(ids, seeds, mean, sd, first["teacher_top1"] - mean, error, float(np.mean([cell["seconds"] for cell in cells])), estimate, *claims)
+    return Entry(ids, seeds, mean, sd, first["teacher_top1"] - mean, error, cost_of([cell["result"] for cell in cells]), estimate, *claims)
 
 
 def _compare(column: list[Entry], per_image: PerImage | None) -> None:
     """Marks the best of a column and all that cannot be told from it."""
-    top = max(column, key=lambda entry: entry.mean)
+    top = max(column, key=lambda entry: entry.mean, default=None)
     others = [entry for entry in column if entry.estimate and entry is not top]
-    if per_image is None or not top.estimate or not others:
+    if per_image is None or top is None or not top.estimate or not others:
         return
     top.best = True
     differences = [per_image.difference(entry.ids, top.ids) for entry in others]
@@ -220,6 +267,25 @@ def _compare(column: list[Entry], per_image: PerImage | None) -> None:
         entry.best, entry.against_best = p >= ALPHA, replace(difference, p=p)
         if common := set(entry.seeds) & set(top.seeds):
             entry.pair = entry.ids[entry.seeds.index(min(common))], top.ids[top.seeds.index(min(common))]
+
+
+def worst_first(rows: Sequence[Row]) -> list[Row]:
+    """Ordered by how far they are above their columns' means, as a row need not be in every column; labels are made unique.
+
+    A cell that diverged or failed counts as the worst of its column: a row is not the better for what is missing from its mean.
+    """
+    columns = {column: [row.entries[column].mean for row in rows if column in row.entries] for row in rows for column in row.entries}
+    for row in rows:
+        away = []
+        for column, means in columns.items():
+            entry, lost = row.entries.get(column), row.lost.get(column)
+            if entry or lost:
+                missing = lost.share if lost else 0.0
+                away.append((entry.mean * (1 - missing) if entry else 0.0) + min(means) * missing - float(np.mean(means)))
+        row.above = round(float(np.mean(away)), 9) if away else -np.inf
+    ordered = sorted(rows, key=lambda row: (row.above, len(row.entries), row.label, row.budget))
+    make_unique(ordered)
+    return ordered
 
 
 def make_unique(rows: Sequence[Row]) -> None:
@@ -231,4 +297,4 @@ def make_unique(rows: Sequence[Row]) -> None:
         row.label += f" [{seen[name]}]" if named[name] > 1 else ""
     labels = Counter(row.label for row in rows)
     for row in rows:
-        row.label += f" {row.steps}x{row.batch}" if labels[row.label] > 1 else ""
+        row.label += f" {row.budget.replace(' ', '')}" if labels[row.label] > 1 else ""

@@ -6,12 +6,14 @@ import ast
 import re
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from dfqbench.analysis.cost import SECONDS
 from dfqbench.analysis.stats import average_ranks
-from dfqbench.analysis.tables.blocks import Block, Entry
+from dfqbench.analysis.tables.blocks import Block, Entry, Row
 from dfqbench.analysis.tables.wide import JOINED, WideTable
 
 Tables = Sequence[Block | WideTable]
@@ -30,7 +32,7 @@ def texts_of(table: Block | WideTable) -> tuple[pd.DataFrame, pd.DataFrame]:
     heads = {(i, w): (table.blocks[i].heading, w) for i, w in table.columns} if isinstance(table, WideTable) else {w: (w, w) for w in table.widths}
     index, columns = pd.MultiIndex.from_product([range(len(rows)), ["accuracy"]]), pd.MultiIndex.from_tuples(heads.values())
     entries = pd.DataFrame([[row.entries.get(column) for column in heads] for row in rows], index, columns, dtype=object)
-    accuracies = entries.map(lambda entry: f"{entry} ({len(entry.ids)})" if wide else str(entry), na_action="ignore")
+    accuracies = pd.DataFrame([[accuracy_of(row, column, wide) for column in heads] for row in rows], index, columns, dtype=object)
     drops = entries.map(lambda entry: f"{entry.drop:.2f}".replace("-0.00", "0.00"), na_action="ignore")
     claims = entries.map(claim_of, na_action="ignore")
     if isinstance(table, WideTable):
@@ -41,14 +43,26 @@ def texts_of(table: Block | WideTable) -> tuple[pd.DataFrame, pd.DataFrame]:
         beside = [accuracies, drops.rename(columns=lambda _: "drop", level=1), claims.rename(columns=lambda _: "published", level=1)]
         order = [(width, name) for width in table.widths for name in (width, "drop", "published")]
         texts = pd.concat(beside, axis=1)[order].dropna(how="all", axis=1).fillna("-")
-        cost = f"{table.time}/cell".replace("seconds", "s")
-        texts[cost, cost] = [f"{row.seconds:.0f}" if row.seconds >= 10 else f"{row.seconds:.2g}" for row in rows]
-        for row in rows:
-            seeds = [len(entry.ids) for entry in row.entries.values()]
-            naming.append((row.label + row.mark, row.fidelity, row.budget, "-".join(map(str, sorted({min(seeds), max(seeds)})))))
+        clocks = clocks_of(table)
+        cost = f"{SECONDS[clocks[0] if len(clocks) == 1 else '']}/cell".replace("seconds", "s")
+        texts[cost, cost] = [f"{row.cost} {row.cost.clock if len(clocks) > 1 else ''}".rstrip() for row in rows]
+        naming = [(r.label + r.mark, r.fidelity, r.budget, "-".join(map(str, sorted({min(r.seeds), max(r.seeds)})))) for r in rows]
     for place, name in enumerate(("method", "steps x batch") if wide else NAMING):
         texts.insert(place, (name, name), [names[place] for names in naming])
     return texts, entries.map(lambda entry: bool(entry and entry.best)).reindex(index=texts.index, columns=texts.columns, fill_value=False)
+
+
+def accuracy_of(row: Row, column: Any, counted: bool) -> str | None:
+    """`64.20 ± 1.31 (1 of 3 diverged)`; counted: with the number of seeds. None where nothing was tried."""
+    entry, lost = row.entries.get(column), row.lost.get(column)
+    if entry is None:
+        return str(lost) if lost else None
+    return f"{entry} ({lost or len(entry.ids)})" if lost or counted else str(entry)
+
+
+def clocks_of(block: Block) -> list[str]:
+    """By which the seconds of its rows are told."""
+    return [clock for clock in SECONDS if clock and any(row.cost.clock == clock for row in block.rows)]
 
 
 def claim_of(entry: Entry) -> str | None:
@@ -91,6 +105,8 @@ def notes_of(table: Block | WideTable) -> list[str]:
     """What the accuracies, ±, bold and marks mean and what else is to be known, a sentence each."""
     parts, rows = table.blocks if isinstance(table, WideTable) else [table], table.rows
     entries = [entry for row in rows for entry in row.entries.values()]
+    all_lost = [lost for row in rows for lost in row.lost.values()]
+    partly = any(column in row.entries for row in rows for column in row.lost)
     rule, error, best = parts[0].rule, max(block.error for block in parts), any(entry.best for entry in entries)
     uncompared, numbered = sum(block.uncompared for block in parts), any(re.search(r" \[\d+\]", row.label) for row in rows)
     usual = dict(next(ast.literal_eval(rules) for rules, mark in table.marks.items() if not mark))
@@ -101,7 +117,13 @@ def notes_of(table: Block | WideTable) -> list[str]:
         fidelities = groupby(sorted({(row.fidelity, row.method) for row in rows}), key=lambda pair: pair[0])
         own.append("follows " + "; ".join(f"'{fidelity}': {', '.join(method for _, method in its)}" for fidelity, its in fidelities))
     else:
-        own = [f"{table.time} per cell, images included, on {', '.join(table.devices)}"]
+        clocks = clocks_of(table)
+        own = [f"{' or '.join(SECONDS[clock] for clock in clocks)} per cell, images included, on {', '.join(table.devices)}"] * bool(clocks)
+        own[-1:] = [own[-1] + "; wall seconds grow with whatever else the machine did"] if "wall" in clocks else own[-1:]
+        if any(row.cost.several for row in rows):
+            own.append("a-b seconds: means of several hosts or devices lie between these; they are not averaged")
+        if any(row.entries and not row.cost.clock for row in rows):
+            own.append("- seconds: the row's cells ran on GPUs and on CPUs")
     for rules, mark in table.marks.items():
         differing = ", ".join(f"{key} {value} (protocol: {usual[key]})" for key, value in ast.literal_eval(rules) if value != usual[key])
         own += [f"{mark} the method's own rules: {differing}"] * bool(mark)
@@ -110,8 +132,13 @@ def notes_of(table: Block | WideTable) -> list[str]:
         "top-1 in %, rule 'last': the last epoch's accuracy, as a user without test labels would get it": rule == "last",
         "top-1 in %, rule 'best-on-test': the best of all evaluated epochs, chosen on the test labels "
         "(optimistic; at most as many choices as evaluations)": rule == "best-on-test",
-        f"± is the standard deviation over seeds; one standard error from the test set's size is at most {error:.2f}; drop: below the teacher": True,
+        f"± is the standard deviation over seeds; drop: below the teacher; one standard error from the test set's size is at most {error:.2f}": bool(
+            entries
+        ),
         "bold: the best of a column with all that cannot be told from it (paired bootstrap over test images and seeds, Holm, 5 %)" + once: best,
+        "diverged: the training loss became infinite or NaN, so there is no student to measure": any(lost.diverged for lost in all_lost),
+        "failed: the cell ended with an error; `dfqbench run --retry-failed` tries it again": any(lost.failed for lost in all_lost),
+        "(1 of 3 diverged): the mean is over the seeds that are left; it is in no comparison and no ranking": partly,
         "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
         f"{uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged": uncompared > 0,
         **dict.fromkeys(own, True),
@@ -130,8 +157,8 @@ def notes_of(table: Block | WideTable) -> list[str]:
 
 def ranking(found: Sequence[Block]) -> list[str]:
     """What the average ranks say of the rows that are in every column of every block; nothing for fewer than three columns or two such rows."""
-    columns = [{(r.label, r.budget): r.entries[w].mean for r in block.rows if w in r.entries} for block in found for w in block.widths]
-    every = {name for column in columns for name in column}
+    columns = [{(r.label, r.budget): entry.mean for r in block.rows if (entry := r.complete(w))} for block in found for w in block.widths]
+    columns, every = [column for column in columns if column], {(r.label, r.budget) for block in found for r in block.rows}
     common = sorted(name for name in every if all(name in column for column in columns))
     if len(columns) < 3 or len(common) < 2:
         return []
@@ -141,23 +168,33 @@ def ranking(found: Sequence[Block]) -> list[str]:
     told = f"ranks further apart than {ranks.critical_difference:.2f} differ (Nemenyi, 5 %)"
     told += f"; Friedman's p that all are equal: {ranks.p:.2g}" if len(common) > 2 else ""
     lines = [f"average rank over {len(columns)} columns (1 is best): {', '.join(f'{label} {rank:.2f}' for rank, (label, _) in average)}", told]
-    return lines + [f"not ranked, as they are not in every column: {left_out}"] * bool(left_out)
+    return lines + [f"not ranked, as they are not in every column with all their seeds: {left_out}"] * bool(left_out)
 
 
 def means_frame(found: Sequence[Block]) -> pd.DataFrame:
     """One line per row and bit width, with everything that is known about it; accuracies in percent."""
     lines = []
     for block, row in ((each, row) for each in found for row in each.rows):
-        for width, entry in row.entries.items():
-            interval, against, claim = entry.estimate, entry.against_best, entry.published
-            distance = round(claim.distance(entry.mean) / entry.error, 2) if claim and entry.error else None
-            lines.append(
-                {"teacher": block.teacher, "evaluation": block.evaluation, "protocol": block.protocol, "precision": block.precision}
-                | {"method": row.label + row.mark, "follows": row.fidelity, "steps": row.steps, "batch": row.batch, "bits": width}
-                | {"n": len(entry.ids), "seeds": " ".join(map(str, entry.seeds)), "top1": entry.mean, "sd": entry.sd}
-                | {"low": interval and interval.low, "high": interval and interval.high, "drop": entry.drop, "best": entry.best}
-                | {"below_best": against and -against.value, "p_holm": against and float(f"{against.p:.3g}")}
-                | {"published": claim and str(claim), "from_published_in_se": distance}
-                | {"seconds_per_cell": round(row.seconds, 3), "seconds_of": block.time}
-            )
-    return pd.DataFrame(lines).round(dict.fromkeys(("top1", "sd", "low", "high", "drop", "below_best"), 4))
+        for width in (width for width in block.widths if width in row.entries or width in row.lost):
+            lines.append(_mean(block, row, width))
+    return pd.DataFrame(lines).astype({"steps": "Int64"}).round(dict.fromkeys(("top1", "sd", "low", "high", "drop", "below_best"), 4))
+
+
+def _mean(block: Block, row: Row, width: str) -> dict[str, Any]:
+    """n: finished cells, seeds: theirs."""
+    entry, lost = row.entries.get(width), row.lost.get(width)
+    line: dict[str, Any] = {"teacher": block.teacher, "evaluation": block.evaluation, "protocol": block.protocol, "precision": block.precision}
+    line |= {"method": row.label + row.mark, "follows": row.fidelity, "steps": row.steps, "batch": row.batch, "bits": width}
+    line |= {"n": len(entry.ids) if entry else 0, "diverged": lost.diverged if lost else 0, "failed": lost.failed if lost else 0}
+    if entry is None:
+        return line
+    interval, against, claim, cost = entry.estimate, entry.against_best, entry.published, entry.cost
+    distance = round(claim.distance(entry.mean) / entry.error, 2) if claim and entry.error else None
+    return (
+        line
+        | {"seeds": " ".join(map(str, entry.seeds)), "top1": entry.mean, "sd": entry.sd}
+        | {"low": interval and interval.low, "high": interval and interval.high, "drop": entry.drop, "best": entry.best}
+        | {"below_best": against and -against.value, "p_holm": against and float(f"{against.p:.3g}")}
+        | {"published": claim and str(claim), "from_published_in_se": distance}
+        | {"seconds_low": round(cost.low, 3), "seconds_high": round(cost.high, 3), "seconds_of": cost.clock}
+    )

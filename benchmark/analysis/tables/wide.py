@@ -6,9 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import pandas as pd
-
-from dfqbench.analysis.tables.blocks import Block, Row, make_unique, marks_of
+from dfqbench.analysis.tables.blocks import Block, Row, marks_of, worst_first
 from dfqbench.sweep.cell import canonical_json, fingerprint, leaves
 
 JOINED = "†"  # marks a row whose cells differ, between networks, in settings that its name does not show
@@ -46,12 +44,9 @@ def _joined(group: list[Block], names_rules: bool) -> WideTable:
         names = {name for settings in flat for name in settings}
         differing = sorted(n.removeprefix("config.") for n in names if len({canonical_json(settings.get(n)) for settings in flat}) > 1)
         entries = {(i, width): entry for i, part in parts.items() for width, entry in part.entries.items()}
-        rows.append(replace(first, label=first.name, entries=entries, mark=marks[own] + JOINED * bool(differing), differing=differing))
-    means = pd.DataFrame([{column: entry.mean for column, entry in row.entries.items()} for row in rows])
-    above = (means - means.mean()).mean(axis=1)  # how far a row is above its columns' means: it need not be in all of them to be ordered
-    rows = [rows[i] for i in sorted(range(len(rows)), key=lambda i: (above[i], rows[i].label, rows[i].budget))]
-    make_unique(rows)
-    return WideTable(title, group, [(i, width) for i, block in enumerate(group) for width in block.widths], rows, marks)
+        lost = {(i, width): of for i, part in parts.items() for width, of in part.lost.items()}
+        rows.append(replace(first, label=first.name, entries=entries, lost=lost, mark=marks[own] + JOINED * bool(differing), differing=differing))
+    return WideTable(title, group, [(i, width) for i, block in enumerate(group) for width in block.widths], worst_first(rows), marks)
 
 
 def _matched(group: list[Block]) -> list[dict[int, Row]]:

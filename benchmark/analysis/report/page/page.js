@@ -51,6 +51,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 const fixed = (digits) => (value) => (value === null || value === undefined ? "-" : value.toFixed(digits));
 const seconds = (value) => (value >= 10 ? value.toFixed(0) : value.toPrecision(2));
+const SECONDS = { GPU: "GPU-seconds", CPU: "CPU-seconds", wall: "wall seconds" };
 const COLUMNS = [
   { key: "method", head: "method" },
   { key: "bits", head: "bits", choice: true },
@@ -62,7 +63,7 @@ const COLUMNS = [
   { key: "evaluation", head: "test set", choice: true },
   { key: "protocol", head: "protocol", choice: true },
   { key: "precision", head: "precision", choice: true },
-  { key: "seconds", head: "seconds", show: seconds },
+  { key: "seconds", head: "seconds", show: (value, cell) => `${seconds(value)} ${cell.clock}` },
   { key: "id", head: "cell" },
 ];
 const scroller = document.getElementById("scroller");
@@ -79,7 +80,7 @@ const more = () => {
   const rows = shown.slice(made, made + CHUNK).map((cell) => {
     const row = element("tr", { "data-id": cell.id });
     for (const column of COLUMNS) {
-      const text = column.show ? column.show(cell[column.key]) : cell[column.key];
+      const text = column.show ? column.show(cell[column.key], cell) : cell[column.key];
       row.append(element("td", column.show ? { class: "number" } : {}, text));
     }
     clickable(row, () => { location.hash = `cell=${cell.id}`; });
@@ -176,7 +177,7 @@ const open = (cell) => {
   fact(`${cell.top1.toFixed(2)} %`, `top-1, epoch ${cell.last_epoch} (last)`);
   fact(`${cell.best.toFixed(2)} %`, `best on test, epoch ${cell.best_epoch}`);
   fact(cell.drop.toFixed(2), `points below the teacher's ${cell.teacher_top1.toFixed(2)} %`);
-  fact(seconds(cell.seconds), `seconds: ${seconds(cell.own)} own, ${seconds(cell.shared)} shared`);
+  fact(seconds(cell.seconds), `${SECONDS[cell.clock]}: ${seconds(cell.own)} own, ${seconds(cell.shared)} shared`);
   const recipe = data.shared[cell.recipe].replaceAll("{id}", cell.id).replaceAll("{bits}", cell.bits).replaceAll("{seed}", cell.seed);
   const content = [element("h3", {}, `${cell.method} ${cell.bits}, seed ${cell.seed}`), element("p", {}, `${cell.teacher} on ${cell.evaluation}, protocol ${cell.protocol}, ${cell.precision}, cell ${cell.id}`), facts];
   const charts = [chart("top-1 (%)", cell.curve.epoch, cell.curve.top1), chart("training loss", cell.curve.epoch, cell.curve.loss)].filter(Boolean);
