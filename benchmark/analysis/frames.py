@@ -16,8 +16,8 @@ from dfqbench.analysis.compare import find_cell
 from dfqbench.analysis.merge import differences, setup_of
 from dfqbench.analysis.records import Reading, read_store
 from dfqbench.analysis.size import sizes_of
-from dfqbench.analysis.tables.blocks import asked_for, load_frame
-from dfqbench.errors import Notice, UserError
+from dfqbench.analysis.tables.blocks import load_frame
+from dfqbench.errors import Notice, UserError, counted
 from dfqbench.files import read_json
 from dfqbench.quantization import Bits
 from dfqbench.store import Store
@@ -68,6 +68,8 @@ COLUMNS = {
     "cpu_seconds": "Float64",
     "device": "string",
     "device_kind": "string",
+    "host": "string",
+    "threads": "Int64",
     "commit": "string",
     "finished": "datetime64[ns, UTC]",
     "error": "string",
@@ -82,7 +84,7 @@ def results(stores: str | Path | Iterable[str | Path] = "results", *, replicates
     measured on another device or with other versions is counted in `replicates`, and has rows of its own only if `replicates` is true.
 
     Raises UserError for a folder that is no store. Files that are damaged or foreign, and results of one cell and setup that contradict each other,
-    are left out with a Notice (a warning) each.
+    are left out with a Notice (a warning) each; so are failed cells that tables do not show, as a newer try counts.
     """
     folders = [stores] if isinstance(stores, str | Path) else list(stores)
     readings = [_read(Path(folder)) for folder in folders]
@@ -96,17 +98,27 @@ def results(stores: str | Path | Iterable[str | Path] = "results", *, replicates
             elif differing := differences(same[2], same[1], result, folder):
                 said = f"{folder} and {same[1]}: the same cell, device and versions, but another {differing[0]}: the former is left out"
                 warnings.warn(said, Notice, stacklevel=2)
-    rows = []
-    for measured in done.values():
-        for number, (store, _, result) in enumerate(measured if replicates else measured[:1]):
-            rows.append({"store": str(store.root), "replicate": number, "replicates": len(measured) - 1} | _row(result))
-    ended = set(done)
+    rows = [
+        (_place(store, number, len(measured) - 1), result)
+        for measured in done.values()
+        for number, (store, _, result) in enumerate(measured if replicates else measured[:1])
+    ]
+    seen = set(done)
     for reading in readings:
-        for failure in reading.failures:
-            if failure["id"] not in ended:
-                ended.add(failure["id"])
-                rows.append({"store": str(reading.store.root), "replicate": 0, "replicates": 0} | _failed_row(failure))
-    return frame_of(rows)
+        failures = {failure["id"]: failure for failure in reading.failures}
+        for cell in reading.unfinished:
+            if cell["id"] not in seen:
+                rows.append((_place(reading.store) | {"error": _said(failures[cell["id"]])}, cell))
+        seen |= failures.keys()
+    return _frame(rows)
+
+
+def _place(store: Store, replicate: int = 0, replicates: int = 0) -> dict[str, Any]:
+    return {"store": str(store.root), "replicate": replicate, "replicates": replicates}
+
+
+def _said(failure: dict[str, Any]) -> str:
+    return f"{failure['kind']}: {failure['message']}"
 
 
 def _store(folder: Path) -> Store:
@@ -119,6 +131,10 @@ def _read(folder: Path) -> Reading:
     reading = read_store(_store(folder))
     for line in reading.skipped:
         warnings.warn(f"skipped: {line}", Notice, stacklevel=3)
+    left_out = len(reading.failures) - len(reading.unfinished)
+    if left_out:
+        why = "a newer try of the same experiment counts, or cell.json cannot be read"
+        warnings.warn(f"{folder}: {counted(left_out, 'failed cell')} left out: {why}", Notice, stacklevel=3)
     return reading
 
 
@@ -131,42 +147,11 @@ def _measured(reading: Reading) -> Iterable[tuple[Store, Path, dict[str, Any]]]:
             yield reading.store, reading.store.root / "replicates" / cell_id / setup_of(other), other
 
 
-def _row(result: dict[str, Any]) -> dict[str, Any]:
-    (own,) = load_frame([result]).to_dict("records")
-    cpu, sizes = result.get("cpu_seconds"), sizes_of(result)
-    return (
-        {str(key): value for key, value in own.items()}
-        | (sizes.as_columns() if sizes else {})
-        | _identity(result["cell"])
-        | {"status": "done", "top5": _number(result.get("top5")), "best_epoch": result["best"]["epoch"], "last_epoch": result["last_epoch"]}
-        | {"cpu_seconds": round(cpu["own"] + cpu["shared"], 3) if isinstance(cpu, dict) else None, "finished": _number(result.get("finished"))}
-    )
-
-
-def _failed_row(failure: dict[str, Any]) -> dict[str, Any]:
-    """As much as the cell's record says: it may be damaged."""
-    status = "diverged" if failure["kind"] == "Diverged" else "failed"
-    said = {"id": failure["id"], "status": status, "error": f"{failure['kind']}: {failure['message']}", "finished": _number(failure.get("time"))}
-    try:
-        return said | asked_for(failure["cell"]) | _identity(failure["cell"])
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return said
-
-
-def _identity(cell: dict[str, Any]) -> dict[str, Any]:
-    identity, bits = cell["identity"], Bits.parse(cell["bits"])
-    configuration = fingerprint({key: value for key, value in identity.items() if key not in ("bits", "seed")})
-    said = {"configuration": configuration, "settings": canonical_json(identity["config"])}
-    return said | {"weight_bits": bits.weights, "activation_bits": bits.activations}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def frame_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Rows by COLUMNS, sorted as tables are read: teacher, evaluation set, protocol, precision, method, bits, seed."""
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+def _frame(rows: list[tuple[dict[str, Any], dict[str, Any]]]) -> pd.DataFrame:
+    """Of (what is known of its place, result), sorted as tables are read: teacher, evaluation set, protocol, precision, method, bits, seed."""
+    known = load_frame([result for _, result in rows]).to_dict("records")
+    made = [{str(key): value for key, value in own.items()} | place | _more(result) for own, (place, result) in zip(known, rows, strict=True)]
+    frame = pd.DataFrame(made, columns=list(COLUMNS))
     widths = sorted({bits for bits in frame.bits if isinstance(bits, str)}, key=Bits.parse)
     frame["bits"] = pd.Categorical(frame.bits, widths, ordered=True)
     frame["status"] = pd.Categorical(frame.status, STATES)
@@ -174,6 +159,23 @@ def frame_of(rows: list[dict[str, Any]]) -> pd.DataFrame:
     frame = frame.astype({name: kind for name, kind in COLUMNS.items() if kind != "category"})
     order = ["teacher", "evaluation", "protocol", "precision", "method", "configuration", "bits", "seed", "id", "replicate"]
     return frame.sort_values(order, ignore_index=True)
+
+
+def _more(result: dict[str, Any]) -> dict[str, Any]:
+    """What a table does not need."""
+    identity, bits, sizes = result["cell"]["identity"], Bits.parse(result["cell"]["bits"]), sizes_of(result)
+    configuration = fingerprint({key: value for key, value in identity.items() if key not in ("bits", "seed")})
+    return (
+        {"configuration": configuration, "settings": canonical_json(identity["config"])}
+        | {"weight_bits": bits.weights, "activation_bits": bits.activations, "top5": _number(result.get("top5"))}
+        | {"best_epoch": result["best"].get("epoch"), "last_epoch": result.get("last_epoch")}
+        | {"finished": _number(result.get("finished")) or None}
+        | (sizes.as_columns() if sizes else {})
+    )
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def history(cell: str | Path, results: str | Path = "results") -> pd.DataFrame:

@@ -68,7 +68,7 @@ class Column:
     means: str
 
 
-def _three(value: float) -> str:
+def three_digits(value: float) -> str:
     """Three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3g}"
 
@@ -82,10 +82,10 @@ def gigabops(size: Size) -> float:
 
 
 COLUMNS = {
-    "size": Column("MB", lambda s: _three(megabytes(s.student)), "MB: weights, grids and all that stays float, packed, in 2^20 bytes"),
+    "size": Column("MB", lambda s: three_digits(megabytes(s.student)), "MB: weights, grids and all that stays float, packed, in 2^20 bytes"),
     "compression": Column("smaller", lambda s: f"{s.compression:.2f}x", "smaller: the teacher's bytes over the student's"),
     "weight-bits": Column("bits/weight", lambda s: f"{s.student.weight_bits:.2f}", "bits/weight: the mean over all weights of layers"),
-    "bops": Column("GBOPs", lambda s: _three(gigabops(s.student)), "GBOPs: 10^9 multiply-accumulates x weight bits x activation bits, per image"),
+    "bops": Column("GBOPs", lambda s: three_digits(gigabops(s.student)), "GBOPs: 10^9 MACs x weight bits x activation bits, per image"),
 }
 
 

@@ -8,12 +8,13 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
-from synthetic_store import cells, make_store, write_cell
+from synthetic_store import cells, make_store, write_cell, write_failure
 
 import dfqbench
 from dfqbench.analysis.frames import COLUMNS, STATES
@@ -52,7 +53,7 @@ def elsewhere(store: Store, cell_id: str) -> dict[str, Any]:
 def test_every_column_has_its_type_whatever_is_in_the_store(store: Store, tmp_path: Path) -> None:
     empty, failed = tmp_path / "empty", tmp_path / "failed"
     (empty / "runs").mkdir(parents=True)
-    write_json(failed / "runs" / "000000000001" / "failed.json", {"kind": "OSError", "message": "no"})
+    write_failure(Store(failed, writable=True), next(cells(1)), "OSError")
     for folders in ([store.root], [empty], [failed], [store.root, empty, failed], [REFERENCE]):
         frame = quietly(*folders)
         assert {name: str(kind) for name, kind in frame.dtypes.items()} == COLUMNS
@@ -125,28 +126,44 @@ def test_csv_and_frame_agree(store: Store, dfqbench: Any, tmp_path: Path) -> Non
 
 
 def test_cells_that_failed_are_rows_without_numbers(store: Store) -> None:
-    record = next(c for c in cells(7) if c.id not in store.ids()).record()
-    write_json(store.folder(record["id"]) / "cell.json", record)
-    write_json(store.folder(record["id"]) / "failed.json", {"kind": "Diverged", "message": "the loss is nan", "traceback": "", "time": 1.6e9})
-    write_json(store.folder("000000000001") / "failed.json", {"kind": "OSError", "message": "no", "time": 1})
-    (store.folder("000000000001") / "cell.json").write_text('{"identity": 3}')
+    diverged, failed = (cell for cell in cells(8) if cell.id not in store.ids())
+    write_failure(store, diverged, steps=500)
+    write_failure(store, failed, "OSError")
     frame = quietly(store.root).set_index("id")
     assert frame.status.value_counts().to_dict() == {"done": 6, "diverged": 1, "failed": 1}
     assert frame.status.cat.categories.tolist() == list(STATES)
-    row = frame.loc[record["id"]]
-    assert (row.method, row.bits, row.seed, row.error) == (record["label"], record["bits"], record["seed"], "Diverged: the loss is nan")
-    assert frame.top1.isna().sum() == 2
+    row = frame.loc[diverged.id]
+    assert (row.method, row.bits, row.seed, row.steps) == (diverged.label, str(diverged.bits), diverged.seed, 500)
+    assert (row.error, frame.loc[failed.id].error) == ("Diverged: diverged: the loss is nan in epoch 5", "OSError: out of luck")
+    assert (
+        frame.loc[[diverged.id, failed.id], ["top1", "top5", "best", "best_epoch", "drop", "last_epoch", "seconds", "device"]].isna().all(axis=None)
+    )
     assert frame.top1.mean() == frame[frame.status == "done"].top1.mean()
-    assert pd.isna(frame.loc["000000000001"].method)
+    assert frame.loc[diverged.id].configuration in set(frame[frame.status == "done"].configuration)
+
+
+def test_failures_that_tables_do_not_show_are_left_out_and_said(store: Store) -> None:
+    first, second = (cell for cell in cells(8) if cell.id not in store.ids())
+    write_failure(store, first)
+    (store.folder(first.id) / "cell.json").write_text("{")
+    write_failure(store, replace(second, method_version=0))  # an older version of what is done
+    write_cell(store, second)
+    with pytest.warns(Notice, match="2 failed cells left out: a newer try of the same experiment counts, or cell.json cannot be read") as said:
+        frame = dfqbench.results(store.root)
+    assert len(said) == 1
+    assert set(frame.status) == {"done"}
 
 
 def test_a_cell_that_failed_in_one_store_and_is_done_in_another_is_done(store: Store, tmp_path: Path) -> None:
-    cell_id = store.ids()[0]
-    write_json(tmp_path / "b" / "runs" / cell_id / "failed.json", {"kind": "OSError", "message": "no"})
-    for folders in ((store.root, tmp_path / "b"), (tmp_path / "b", store.root)):
+    other = Store(tmp_path / "b", writable=True)
+    write_failure(other, next(cells(1)))
+    for folders in ((store.root, other.root), (other.root, store.root)):
         frame = quietly(*folders)
         assert len(frame) == 6
         assert set(frame.status) == {"done"}
+    third = Store(tmp_path / "c", writable=True)
+    write_failure(third, next(cells(1)), "OSError")
+    assert quietly(other.root, third.root).error.tolist() == ["Diverged: diverged: the loss is nan in epoch 5"], "the first store's"
 
 
 # --- several stores ---------------------------------------------------------------------------------------------------
