@@ -5,7 +5,7 @@ A megabyte is 2^20 bytes, as in the tables of HAWQ-V3 (arXiv:2011.10680) and mos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,27 @@ COLUMNS = {
     "weight-bits": Column("bits/weight", lambda s: f"{s.student.weight_bits:.2f}", "bits/weight: the mean over all weights of layers"),
     "bops": Column("GBOPs", lambda s: three_digits(gigabops(s.student)), "GBOPs: 10^9 MACs x weight bits x activation bits, per image"),
 }
+
+
+def texts(beside: Sequence[str]) -> list[tuple[str, Callable[[Sizes | None], str]]]:
+    """(head, what is printed under it) of these columns."""
+
+    def printed(column: Column) -> Callable[[Sizes | None], str]:
+        return lambda sizes: column.text(sizes) if sizes else "-"
+
+    return [(COLUMNS[name].head, printed(COLUMNS[name])) for name in beside]
+
+
+def in_words(beside: Sequence[str], of_teachers: Mapping[str, Sequence[Sizes | None]]) -> list[str]:
+    """What these columns mean, and the teachers' own figures: a note each. of_teachers: of the entries that a table shows, by the teacher's name."""
+    if not beside:
+        return []
+    known = {teacher: next((sizes.teacher for sizes in its if sizes), None) for teacher, its in of_teachers.items()}
+    teachers = [f"{teacher}: {three_digits(megabytes(its))} MB, {three_digits(gigabops(its))} GBOPs" for teacher, its in known.items() if its]
+    lacking = any(sizes is None for its in of_teachers.values() for sizes in its)
+    heads = ", ".join(COLUMNS[name].head for name in beside)
+    notes = [COLUMNS[name].means for name in beside] + [f"in full precision, {'; '.join(teachers)}"] * bool(teachers)
+    return notes + [f"- in {heads}: the results were written by an earlier version, which did not count it"] * lacking
 
 
 def columns_of(given: str) -> Sequence[str]:
