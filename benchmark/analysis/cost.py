@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,3 +77,23 @@ def place_of(result: dict[str, Any]) -> tuple[Any, ...]:
     """Where seconds mean the same: host, device and, on a CPU, threads."""
     on = result["provenance"]
     return on.get("host"), on["device_name"], None if on.get("device") == "cuda" else on.get("threads")
+
+
+def in_column(costs: Sequence[Cost]) -> tuple[str, list[str]]:
+    """A table's heading, like `CPU-s/cell`, and what stands below it; where rows have several clocks each names its own."""
+    clocks = {cost.clock for cost in costs if cost.clock}
+    unit = SECONDS[next(iter(clocks)) if len(clocks) == 1 else ""].replace("seconds", "s")
+    return f"{unit}/cell", [f"{cost} {cost.clock if len(clocks) > 1 else ''}".rstrip() for cost in costs]
+
+
+def in_words(costs: Sequence[Cost], devices: Sequence[str]) -> list[str]:
+    """A table's notes on such a column. costs: of rows with finished cells."""
+    clocks = [clock for clock in SECONDS if clock and any(cost.clock == clock for cost in costs)]
+    notes = [f"{' or '.join(SECONDS[clock] for clock in clocks)} per cell, images included, on {', '.join(devices)}"] * bool(clocks)
+    if "wall" in clocks:
+        notes[0] += "; wall seconds grow with whatever else the machine did"
+    if any(cost.several for cost in costs):
+        notes.append("a-b seconds: means of several hosts or devices lie between these; they are not averaged")
+    if any(not cost.clock for cost in costs):
+        notes.append("- seconds: the row's cells ran on GPUs and on CPUs")
+    return notes

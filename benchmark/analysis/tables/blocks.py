@@ -14,6 +14,7 @@ import pandas as pd
 from dfqbench.analysis.cost import Cost, cost_of, processor_seconds
 from dfqbench.analysis.ledger import METHODS_OWN, Ledger, Published
 from dfqbench.analysis.per_image import PerImage
+from dfqbench.analysis.size import Sizes, common_sizes
 from dfqbench.analysis.stats import Estimate, binomial_error, holm
 from dfqbench.sweep.cell import fingerprint
 
@@ -31,6 +32,7 @@ class Entry:
 
     estimate: the mean with its interval over test images and seeds, None where per-image results are missing. best: the best of its column, or not
     distinguishable from it. against_best: the difference to the best (p Holm-adjusted in the column); pair: both cells' ids at their lowest seed.
+    sizes: None where no cell knows it.
     """
 
     ids: list[str]
@@ -40,6 +42,7 @@ class Entry:
     drop: float
     error: float
     cost: Cost
+    sizes: Sizes | None
     estimate: Estimate | None
     published: Published | None = None
     why_unpublished: str = ""
@@ -117,7 +120,7 @@ class Block:
 
     heading: what was measured, over a table of several blocks. shared_rules: without what a method may declare for itself. marks: by printed rules.
     teacher_top1: NaN where it was not measured. devices: of finished cells. error: a cell's largest standard error from the test set's size, in
-    percent. uncompared: without per-image results.
+    percent. uncompared: without per-image results. beside: names of size.COLUMNS that are printed beside each accuracy.
     """
 
     title: str
@@ -135,6 +138,7 @@ class Block:
     devices: list[str]
     error: float
     uncompared: int
+    beside: Sequence[str] = ()
 
     @property
     def why_no_claims(self) -> set[str]:
@@ -176,7 +180,9 @@ def _record(r: dict[str, Any]) -> Cell:
     )
 
 
-def blocks(results: list[Any], rule: Rule = "last", *, ledger: Ledger | None = None, per_image: PerImage | None = None) -> list[Block]:
+def blocks(
+    results: list[Any], rule: Rule = "last", *, ledger: Ledger | None = None, per_image: PerImage | None = None, beside: Sequence[str] = ()
+) -> list[Block]:
     """Tables of top-1 accuracy under one reporting rule. Without `per_image` nothing is compared, without `ledger` nothing is matched.
 
     results: finished cells, and those of `Reading.unfinished` that are to be named as well.
@@ -203,6 +209,8 @@ def blocks(results: list[Any], rule: Rule = "last", *, ledger: Ledger | None = N
     per_image = per_image if rule == "last" else None  # only the last epoch's per-image results are stored
     made = [_block(group, rule, ledger, per_image) for group in groups.values()]
     titles = Counter(block.title for block in made)
+    for block in made:
+        block.beside = beside
     for block, (_, digest, _, teacher, _, rules, _) in zip(made, groups, strict=True):
         if titles[block.title] > 1:
             told_apart = f" [teacher {teacher[:8]}, images {digest[:8]}, rules {fingerprint(rules)[:8]}]"
@@ -226,8 +234,8 @@ def _block(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerI
     for _, (own, *more) in groupby(sorted(cells, key=lambda cell: (cell["settings"], int(cell["seed"]))), key=lambda cell: cell["settings"]):
         at = {w: [cell for cell in (own, *more) if cell["bits"] == w] for w in widths}
         entries = {w: _entry(there, rule, ledger, per_image) for w in widths if (there := [cell for cell in at[w] if cell["status"] == "done"])}
-        states = {w: Counter(cell["status"] for cell in there) for w, there in at.items()}
-        lost = {w: Lost(n["diverged"], n["failed"], n.total()) for w, n in states.items() if n.total() > n["done"]}
+        states = [(w, Counter(cell["status"] for cell in there)) for w, there in at.items()]
+        lost = {w: Lost(n["diverged"], n["failed"], n.total()) for w, n in states if n.total() > n["done"]}
         settings = {k: v for k, v in own["result"]["cell"]["identity"].items() if k not in NOT_OF_A_ROW}
         cost, changed = cost_of([cell["result"] for cell in (own, *more) if cell["status"] == "done"]), own["result"]["cell"].get("changed", {})
         label, fidelity, steps, batch = (own[key] for key in ("method", "fidelity", "steps", "batch"))
@@ -252,7 +260,8 @@ def _entry(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerI
     estimate = per_image.mean(ids) if per_image else None
     error = estimate.error if estimate else (binomial_error(mean, first["images"]) ** 2 + (sd or 0.0) ** 2 / len(values)) ** 0.5
     claims = ledger.published(first["result"]) if ledger else ()
-    return Entry(ids, seeds, mean, sd, first["teacher_top1"] - mean, error, cost_of([cell["result"] for cell in cells]), estimate, *claims)
+    results = [cell["result"] for cell in cells]
+    return Entry(ids, seeds, mean, sd, first["teacher_top1"] - mean, error, cost_of(results), common_sizes(results), estimate, *claims)
 
 
 def _compare(column: list[Entry], per_image: PerImage | None) -> None:
@@ -284,17 +293,13 @@ def worst_first(rows: Sequence[Row]) -> list[Row]:
                 away.append((entry.mean * (1 - missing) if entry else 0.0) + min(means) * missing - float(np.mean(means)))
         row.above = round(float(np.mean(away)), 9) if away else -np.inf
     ordered = sorted(rows, key=lambda row: (row.above, len(row.entries), row.label, row.budget))
-    make_unique(ordered)
-    return ordered
-
-
-def make_unique(rows: Sequence[Row]) -> None:
-    """Rows whose labels and budgets agree differ in something that neither shows: they are numbered, so that nothing is taken for the same."""
-    named, seen = Counter((row.label, row.budget) for row in rows), Counter[tuple[str, str]]()
-    for row in rows:
+    # rows whose labels and budgets agree differ in something that neither shows: they are numbered, so that nothing is taken for the same
+    named, seen = Counter((row.label, row.budget) for row in ordered), Counter[tuple[str, str]]()
+    for row in ordered:
         name = row.label, row.budget
         seen[name] += 1
         row.label += f" [{seen[name]}]" if named[name] > 1 else ""
-    labels = Counter(row.label for row in rows)
-    for row in rows:
+    labels = Counter(row.label for row in ordered)
+    for row in ordered:
         row.label += f" {row.budget.replace(' ', '')}" if labels[row.label] > 1 else ""
+    return ordered

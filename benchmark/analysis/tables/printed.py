@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dfqbench.analysis.cost import SECONDS
+from dfqbench.analysis import size
+from dfqbench.analysis.cost import in_column, in_words
 from dfqbench.analysis.stats import average_ranks
 from dfqbench.analysis.tables.blocks import Block, Entry, Row
 from dfqbench.analysis.tables.wide import JOINED, WideTable
@@ -34,22 +35,30 @@ def texts_of(table: Block | WideTable) -> tuple[pd.DataFrame, pd.DataFrame]:
     entries = pd.DataFrame([[row.entries.get(column) for column in heads] for row in rows], index, columns, dtype=object)
     accuracies = pd.DataFrame([[accuracy_of(row, column, wide) for column in heads] for row in rows], index, columns, dtype=object)
     drops = entries.map(lambda entry: f"{entry.drop:.2f}".replace("-0.00", "0.00"), na_action="ignore")
-    claims = entries.map(claim_of, na_action="ignore")
+    more = {"drop": drops, "published": entries.map(claim_of, na_action="ignore")}
+    more |= {size.COLUMNS[name].head: _sizes(entries, name) for name in beside_of(table)}
     if isinstance(table, WideTable):
-        lines = [accuracies, drops.rename(index={"accuracy": "drop"}), claims.rename(index={"accuracy": "published"})]
-        texts = pd.concat(lines).sort_index().dropna(how="all").fillna("-")
+        lines = [accuracies, *(frame.rename(index={"accuracy": name}) for name, frame in more.items())]
+        texts = pd.concat(lines).sort_index(level=0, sort_remaining=False, kind="stable").dropna(how="all").fillna("-")
         naming = [(rows[i].label + rows[i].mark, rows[i].budget) if says == "accuracy" else (says, "") for i, says in texts.index]
     else:
-        beside = [accuracies, drops.rename(columns=lambda _: "drop", level=1), claims.rename(columns=lambda _: "published", level=1)]
-        order = [(width, name) for width in table.widths for name in (width, "drop", "published")]
+        beside = [accuracies, *(frame.rename(columns=dict.fromkeys(table.widths, name), level=1) for name, frame in more.items())]
+        order = [(width, name) for width in table.widths for name in (width, *more)]
         texts = pd.concat(beside, axis=1)[order].dropna(how="all", axis=1).fillna("-")
-        clocks = clocks_of(table)
-        cost = f"{SECONDS[clocks[0] if len(clocks) == 1 else '']}/cell".replace("seconds", "s")
-        texts[cost, cost] = [f"{row.cost} {row.cost.clock if len(clocks) > 1 else ''}".rstrip() for row in rows]
+        unit, figures = in_column([row.cost for row in rows])
+        texts[unit, unit] = figures
         naming = [(r.label + r.mark, r.fidelity, r.budget, "-".join(map(str, sorted({min(r.seeds), max(r.seeds)})))) for r in rows]
     for place, name in enumerate(("method", "steps x batch") if wide else NAMING):
         texts.insert(place, (name, name), [names[place] for names in naming])
     return texts, entries.map(lambda entry: bool(entry and entry.best)).reindex(index=texts.index, columns=texts.columns, fill_value=False)
+
+
+def _sizes(entries: pd.DataFrame, name: str) -> pd.DataFrame:
+    return entries.map(lambda entry: size.text_of(name, entry.sizes), na_action="ignore")
+
+
+def beside_of(table: Block | WideTable) -> Sequence[str]:
+    return (table.blocks[0] if isinstance(table, WideTable) else table).beside
 
 
 def accuracy_of(row: Row, column: Any, counted: bool) -> str | None:
@@ -58,11 +67,6 @@ def accuracy_of(row: Row, column: Any, counted: bool) -> str | None:
     if entry is None:
         return str(lost) if lost else None
     return f"{entry} ({lost or len(entry.ids)})" if lost or counted else str(entry)
-
-
-def clocks_of(block: Block) -> list[str]:
-    """By which the seconds of its rows are told."""
-    return [clock for clock in SECONDS if clock and any(row.cost.clock == clock for row in block.rows)]
 
 
 def claim_of(entry: Entry) -> str | None:
@@ -107,9 +111,11 @@ def notes_of(table: Block | WideTable) -> list[str]:
     entries = [entry for row in rows for entry in row.entries.values()]
     all_lost = [lost for row in rows for lost in row.lost.values()]
     partly = any(column in row.entries for row in rows for column in row.lost)
+    sized = {part.teacher: [entry.sizes for row in part.rows for entry in row.entries.values()] for part in parts}
     rule, error, best = parts[0].rule, max(block.error for block in parts), any(entry.best for entry in entries)
     uncompared, numbered = sum(block.uncompared for block in parts), any(re.search(r" \[\d+\]", row.label) for row in rows)
     usual = dict(next(ast.literal_eval(rules) for rules, mark in table.marks.items() if not mark))
+    of_images = "one standard error from the test set's size"
     once = "; where there is one seed, over test images alone" if any(entry.sd is None for entry in entries) else ""
     if isinstance(table, WideTable):
         differs = "is not the same everywhere, it differs in"
@@ -117,13 +123,7 @@ def notes_of(table: Block | WideTable) -> list[str]:
         fidelities = groupby(sorted({(row.fidelity, row.method) for row in rows}), key=lambda pair: pair[0])
         own.append("follows " + "; ".join(f"'{fidelity}': {', '.join(method for _, method in its)}" for fidelity, its in fidelities))
     else:
-        clocks = clocks_of(table)
-        own = [f"{' or '.join(SECONDS[clock] for clock in clocks)} per cell, images included, on {', '.join(table.devices)}"] * bool(clocks)
-        own[-1:] = [own[-1] + "; wall seconds grow with whatever else the machine did"] if "wall" in clocks else own[-1:]
-        if any(row.cost.several for row in rows):
-            own.append("a-b seconds: means of several hosts or devices lie between these; they are not averaged")
-        if any(row.entries and not row.cost.clock for row in rows):
-            own.append("- seconds: the row's cells ran on GPUs and on CPUs")
+        own = in_words([row.cost for row in rows if row.entries], table.devices)
     for rules, mark in table.marks.items():
         differing = ", ".join(f"{key} {value} (protocol: {usual[key]})" for key, value in ast.literal_eval(rules) if value != usual[key])
         own += [f"{mark} the method's own rules: {differing}"] * bool(mark)
@@ -132,16 +132,14 @@ def notes_of(table: Block | WideTable) -> list[str]:
         "top-1 in %, rule 'last': the last epoch's accuracy, as a user without test labels would get it": rule == "last",
         "top-1 in %, rule 'best-on-test': the best of all evaluated epochs, chosen on the test labels "
         "(optimistic; at most as many choices as evaluations)": rule == "best-on-test",
-        f"± is the standard deviation over seeds; drop: below the teacher; one standard error from the test set's size is at most {error:.2f}": bool(
-            entries
-        ),
+        f"± is the standard deviation over seeds; drop: below the teacher; {of_images} is at most {error:.2f}": bool(entries),
         "bold: the best of a column with all that cannot be told from it (paired bootstrap over test images and seeds, Holm, 5 %)" + once: best,
         "diverged: the training loss became infinite or NaN, so there is no student to measure": any(lost.diverged for lost in all_lost),
         "failed: the cell ended with an error; `dfqbench run --retry-failed` tries it again": any(lost.failed for lost in all_lost),
         "(1 of 3 diverged): the mean is over the seeds that are left; it is in no comparison and no ranking": partly,
         "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
         f"{uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged": uncompared > 0,
-        **dict.fromkeys(own, True),
+        **dict.fromkeys(own + size.in_words(parts[0].beside, sized), True),
         "[1], [2]: same name and budget, but other settings or versions; the report shows them per cell": numbered,
         "follows 'abstract': reconstructed, details of the method are not public": any(row.fidelity == "abstract" for row in rows),
         "follows 'released': trained elsewhere, evaluated here": any(row.fidelity == "released" for row in rows),
@@ -172,29 +170,20 @@ def ranking(found: Sequence[Block]) -> list[str]:
 
 
 def means_frame(found: Sequence[Block]) -> pd.DataFrame:
-    """One line per row and bit width, with everything that is known about it; accuracies in percent."""
+    """One line per row and bit width, with everything that is known about it; accuracies in percent. n: finished cells, seeds: theirs."""
     lines = []
-    for block, row in ((each, row) for each in found for row in each.rows):
-        for width in (width for width in block.widths if width in row.entries or width in row.lost):
-            lines.append(_mean(block, row, width))
+    for block, row, width in ((its, row, width) for its in found for row in its.rows for width in its.widths):
+        entry, lost = row.entries.get(width), row.lost.get(width)
+        line: dict[str, Any] = {"teacher": block.teacher, "evaluation": block.evaluation, "protocol": block.protocol, "precision": block.precision}
+        line |= {"method": row.label + row.mark, "follows": row.fidelity, "steps": row.steps, "batch": row.batch, "bits": width}
+        line |= {"n": len(entry.ids) if entry else 0, "diverged": lost.diverged if lost else 0, "failed": lost.failed if lost else 0}
+        if entry:
+            interval, against, claim, cost = entry.estimate, entry.against_best, entry.published, entry.cost
+            distance = round(claim.distance(entry.mean) / entry.error, 2) if claim and entry.error else None
+            line |= {"seeds": " ".join(map(str, entry.seeds)), "top1": entry.mean, "sd": entry.sd, "low": interval and interval.low}
+            line |= {"high": interval and interval.high, "drop": entry.drop, "best": entry.best, "below_best": against and -against.value}
+            line |= {"p_holm": against and float(f"{against.p:.3g}"), "published": claim and str(claim), "from_published_in_se": distance}
+            line |= {"seconds_low": round(cost.low, 3), "seconds_high": round(cost.high, 3), "seconds_of": cost.clock}
+            line |= entry.sizes.as_columns() if entry.sizes else {}
+        lines += [line] * bool(entry or lost)
     return pd.DataFrame(lines).astype({"steps": "Int64"}).round(dict.fromkeys(("top1", "sd", "low", "high", "drop", "below_best"), 4))
-
-
-def _mean(block: Block, row: Row, width: str) -> dict[str, Any]:
-    """n: finished cells, seeds: theirs."""
-    entry, lost = row.entries.get(width), row.lost.get(width)
-    line: dict[str, Any] = {"teacher": block.teacher, "evaluation": block.evaluation, "protocol": block.protocol, "precision": block.precision}
-    line |= {"method": row.label + row.mark, "follows": row.fidelity, "steps": row.steps, "batch": row.batch, "bits": width}
-    line |= {"n": len(entry.ids) if entry else 0, "diverged": lost.diverged if lost else 0, "failed": lost.failed if lost else 0}
-    if entry is None:
-        return line
-    interval, against, claim, cost = entry.estimate, entry.against_best, entry.published, entry.cost
-    distance = round(claim.distance(entry.mean) / entry.error, 2) if claim and entry.error else None
-    return (
-        line
-        | {"seeds": " ".join(map(str, entry.seeds)), "top1": entry.mean, "sd": entry.sd}
-        | {"low": interval and interval.low, "high": interval and interval.high, "drop": entry.drop, "best": entry.best}
-        | {"below_best": against and -against.value, "p_holm": against and float(f"{against.p:.3g}")}
-        | {"published": claim and str(claim), "from_published_in_se": distance}
-        | {"seconds_low": round(cost.low, 3), "seconds_high": round(cost.high, 3), "seconds_of": cost.clock}
-    )
