@@ -5,6 +5,7 @@ A megabyte is 2^20 bytes, as in the tables of HAWQ-V3 (arXiv:2011.10680) and mos
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,8 @@ class Column:
 
 
 def three_digits(value: float) -> str:
-    """Three significant digits, without an exponent."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+    """Three significant digits at least, without an exponent: 0.0700, 41.5, 1858."""
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
 
 
 def megabytes(size: Size) -> float:
@@ -89,13 +90,9 @@ COLUMNS = {
 }
 
 
-def texts(beside: Sequence[str]) -> list[tuple[str, Callable[[Sizes | None], str]]]:
-    """(head, what is printed under it) of these columns."""
-
-    def printed(column: Column) -> Callable[[Sizes | None], str]:
-        return lambda sizes: column.text(sizes) if sizes else "-"
-
-    return [(COLUMNS[name].head, printed(COLUMNS[name])) for name in beside]
+def text_of(name: str, sizes: Sizes | None) -> str:
+    """What is printed in the column `name`."""
+    return COLUMNS[name].text(sizes) if sizes else "-"
 
 
 def in_words(beside: Sequence[str], of_teachers: Mapping[str, Sequence[Sizes | None]]) -> list[str]:
