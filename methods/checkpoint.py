@@ -1,7 +1,7 @@
 """Checkpoint: a quantized network that somebody else has trained and released, evaluated here. Nothing is trained and no image is made.
 
-Layout `gdfq`: the state dicts of GDFQ's code (xushoukai/GDFQ) and of what was written on it (Qimera, AIT, IntraQ and HAST save one, ZeroQ's
-modules have the same names). It rebuilds the float network, so a file holds
+Layout `gdfq`: the state dicts of GDFQ's code (xushoukai/GDFQ) and of what was written on it (Qimera and IntraQ save one; the modules of AIT and
+ZeroQ are the same). It rebuilds the float network, so a file holds
 
     MODULE.weight, MODULE.bias      of each layer: float, put on their grid at run time, per output channel, as under the protocol `lineage`
     MODULE.weight, .running_mean .. of each batch norm: as in the float network
