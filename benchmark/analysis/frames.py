@@ -6,13 +6,12 @@ import csv
 import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from dfqbench.analysis.compare import find_cell
 from dfqbench.analysis.merge import differences, setup_of
 from dfqbench.analysis.records import Reading, read_store
 from dfqbench.analysis.size import sizes_of
@@ -87,7 +86,11 @@ def results(stores: str | Path | Iterable[str | Path] = "results", *, replicates
     are left out with a Notice (a warning) each; so are failed cells that tables do not show, as a newer try counts.
     """
     folders = [stores] if isinstance(stores, str | Path) else list(stores)
-    readings = [_read(Path(folder)) for folder in folders]
+    return frame_of([_read(Path(folder)) for folder in folders], replicates=replicates)
+
+
+def frame_of(readings: Sequence[Reading], *, replicates: bool = False) -> pd.DataFrame:
+    """See `results`."""
     done: dict[str, list[tuple[Store, Path, dict[str, Any]]]] = {}
     for reading in readings:
         for store, folder, result in _measured(reading):
@@ -97,7 +100,7 @@ def results(stores: str | Path | Iterable[str | Path] = "results", *, replicates
                 known.append((store, folder, result))
             elif differing := differences(same[2], same[1], result, folder):
                 said = f"{folder} and {same[1]}: the same cell, device and versions, but another {differing[0]}: the former is left out"
-                warnings.warn(said, Notice, stacklevel=2)
+                warnings.warn(said, Notice, stacklevel=3)
     rows = [
         (_place(store, number, len(measured) - 1), result)
         for measured in done.values()
@@ -188,7 +191,7 @@ def history(cell: str | Path, results: str | Path = "results") -> pd.DataFrame:
     folder = Path(cell)
     if not (isinstance(cell, Path) or os.sep in cell or (folder / "result.json").exists()):
         store = _store(Path(results))
-        folder = store.folder(find_cell(store, cell))
+        folder = store.folder(store.find(cell))
     elif not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     path = folder / "history.csv"

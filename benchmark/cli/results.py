@@ -36,19 +36,27 @@ def table(
     layout: Annotated[
         str, typer.Option(help="blocks: a table per teacher and evaluation set; wide: one table of methods by networks and bit widths.")
     ] = "blocks",
+    columns: Annotated[
+        str, typer.Option(help="More columns beside each accuracy, with commas between: size (MB), compression, weight-bits, bops.")
+    ] = "",
     plugin: Plugins = None,
 ) -> None:
     """Print the table of finished cells."""
+    from dfqbench.analysis.size import columns_of
+
+    beside = columns_of(columns)
     checked = _rule(rule)
     one_of("--format", output, TABLE_FORMATS)
     one_of("--layout", layout, ("blocks", "wide"))
     if layout == "wide" and output.startswith("csv"):
         raise UserError(f"--layout wide: --format {output} has a line for every cell or mean, whatever the layout")
+    if beside and output.startswith("csv"):
+        raise UserError(f"--columns {columns}: --format {output} has all columns")
     reading = read_cells(config, results, plugin)
-    from dfqbench.analysis.tables.blocks import load_frame
-
     if output == "csv":
-        load_frame([*reading.results, *reading.unfinished]).to_csv(sys.stdout, index=False)
+        from dfqbench.analysis.frames import frame_of
+
+        frame_of([reading]).to_csv(sys.stdout, index=False)
         return
     from dfqbench.analysis.ledger import load_ledger
     from dfqbench.analysis.per_image import PerImage
@@ -56,7 +64,7 @@ def table(
     from dfqbench.analysis.tables.printed import means_frame, ranking
     from dfqbench.analysis.tables.wide import side_by_side
 
-    found = blocks([*reading.results, *reading.unfinished], checked, ledger=load_ledger(), per_image=PerImage(reading))
+    found = blocks([*reading.results, *reading.unfinished], checked, ledger=load_ledger(), per_image=PerImage(reading), beside=beside)
     if output == "csv-means":
         means_frame(found).to_csv(sys.stdout, index=False)
         return
@@ -134,7 +142,7 @@ def plot(
     results: Results = DEFAULT_RESULTS,
     out: Annotated[Path | None, typer.Option(readable=False, help="Folder to write to; default: figures in the results folder.")] = None,
     kind: Annotated[
-        list[str] | None, typer.Option(help="Only this kind; may be given again. accuracy, published, cost, curves, losses, drop, ablation.")
+        list[str] | None, typer.Option(help="Only this kind; may be given again. accuracy, published, cost, size, curves, losses, drop, ablation.")
     ] = None,
     output: Annotated[list[str] | None, typer.Option("--format", help="png, pdf or svg; may be given again. Default: all three.")] = None,
     rule: RuleOption = "last",

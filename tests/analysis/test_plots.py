@@ -21,7 +21,7 @@ from dfqbench.store import Store
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Drawn:
-    return prepare(read_store(make_store(tmp_path_factory.mktemp("plots") / "r", 500)))
+    return prepare(read_store(make_store(tmp_path_factory.mktemp("plots") / "r", 500, sized=True)))
 
 
 MADE = [kind for kind in KINDS if kind != "published"]
@@ -97,6 +97,7 @@ def test_what_was_not_measured_is_said_with_what_would_measure_it(tmp_path: Path
     for kind, said in (
         ("published", "no published number is about this test set"),
         ("curves", "evaluate_every"),
+        ("size", "all were written by earlier versions"),
         ("ablation", "{METHOD: {SETTING: 0}}"),
     ):
         with pytest.raises(NothingToDraw) as why:

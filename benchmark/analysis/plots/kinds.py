@@ -12,12 +12,14 @@ if TYPE_CHECKING:
 from dfqbench.analysis.plots.ablation import ablation
 from dfqbench.analysis.plots.accuracy import accuracy, cost, drop, published
 from dfqbench.analysis.plots.drawn import Drawn
+from dfqbench.analysis.plots.size import size
 from dfqbench.analysis.plots.training import curves, losses
 
 KINDS: dict[str, tuple[str, Callable[[Drawn], list[Figure]]]] = {
     "accuracy": ("accuracy against bits", accuracy),
     "published": ("measured against published", published),
     "cost": ("accuracy against seconds", cost),
+    "size": ("accuracy against size and work", size),
     "curves": ("accuracy while training, last and best epoch", curves),
     "losses": ("training loss", losses),
     "drop": ("drop against the teacher", drop),
