@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dfqbench.analysis.per_image import PerImage
-from dfqbench.analysis.records import CELL_ID, Reading, read_store, said_of
-from dfqbench.analysis.stats import Estimate, McNemar
+from dfqbench.analysis.records import Reading, read_store, said_of
+from dfqbench.analysis.stats import Bootstrap, Estimate, McNemar, mcnemar
 from dfqbench.errors import UserError, counted
 from dfqbench.store import Store
 from dfqbench.sweep.cell import leaves
 
-NAMED = 5  # cells that an ambiguous prefix stands for and that are named
 OF_THE_PLACE = ("host", "slurm_job", "images.seconds")  # of provenance: where it happened to run, and how long that took
+Side = tuple[dict[str, Any], NDArray[np.uint8]]  # a result, and packed bits of the images that it got right
 
 
 @dataclass(frozen=True)
@@ -45,24 +45,29 @@ class Pair:
     differences: list[Difference]
 
 
-def compare(store: Store, first: str, second: str) -> Pair:
-    """Two cells by their ids or by prefixes that no other id has. UserError where that says no two finished cells with results on the same images."""
-    ids = [find_cell(store, given) for given in (first, second)]
-    if ids[0] == ids[1]:
-        raise UserError(f"{first} and {second} are the same cell, {ids[0]}: give two")
-    reading = read_store(store, set(ids))
-    ours, theirs = (_finished(reading, cell_id) for cell_id in ids)
+def compare(store: Store, first: str, second: str, measured: Mapping[str, Side] | None = None) -> Pair:
+    """Two cells by their ids or by prefixes that no other id has; or what `measured` says of one that is none, a student's file for example.
+
+    UserError where that is no two finished cells with results on the same images.
+    """
+    known = dict(measured or {})
+    ids = {given: store.find(given) for given in (first, second) if given not in known}
+    if first == second or len(set(ids.values())) < len(ids):
+        raise UserError(f"{first} and {second} are the same{f' cell, {ids[first]}' if first in ids else ''}: give two")
+    reading = read_store(store, set(ids.values()))
+    for given, cell_id in ids.items():
+        result = _finished(reading, cell_id)
+        known[given] = result, _correct(reading, result)
+    (ours, right), (theirs, theirs_right) = known[first], known[second]
     sets = [(r["cell"]["evaluation"]["name"], r["cell"]["identity"]["evaluation"], r["images"]) for r in (ours, theirs)]
     if sets[0][1:] != sets[1][1:]:
-        said = [f"{cell_id} was tested on {name} ({images} images, {digest[:8]})" for cell_id, (name, digest, images) in zip(ids, sets, strict=True)]
+        said = [f"{r['id']} was tested on {name} ({n} images, {digest[:8]})" for r, (name, digest, n) in zip((ours, theirs), sets, strict=True)]
         raise UserError(f"{' and '.join(said)}: only cells on the same test images can be compared")
-    right = [_correct(reading, result) for result in (ours, theirs)]
-    per_image = PerImage(reading)
-    test, both = per_image.mcnemar(ids[0], ids[1]), int(np.bitwise_count(right[0] & right[1]).sum())
+    test, both = mcnemar(right, theirs_right), int(np.bitwise_count(right & theirs_right).sum())
     return Pair(
         first=ours,
         second=theirs,
-        difference=per_image.difference([ids[0]], [ids[1]]),
+        difference=Bootstrap(np.stack([right, theirs_right]), ours["images"]).difference([0], [1]),
         test=test,
         both=both,
         neither=ours["images"] - both - test.only_first - test.only_second,
@@ -70,23 +75,12 @@ def compare(store: Store, first: str, second: str) -> Pair:
     )
 
 
-def find_cell(store: Store, given: str) -> str:
-    """The id that is `given` or, alone of all in the store, starts with it."""
-    found = [cell_id for cell_id in store.ids() if CELL_ID.fullmatch(cell_id) and cell_id.startswith(given)]
-    if not found:
-        raise UserError(f"{given!r}: no cell in {store.root / 'runs'} has such an id; `dfqbench table --format csv` and the report show them")
-    if len(found) > 1:
-        named = ", ".join(found[:NAMED]) + (f" and {len(found) - NAMED} more" if len(found) > NAMED else "")
-        raise UserError(f"{given!r}: {len(found)} cells have such an id: {named}")
-    return found[0]
-
-
 def _finished(reading: Reading, cell_id: str) -> dict[str, Any]:
     for result in reading.results:
         if result["id"] == cell_id:
             return result
     folder = reading.store.folder(cell_id)
-    damaged = next((line for line in reading.skipped if line.startswith(f"{folder / 'result.json'}: ")), None)
+    damaged = next((line for line in reading.skipped if line.startswith((f"{folder / 'result.json'}: ", f"{folder}: "))), None)
     failed = next((f"cell {cell_id} {said_of(f)}" for f in reading.failures if f["id"] == cell_id), None)
     raise UserError(damaged or failed or f"cell {cell_id} is not finished: there is no result.json in {folder}")
 
@@ -112,7 +106,8 @@ def _named(result: dict[str, Any]) -> dict[str, Any]:
     """The identity in the order in which people ask, with the teacher as tables call it and where the method's code came from."""
     cell, identity = result["cell"], result["cell"]["identity"]
     teacher = {"": cell["teacher"]["label"]} | dict(identity.get("teacher") or {"weights": cell["teacher"]["weights_sha256"]})
-    first = {"method": cell["method"], "bits": cell["bits"], "seed": cell["seed"], "teacher": teacher, "teacher top-1": result["teacher"]["top1"]}
+    first = {"method": cell["method"], "bits": cell["bits"], "seed": cell["seed"], "teacher": teacher}
+    first |= {"teacher top-1": result["teacher"]["top1"]} if result["teacher"]["top1"] is not None else {}
     more = {"student steps": result["steps"], "code": cell.get("plugin", "")}
     return first | more | {key: value for key, value in identity.items() if key not in first}
 

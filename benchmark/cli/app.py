@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from dfqbench.cli import cluster, lists, methods, results, run, speed
+from dfqbench.cli import cluster, lists, methods, results, run, speed, students
 from dfqbench.errors import Notice, UserError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ for command in (
     *(run.run, run.plan, run.select),
     *(cluster.submit, cluster.status, cluster.cancel),
     *(results.table, results.compare, results.plot, results.report, results.merge),
+    *(students.evaluate,),
     *(speed.speed, run.pretrain),
     *(lists.models, lists.sets, lists.protocols),
 ):

@@ -201,16 +201,25 @@ def report(
 
 
 def compare(
-    first: Annotated[str, typer.Argument(metavar="CELL", help="A finished cell's id, or as many of its first letters as no other has.")],
-    second: Annotated[str, typer.Argument(metavar="CELL", help="Another one, on the same evaluation set.")],
+    first: Annotated[str, typer.Argument(metavar="CELL_OR_FILE", help="A finished cell's id, or as many of its first letters as no other has.")],
+    second: Annotated[str, typer.Argument(metavar="CELL_OR_FILE", help="Another one, on the same evaluation set; or a student's file.")],
     results: Results = DEFAULT_RESULTS,
+    on: Annotated[str | None, typer.Option("--on", help="For files: the evaluation set to measure them on, as in a config.")] = None,
 ) -> None:
     """Compare two finished cells image by image: difference with interval, McNemar's exact test, and what else they differ in."""
     from dfqbench.analysis.compare import compare as compared
     from dfqbench.analysis.compare import in_words
     from dfqbench.store import Store
 
-    for line in in_words(compared(Store(results), first, second)):
+    files = [given for given in (first, second) if Path(given).is_file()]
+    if files and on is None:
+        raise UserError(f"{files[0]} is a file: say with --on which evaluation set to measure it on")
+    measured = {}
+    if on is not None:
+        from dfqbench.run.evaluation import measure
+
+        measured = {given: (m.result, m.correct) for given in files for m in [measure(given, on, results)]}
+    for line in in_words(compared(Store(results), first, second, measured)):
         print(line)
 
 

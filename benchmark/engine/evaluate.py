@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,11 @@ class Evaluation:
     top1: float  # percent
     top5: float | None  # percent; None below 6 classes, where it would say nothing
     loss: float  # mean cross-entropy in nats; nan for a network that diverged
+
+    def scores(self) -> dict[str, Any]:
+        """As a result.json has them."""
+        counts = {"correct": int(self.correct.sum()), "images": int(self.correct.size)}
+        return {"top1": self.top1, "top5": self.top5, **counts, "loss": self.loss}
 
 
 @torch.inference_mode()

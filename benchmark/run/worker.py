@@ -185,7 +185,7 @@ class Worker:
         known = read_json(path)
         if known is None:
             result = measured(images)
-            known = {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], **_scores(result)}
+            known = {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], **result.scores()}
             write_json(path, known)
         if path not in self._teachers_seen:
             self._teachers_seen.add(path)
@@ -221,11 +221,11 @@ class Worker:
         write_atomically(self.store.folder(cell.id) / "correct.npy", buffer.getvalue())
         for name, content in pictures.items():
             write_atomically(self.store.folder(cell.id) / name, content)
-        kept = self._kept_student(trainee)
+        kept = self._kept_student(trainee, lockstep)
         result = {
             "id": cell.id,
             "cell": cell.record(),
-            **_scores(evaluation),
+            **evaluation.scores(),
             "best": best,
             "evaluations": len(evaluated) + (not evaluated or evaluated[-1]["epoch"] != last["epoch"]),
             "last_epoch": len(lockstep.epochs),
@@ -253,13 +253,12 @@ class Worker:
             self._log(lockstep.bundle, f"no size: {type(error).__name__}: {error}")
             return {}
 
-    def _kept_student(self, trainee: Trainee) -> dict[str, Any]:
+    def _kept_student(self, trainee: Trainee, lockstep: Lockstep) -> dict[str, Any]:
         """Writes student.safetensors: its `sha256` and `bytes`. A student that has no form in a file is told, and costs no result."""
         cell = trainee.cell
         if self.loaded.sweep.store.students == "off":
             return {}
-        teacher = {key: value for key, value in cell.record()["teacher"].items() if key != "task"}
-        about = {"cell": cell.id, "label": cell.label, "teacher": teacher, "evaluation": cell.record()["evaluation"], "precision": cell.precision}
+        about = {"cell": cell.record(), "steps": lockstep.student_steps, "last_epoch": len(lockstep.epochs)}
         try:
             return save_student(trainee.student, self.store.folder(cell.id) / STUDENT, about)
         except UserError as error:
@@ -288,13 +287,3 @@ def _cpu_seconds(trainee: Trainee, lockstep: Lockstep) -> dict[str, Any]:
     """Processor time beside the clock's; nothing where an earlier version began the cell and did not measure it."""
     cpu = {"own": lockstep.watch.cpu.get(trainee.name, 0.0), "shared": lockstep.watch.cpu.get(lockstep.SHARED, 0.0)}
     return {"cpu_seconds": {part: round(seconds, 3) for part, seconds in cpu.items()}} if all(map(math.isfinite, cpu.values())) else {}
-
-
-def _scores(evaluation: Evaluation) -> dict[str, Any]:
-    return {
-        "top1": evaluation.top1,
-        "top5": evaluation.top5,
-        "correct": int(evaluation.correct.sum()),
-        "images": int(evaluation.correct.size),
-        "loss": evaluation.loss,
-    }

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from synthetic_store import cells, write_cell
 
-from dfqbench.analysis.compare import compare, find_cell
+from dfqbench.analysis.compare import compare
 from dfqbench.errors import UserError
 from dfqbench.files import write_atomically, write_json
 from dfqbench.quantization import Bits
@@ -94,13 +94,13 @@ def test_another_teacher_and_other_versions_are_named(store: Store) -> None:
 def test_an_id_may_be_cut_as_long_as_it_is_one_cells(store: Store) -> None:
     ours, theirs = pair(store, seed=7)
     short = next(n for n in range(1, 13) if ours[:n] != theirs[:n])
-    assert (find_cell(store, ours[:short]), find_cell(store, ours)) == (ours, ours)
+    assert (store.find(ours[:short]), store.find(ours)) == (ours, ours)
     (store.root / "runs" / f"{ours[:-1]}{'0' if ours[-1] != '0' else '1'}").mkdir()
     with pytest.raises(UserError, match=f"'{ours[:11]}': 2 cells have such an id: "):
-        find_cell(store, ours[:11])
-    assert find_cell(store, ours) == ours
+        store.find(ours[:11])
+    assert store.find(ours) == ours
     with pytest.raises(UserError, match=r"no cell in .* has such an id"):
-        find_cell(store, "xyz")
+        store.find("xyz")
 
 
 def test_what_cannot_be_compared_is_told_in_a_line(store: Store) -> None:

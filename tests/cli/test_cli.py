@@ -37,7 +37,9 @@ def test_run_leaves_a_complete_record_and_does_nothing_the_second_time(dfqbench:
     assert set(found) == {"w4a4", "w3a3"}
     result = found["w4a4"]
     folder = results / "runs" / result["id"]
-    assert {p.name for p in folder.iterdir()} == {"cell.json", "result.json", "history.csv", "correct.npy", "samples.png", "log.txt"}
+    assert {p.name for p in folder.iterdir()} == {
+        *("cell.json", "result.json", "history.csv", "correct.npy", "samples.png", "log.txt", "student.safetensors")
+    }
     correct = np.unpackbits(np.load(folder / "correct.npy"))[: result["images"]]
     assert correct.sum() == result["correct"]
     assert result["top1"] == pytest.approx(100 * result["correct"] / result["images"])

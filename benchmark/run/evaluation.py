@@ -1,0 +1,107 @@
+"""Measures a kept student again, and says whether it answers as its cell did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dfqbench.analysis.records import read_correct
+from dfqbench.data import find_set
+from dfqbench.engine.device import check_device
+from dfqbench.engine.evaluate import evaluate
+from dfqbench.export.find import load_student, student_path
+from dfqbench.files import read_json
+from dfqbench.store import Store
+from dfqbench.store.cache import cache_folder
+from dfqbench.store.provenance import provenance
+
+OF_ROUNDING = ("device_name", "torch", "cpu_capability", "threads")  # of provenance: where the last bits of a logit come from
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A student's file on an evaluation set.
+
+    result: as a cell's result.json, of what a file knows. correct: packed bits, one per image in the set's order. against_cell: what its cell's own
+    result says beside it, a line; "" where no such result is at hand.
+    """
+
+    path: Path
+    set_name: str
+    result: dict[str, Any]
+    correct: NDArray[np.uint8]
+    against_cell: str
+
+
+def measure(given: str, set_name: str, results: Path, device_name: str = "auto", batch_size: int = 500) -> Measured:
+    """Evaluates the student of a file or a cell as `run` does: same batches, same precision. Raises UserError for what cannot be."""
+    path, device = student_path(given, results), check_device(device_name)
+    student = load_student(path)
+    found = find_set(set_name)
+    found.check(student.task)
+    cell: dict[str, Any] = student.about.get("cell") or {}
+    precision = cell.get("precision", "fp32")
+    evaluation = evaluate(student, found.decode(student.task), student.task, device=device, precision=precision, batch_size=batch_size)
+    packed = np.packbits(evaluation.correct)
+    digest = found.digest(cache_folder())
+    identity = {**cell.get("identity", {}), "evaluation": digest}
+    named = {"name": found.name, "classes": found.classes, "images": len(found)}
+    result = {
+        "id": cell.get("id", path.name),
+        "cell": {**_unknown(path, student), **cell, "identity": identity, "evaluation": named},
+        **evaluation.scores(),
+        "steps": student.about.get("steps"),
+        "last_epoch": student.about.get("last_epoch"),
+        "teacher": {"top1": None},
+        "provenance": provenance(device),
+    }
+    return Measured(path, found.name, result, packed, _against(path, cell, results, digest, packed, provenance(device)))
+
+
+def _unknown(path: Path, student: Any) -> dict[str, Any]:
+    """What stands for a cell's record in a file that was saved by hand."""
+    teacher = {"label": student.traced.meta.get("network", ""), "weights_sha256": ""}
+    return {"label": path.name, "method": path.name, "teacher": teacher, "bits": str(student.bits), "seed": "-", "protocol": student.protocol.name}
+
+
+def _against(path: Path, cell: dict[str, Any], results: Path, digest: str, packed: NDArray[np.uint8], here: dict[str, Any]) -> str:
+    """The cell's own result, from the file's folder or the store, image by image."""
+    for folder in [path.parent, *([Store(results).folder(cell["id"])] if "id" in cell else [])]:
+        try:
+            kept = read_json(folder / "result.json")
+        except (ValueError, OSError) as error:
+            return f"{folder / 'result.json'}: {error}"
+        if not isinstance(kept, dict) or kept.get("id") != cell.get("id"):
+            continue
+        if kept["cell"]["identity"]["evaluation"] != digest:
+            return f"cell {kept['id']} was evaluated on another set ({kept['cell']['evaluation']['name']})"
+        theirs = read_correct(folder / "correct.npy", kept)
+        if theirs is None:
+            return f"{folder / 'correct.npy'}: missing or damaged: only {kept['correct']} correct images are known of cell {kept['id']}"
+        return f"cell {kept['id']}: {_difference(packed, theirs, kept, here)}"
+    return ""
+
+
+def _difference(ours: NDArray[np.uint8], theirs: NDArray[np.uint8], kept: dict[str, Any], here: dict[str, Any]) -> str:
+    gained, lost = (int(np.bitwise_count(a & ~b).sum()) for a, b in ((ours, theirs), (theirs, ours)))
+    if not gained and not lost:
+        return f"the same {kept['correct']} of {kept['images']} images right as when it ended"
+    told = [{**kind, "torch": kind["packages"].get("torch")} for kind in (kept["provenance"], here)]
+    differs = [f"{key} {told[0].get(key)} then, {told[1].get(key)} now" for key in OF_ROUNDING if told[0].get(key) != told[1].get(key)]
+    return f"{gained} images right that were wrong, {lost} wrong that were right" + (f" ({'; '.join(differs)})" if differs else "")
+
+
+def in_words(measured: Measured) -> list[str]:
+    """Lines for a terminal."""
+    result, cell = measured.result, measured.result["cell"]
+    seed = "" if cell["seed"] == "-" else f" seed {cell['seed']}"
+    top5 = "" if result["top5"] is None else f", top-5 {result['top5']:.2f} %"
+    lines = [
+        f"{measured.path}: {cell['label']} {cell['teacher']['label']} {cell['bits']}{seed}",
+        f"{measured.set_name}: top-1 {result['top1']:.2f} % ({result['correct']} of {result['images']}){top5}",
+    ]
+    return [*lines, *([measured.against_cell] if measured.against_cell else [])]
