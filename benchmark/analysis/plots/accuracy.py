@@ -53,12 +53,18 @@ def accuracy(drawn: Drawn) -> list[Figure]:
             ax.set_ylabel(drawn.top1)
             leave_out_failures(ax, points)
             ax.set_title(panel_title(block, drawn.blocks))
-        for name, marker in ((FEWER, "o"), (LOST, "x")):
-            handles[name] = axes[0][0].plot([], [], color="#444444", marker=marker, mfc="white", ls="")[0]
+        _explain(axes[0][0], labels, handles)
         handles = {label: handles[label] for label in labels if label in handles}
         add_legend(figure, handles, 1 if len(axes) == 1 else 2)
         figures.append(figure)
     return figures
+
+
+def _explain(ax: Axes, labels: list[str], handles: dict[str, Any]) -> None:
+    """What hollow markers and crosses are, where there are some."""
+    for name, marker in ((FEWER, "o"), (LOST, "x")):
+        if name in labels:
+            handles[name] = ax.plot([], [], color="#444444", marker=marker, mfc="white", ls="")[0]
 
 
 def _dodge(i: int, n: int) -> float:
@@ -104,7 +110,7 @@ def published(drawn: Drawn) -> list[Figure]:
     ends = [min(values) - margin, max(values) + margin]
     handles["as published"] = ax.plot(ends, ends, color="#999999", lw=0.8, zorder=0)[0]
     ax.set(xlim=ends, ylim=ends, xlabel="published top-1 (%)", ylabel=f"measured {drawn.top1}")
-    handles[FEWER] = ax.plot([], [], color="#444444", marker="o", mfc="white", ls="")[0]
+    _explain(ax, labels, handles)
     add_legend(figure, {label: handles[label] for label in labels}, 1)
     return [figure]
 
@@ -132,7 +138,7 @@ def cost(drawn: Drawn) -> list[Figure]:
             leave_out_failures(ax, points)
             ax.set(xlabel=f"{SECONDS[costs[0][2].clock]} per cell", ylabel=drawn.top1)
             ax.set_title(f"{panel_title(block, drawn.blocks)}, {width.upper()}")
-        handles[FEWER] = axes[0][0].plot([], [], color="#444444", marker="o", mfc="white", ls="")[0]
+        _explain(axes[0][0], labels, handles)
         add_legend(figure, {label: handles[label] for label in labels if label in handles}, 1 if len(axes) == 1 else 2)
         figures.append(figure)
     return figures

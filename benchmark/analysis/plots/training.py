@@ -53,7 +53,8 @@ def _curves(drawn: Drawn, column: str, name: str, why_not: str) -> list[Figure]:
                     ax.plot(epochs[best], values[best], color=style.color, marker="o", ms=5, mfc="none", mew=0.8)
             ax.set(xlabel="epoch", ylabel=name)
             ax.set_title(f"{panel_title(block, drawn.blocks)}, {width.upper()}")
-        handles[FEWER] = axes[0][0].plot([], [], color="#444444", alpha=0.4)[0]
+        if FEWER in labels:
+            handles[FEWER] = axes[0][0].plot([], [], color="#444444", alpha=0.4)[0]
         add_legend(figure, {label: handles[label] for label in labels if label in handles}, 1 if len(axes) == 1 else 2)
         figures.append(figure)
     return figures
