@@ -1,0 +1,138 @@
+"""Whether an exported file answers as the student does, image by image.
+
+Promise: the same best class on every image, but where the two best logits lie within 1e-4. Float arithmetic cannot keep that everywhere: where a
+value lies on the boundary between two levels, the order of a sum decides which of the two it gets, and a whole level's difference goes on from there.
+How far that reaches is measured, not assumed: by the student itself with its sums in another order. A file passes if what differs lies within that,
+and is rejected otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from dfqbench.network import Network
+from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.task import Task
+
+CLOSE = 1e-4  # logits: an answer as near as that to another may be the other
+SYSTEMATIC = 1e-3  # of the largest logit: boundaries that are met move few images, a wrong file moves the median one
+Run = Callable[[Tensor], Tensor]  # images -> logits
+Batches = Callable[[], Iterable[Tensor]]  # normalised images, the same ones at every call
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the answers of a file and of its student compare. moved: the largest difference of a logit, one per image; margins: see `Agreement.of`."""
+
+    how: str
+    moved: Tensor
+    differs: Tensor  # whether the best class does
+    margins: Tensor  # between the student's two best logits
+    largest: float  # logit
+    why: str = ""
+    noise: Tensor | None = None  # as `moved`, of the same network with other rounding; None where the promise holds without
+
+    @classmethod
+    def of(cls, how: str, student: Tensor, file: Tensor) -> Agreement:
+        """From logits, N x classes each."""
+        best = student.topk(2, 1).values
+        moved = (student - file).abs().amax(1).nan_to_num(torch.inf)
+        return cls(how, moved, student.argmax(1) != file.argmax(1), best[:, 0] - best[:, 1], float(student.abs().max()))
+
+    @property
+    def holds(self) -> bool:
+        """Whether the promise holds as it stands."""
+        return not bool((self.differs & (self.margins > CLOSE)).any()) and float(self.moved.median()) <= SYSTEMATIC * self.largest
+
+    @property
+    def passes(self) -> bool:
+        """Whether it holds, or `noise` says why it cannot."""
+        if self.noise is None:
+            return self.holds
+        apart = float(self.margins[self.differs].max()) if bool(self.differs.any()) else 0.0
+        median = SYSTEMATIC * self.largest + 3 * float(self.noise.median())
+        return apart <= max(CLOSE, 2 * float(self.noise.max())) and float(self.moved.median()) <= median
+
+    def __str__(self) -> str:
+        images, different = len(self.moved), int(self.differs.sum())
+        said = [
+            f"{self.how}: {images - different} of {images} answers equal; logits (up to {self.largest:.3g}) differ by at most "
+            f"{self.moved.max():.1e}, on the median image by {self.moved.median():.1e}"
+        ]
+        if different:
+            apart = self.margins[self.differs]
+            said.append(f"where the answer differs, the student's two best logits lie {apart.min():.2g} to {apart.max():.2g} apart")
+        if self.noise is not None:
+            said.append(f"{self.why} moves logits by up to {self.noise.max():.2g}, on the median image by {self.noise.median():.1e}")
+        return "; ".join(said)
+
+
+@torch.no_grad()
+def agreements(network: Network, runs: dict[str, Run], batches: Batches, others: dict[str, tuple[str, Run]] | None = None) -> list[Agreement]:
+    """Each of `runs`, by its name, against the network; where the promise does not hold as it stands, the noise of like networks is measured.
+
+    These compute the same with other rounding: in float64, and layer by layer where the student joins layers and norms. `others` has one more, and
+    what it is, for some of `runs`.
+    """
+    answers: dict[str, list[Tensor]] = {name: [] for name in ["", *runs]}
+    for images in batches():
+        answers[""].append(network(images))
+        for name, run in runs.items():
+            answers[name].append(run(images))
+    joined = {name: torch.cat(parts) for name, parts in answers.items()}
+    student = joined[""]
+    found, noise = [Agreement.of(name, student, joined[name]) for name in runs], None
+
+    def moved_by(like: Run) -> Tensor:
+        return Agreement.of("", student, torch.cat([like(images) for images in batches()])).moved
+
+    for place, agreement in enumerate(found):
+        if agreement.holds:
+            continue
+        if noise is None:
+            noise = torch.maximum(moved_by(in_float64(network)), moved_by(network.traced))
+        why, total = "adding the same numbers up in another order", noise
+        if others and agreement.how in others:
+            further, like = others[agreement.how]
+            why, total = f"{why} or {further}", torch.maximum(noise, moved_by(like))
+        found[place] = replace(agreement, why=why, noise=total)
+    return found
+
+
+def in_float64(network: Network) -> Run:
+    """The same grids, levels and float parameters; sums and quotients in float64."""
+    graph = with_float_layers(network)
+    for name, module in list(graph.named_modules()):
+        if isinstance(module, ActivationQuantizer):
+            graph.set_submodule(name, copy.copy(module))  # of its own: what follows converts it
+    double = copy.deepcopy(graph).double()
+    return lambda images: double(images.double()).float()
+
+
+def with_float_layers(network: Network) -> fx.GraphModule:
+    """The network's graph with plain layers, whose float weights are those on the grid."""
+    graph = fx.GraphModule(network.traced, copy.deepcopy(network.traced.graph))
+    for name, module in dict(network.traced.named_modules()).items():
+        if isinstance(module, QuantizedLayer):
+            layer = copy.copy(module.layer)
+            layer._parameters = {**module.layer._parameters, "weight": nn.Parameter(module.codes().weight(), requires_grad=False)}
+            graph.set_submodule(name, layer)
+    return graph.eval()
+
+
+def random_images(task: Task, count: int, batch_size: int = 50) -> Batches:
+    """Images of random pixels, normalised."""
+
+    def draw() -> Iterable[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        lows, highs = (torch.tensor(values).view(-1, 1, 1) for values in zip(*task.pixel_range(), strict=True))
+        for start in range(0, count, batch_size):
+            pixels = torch.rand(min(batch_size, count - start), *task.image_shape, generator=generator)
+            yield lows + (highs - lows) * pixels
+
+    return draw
