@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import site
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,72 @@ def dfqbench(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return code, out, err
 
     return run
+
+
+COMMANDS = """
+import contextlib, io, json, sys, traceback
+from dfqbench.cli import app
+
+answers = []
+for words in json.load(sys.stdin):
+    sys.argv, code = ["dfqbench", *words], 0
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            app.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        except BaseException:
+            code = 1
+            traceback.print_exc()
+    answers.append((code, out.getvalue(), err.getvalue()))
+json.dump(answers, sys.stdout)
+"""
+
+
+class Colleague:
+    """Somebody whose files are not all open to us. Root, whom no mode stops, runs commands without the capabilities that make it so."""
+
+    OTHER = 12345  # a user who is not there
+    DROPPED = "-dac_override,-dac_read_search"
+
+    def __init__(self) -> None:
+        self.prefix = ["setpriv", f"--bounding-set={self.DROPPED}", f"--inh-caps={self.DROPPED}"] if os.geteuid() == 0 else []
+        self._before: list[tuple[Path, os.stat_result]] = []
+
+    def close(self, path: Path, mode: int = 0o700) -> None:
+        """Makes `path` another user's, with the mode that it has for them; where that cannot be, nobody may do what others may not."""
+        self._before.append((path, path.stat()))
+        if self.prefix:
+            os.chown(path, self.OTHER, self.OTHER)
+        path.chmod(mode if self.prefix else (mode & 0o7) * 0o111)
+
+    def open_again(self) -> None:
+        for path, was in reversed(self._before):
+            path.chmod(was.st_mode)
+            if self.prefix:
+                os.chown(path, was.st_uid, was.st_gid)
+        self._before = []
+
+    def run(self, commands: list[list[object]], **environment: str) -> list[tuple[int, str, str]]:
+        """`dfqbench` with each list of words, in one process: exit code, standard output, standard error."""
+        given = {**os.environ, "COLUMNS": "250", "OMP_NUM_THREADS": "1", **environment}
+        words = json.dumps([[str(word) for word in command] for command in commands])
+        done = subprocess.run([*self.prefix, sys.executable, "-c", COMMANDS], input=words, env=given, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        return [(code, out, err) for code, out, err in json.loads(done.stdout)]
+
+
+@pytest.fixture(scope="module")
+def colleague(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Colleague]:
+    found, probe = Colleague(), tmp_path_factory.mktemp("closed") / "probe"
+    if found.prefix and shutil.which("setpriv") is None:
+        pytest.skip("root may read everything, and there is no setpriv to take that away")
+    probe.touch()
+    found.close(probe)
+    if subprocess.run([*found.prefix, "cat", probe], capture_output=True).returncode == 0:
+        pytest.skip("this machine lets its users read what is closed to them")
+    yield found
+    found.open_again()
 
 
 @pytest.fixture

@@ -119,7 +119,8 @@ def _merge_result(result: dict[str, Any], folder: Path, store: Store, done: Merg
         return
     known = list(_known(cell_id, store))
     if not known:
-        done.skipped.append(f"{here / 'result.json'}: damaged, so {folder} cannot be compared with it; nothing was changed")
+        why = "damaged" if os.access(here / "result.json", os.R_OK) else os.strerror(errno.EACCES)
+        done.skipped.append(f"{here / 'result.json'}: {why}, so {folder} cannot be compared with it; nothing was changed")
         return
     same_setup = [(place, mine) for place, mine in known if setup_of(mine) == setup_of(result)]
     if not same_setup:

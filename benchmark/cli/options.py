@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dfqbench.sweep.load import LoadedSweep
 
 Config = Annotated[str, typer.Argument(help="A sweep: a YAML file, or the name of a shipped one (quickstart, cifar10, ...).")]
-Results = Annotated[Path, typer.Option("--results", envvar="DFQBENCH_RESULTS", help="The results folder.")]
+Results = Annotated[Path, typer.Option("--results", envvar="DFQBENCH_RESULTS", readable=False, help="The results folder.")]
 DEFAULT_RESULTS = Path("results")
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: all cores.")]

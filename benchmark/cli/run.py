@@ -125,7 +125,7 @@ def select(
 
 def pretrain(
     source: Annotated[str, typer.Argument(help="Training images: digits, or imagefolder:PATH (one sub-folder per class).")],
-    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    out: Annotated[Path, typer.Option(readable=False, help="The .safetensors file to write.")],
     model: Annotated[str, typer.Option(help="A CIFAR ResNet: cifar:resnet20, 32, 44 or 56.")] = "cifar:resnet20",
     test: Annotated[str | None, typer.Option(help="Evaluation set to test on at the end; digits has its own test split.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: what suits the source.")] = None,

@@ -46,6 +46,7 @@ def speed(
     from dfqbench.files import write_json
     from dfqbench.method.registry import find_method
     from dfqbench.method.settings import without_default
+    from dfqbench.run.pretrain import check_writable
     from dfqbench.speed import steps
     from dfqbench.speed.estimate import network_of
     from dfqbench.store.provenance import provenance
@@ -68,6 +69,8 @@ def speed(
     say = console_of(stderr=True).print
     found = provenance(where)
     path = Path("results/speed") / f"{steps.file_name(found)}.json" if str(out) == "auto" else out
+    if path is not None:
+        check_writable(path)
     rows = []
     try:
         for row in steps.measure(wanted, textbooks, stand, given, rounds, seconds, say):
@@ -88,6 +91,7 @@ def _overheads(device: str, threads: int | None, rounds: int, out: Path | None) 
 
     from dfqbench.engine.device import check_device
     from dfqbench.files import write_json
+    from dfqbench.run.pretrain import check_writable
     from dfqbench.speed import overheads, steps
     from dfqbench.speed.estimate import OVERHEADS
     from dfqbench.store.provenance import provenance
@@ -98,6 +102,7 @@ def _overheads(device: str, threads: int | None, rounds: int, out: Path | None) 
     where = check_device(device)
     on = provenance(where)
     path = Path("results/speed") / f"{OVERHEADS}{steps.file_name(on)}.json" if out is None or str(out) == "auto" else out
+    check_writable(path)
     found: list[overheads.Overhead] = []
     for overhead in overheads.measure(str(where), rounds, console_of(stderr=True).print):
         found.append(overhead)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ def stamp(path: Path, root: Path) -> list[Any]:
     """What changes when a file changes, without reading it. Raises UserError where it cannot be asked."""
     try:
         status = path.stat()
+        if not os.access(path, os.R_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     except OSError as error:
         raise unreadable(path, error) from None
     return [str(path.relative_to(root)), status.st_size, status.st_mtime_ns]

@@ -80,7 +80,7 @@ def pretrain(
         raise UserError(f"weights are written as .safetensors, not as {out.name!r}")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already: give another name, or say that it may be overwritten")
-    _check_writable(out)
+    check_writable(out)
     if epochs is not None and epochs < 1:
         raise UserError(f"{epochs} epochs: at least one is needed")
     folder = source.startswith("imagefolder")
@@ -105,8 +105,8 @@ def pretrain(
     return Pretrained(out, accuracy, tested_on, seconds)
 
 
-def _check_writable(out: Path) -> None:
-    """Raises UserError where the file could not be written, so that nobody trains for nothing; leaves no file and no folder behind."""
+def check_writable(out: Path) -> None:
+    """Raises UserError where the file could not be written, so that nobody trains or measures for nothing; leaves no file and no folder behind."""
     folder = out.parent
     while not folder.exists() and not folder.is_symlink():
         folder = folder.parent

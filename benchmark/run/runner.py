@@ -42,6 +42,7 @@ def run_cells(loaded: LoadedSweep, cells: list[Cell], store: Store, options: Opt
     states = statuses(cells, store)
     skipped = {Status.DONE, Status.RUNNING} | (set() if options.retry_failed else {Status.FAILED})
     todo = bundles(cell for cell in cells if states[cell.id].status not in skipped)
+    store.check_cells(cell.id for bundle in todo for cell in bundle.cells)
     failures = [states[cell.id].why for cell in cells if states[cell.id].status is Status.FAILED and Status.FAILED in skipped]
     summary = Summary(left=sum(states[cell.id].status is Status.RUNNING for cell in cells), failed_earlier=len(failures))
     watching = observer(store.root, loaded.sweep.name, tracking_of(loaded.sweep, options.wandb))

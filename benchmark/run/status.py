@@ -53,6 +53,8 @@ def _state(cell: Cell, store: Store, done: set[str], begun: bool, same_place: li
     holder = store.lease(cell.id).holder() if begun else None
     if holder is not None:
         return State(Status.RUNNING, f"process {holder['pid']} on {holder['host']}")
+    if begun:
+        store.result(cell.id)  # one that may not be read raises: it is not missing
     failure = store.failure(cell.id) if begun else None
     if failure is not None:
         return State(Status.FAILED, f"{failure['kind']}: {(failure['message'].splitlines() or [''])[0]}")

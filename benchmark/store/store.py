@@ -11,6 +11,7 @@
                          progress.json  how far it is, or was when its process ended
 <results>/bundles/<bundle id>/          the checkpoint of unfinished work
 <results>/images/<key>/                 images that one cell made for itself and others (engine/synthesis_cache.py)
+<results>/unseen/<key>.safetensors      images that nothing is trained on, for cells without an evaluation set
 <results>/teachers/<key>.json           a teacher's own accuracy
 <results>/sweeps/<name>.json            which cells a config's last run stood for
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -34,6 +36,7 @@ from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.store.lease import Lease, kept_alive
 
+WRITTEN = ("runs", "bundles", "images", "teachers", "sweeps", "selections", "replicates", "unseen")  # folders, as far as they are there
 CELL_ID = re.compile(r"[0-9a-f]{12}")
 NAMED = 5  # cells that an ambiguous prefix stands for and that are named
 
@@ -46,13 +49,27 @@ class Store:
         if self.root.exists() and not self.root.is_dir():
             raise UserError(f"results folder {self.root} is a file: give a folder with --results")
         if writable:
-            try:
-                (self.root / "runs").mkdir(parents=True, exist_ok=True)
-                probe = self.root / "runs" / f".writable.{os.getpid()}"
-                probe.touch()
-                probe.unlink()
-            except OSError as error:
-                raise UserError(f"results folder {self.root} cannot be written: {error.strerror}") from None
+            self._check_writable()
+
+    def _check_writable(self) -> None:
+        folder = self.root
+        try:
+            (self.root / "runs").mkdir(parents=True, exist_ok=True)
+            for folder in (self.root, *(self.root / name for name in WRITTEN)):
+                if folder.is_dir():
+                    probe = folder / f".writable.{os.getpid()}"
+                    probe.touch()
+                    probe.unlink()
+        except OSError as error:
+            raise UserError(f"results folder {folder} cannot be written: {error.strerror}") from None
+
+    def check_cells(self, cell_ids: Iterable[str]) -> None:
+        """UserError where what is here of a cell may not be written: it is told before any is trained, not when its turn comes."""
+        for cell_id in cell_ids:
+            folder = self.folder(cell_id)
+            for path in (folder, folder / "log.txt"):
+                if path.exists() and not os.access(path, os.W_OK):
+                    raise UserError(f"{path} cannot be written: {os.strerror(errno.EACCES)} (another user's? take other --results, and merge them)")
 
     def folder(self, cell_id: str) -> Path:
         return self.root / "runs" / cell_id
@@ -84,17 +101,21 @@ class Store:
         return found[0]
 
     def result(self, cell_id: str) -> dict[str, Any] | None:
-        """The finished cell's result; None if there is none or it cannot be read."""
-        with contextlib.suppress(ValueError, OSError):
-            found = read_json(self.folder(cell_id) / "result.json")
-            return found if isinstance(found, dict) else None
-        return None
+        """The finished cell's result; None if there is none or it is damaged."""
+        return self._read(cell_id, "result.json")
 
     def failure(self, cell_id: str) -> dict[str, Any] | None:
-        with contextlib.suppress(ValueError, OSError):
-            found = read_json(self.folder(cell_id) / "failed.json")
-            return found if isinstance(found, dict) else None
-        return None
+        return self._read(cell_id, "failed.json")
+
+    def _read(self, cell_id: str, name: str) -> dict[str, Any] | None:
+        """Raises PermissionError for a file that is there and may not be read: it is no missing one, which would be made again."""
+        try:
+            found = read_json(self.folder(cell_id) / name)
+        except PermissionError:
+            raise
+        except (ValueError, OSError):
+            return None
+        return found if isinstance(found, dict) else None
 
     def lease(self, cell_id: str) -> Lease:
         return Lease(self.folder(cell_id) / "lease.json")
@@ -108,7 +129,7 @@ class Store:
                 result = read_json(path)
                 if result is None:
                     continue
-                if not {"id", "top1", "cell"} <= result.keys():
+                if not {"id", "cell"} <= result.keys() or not {"top1", "agreement"} & result.keys():
                     raise ValueError("not a result of this suite")
                 found.append(result)
             except (ValueError, AttributeError) as error:

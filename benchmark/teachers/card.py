@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -219,21 +221,24 @@ def _neighbours_are_the_same(found: dict[str, Any]) -> bool:
 
 def _check_files(spec: TeacherSpec) -> None:
     where = f"teacher {spec.model!r}"
-    if spec.source_file is not None and not spec.source_file.is_file():
-        raise UserError(f"{where}: there is no file {spec.source_file}")
-    if spec.weights_file is None:
-        return
-    if spec.weights_file.suffix not in WEIGHT_FILES:
+    if spec.weights_file is not None and spec.weights_file.suffix not in WEIGHT_FILES:
         raise UserError(f"{where}: weights {spec.weights!r} must be a file that ends with {', '.join(WEIGHT_FILES[:-1])} or {WEIGHT_FILES[-1]}")
-    if not spec.weights_file.is_file():
-        raise UserError(f"{where}: there is no weights file {spec.weights_file}")
+    for what, file in (("file", spec.source_file), ("weights file", spec.weights_file)):
+        try:
+            if file is not None and not file.is_file():
+                raise UserError(f"{where}: there is no {what} {file}")
+            _stamp(file)
+        except OSError as error:
+            raise UserError(f"{where}: {file} cannot be read ({error.strerror})") from None
 
 
 def _stamp(path: Path | None) -> list[Any] | None:
-    """What changes when a file changes, without reading it."""
+    """What changes when a file changes, without reading it. Raises OSError where it may not be read."""
     if path is None:
         return None
     status = path.stat()
+    if not os.access(path, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     return [str(path.resolve()), status.st_size, status.st_mtime_ns]
 
 
