@@ -194,7 +194,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("many")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(report, "KINDS", {})
-        (folder / "report.html").write_text(page(read_store(make_store(folder / "r", 2000)), "many"))
+        (folder / "report.html").write_text(page(read_store(make_store(folder / "r", 2000, sized=True)), "many"))
     return folder / "report.html"
 
 
@@ -219,6 +219,7 @@ def test_in_a_browser_2000_cells_sort_filter_and_open_without_an_error(browser: 
     assert len(lines(browser)) == 100, "a chunk, not all of them"
     assert browser.execute_script("return document.getElementById('count').textContent") == "2000 of 2000 cells"
 
+    assert {float(line[column(browser, "MB")]) for line in lines(browser)} <= {0.111, 0.143, 0.175, 0.207, 0.271}
     top1 = column(browser, "top-1")
     head = f"document.querySelectorAll('#cell-table th')[{top1}]"
     press(browser, f"{head}.click()")
@@ -249,7 +250,7 @@ def test_in_a_browser_2000_cells_sort_filter_and_open_without_an_error(browser: 
 
     WebDriverWait(browser, 10).until(lambda b: b.execute_script("return document.getElementById('panel').open"))
     panel = browser.execute_script("return document.getElementById('panel-body').textContent")
-    for said in (f"cell {cell_id}", "dfqbench run cell.yaml", "Measured on", "milestones", "done: top-1"):
+    for said in (f"cell {cell_id}", "dfqbench run cell.yaml", "Measured on", "milestones", "done: top-1", "smaller than the teacher's 1.03 MB"):
         assert said in panel
     assert browser.execute_script("return location.hash") == f"#cell={cell_id}"
     press(browser, "document.getElementById('close').click()")
@@ -262,6 +263,8 @@ def test_in_a_browser_the_reference_report_shows_its_plots_and_images(browser: A
     browser.get(f"file://{tmp_path}/report.html#cell=810790601328")
     assert browser.execute_script("return document.getElementById('panel').open"), "an address leads to its cell"
     assert browser.execute_script("return document.querySelectorAll('#panel-body .charts svg').length") == 1
+    heads = browser.execute_script("return [...document.querySelectorAll('#cell-table th')].map(h => h.textContent)")
+    assert not {"MB", "GBOPs"} & set(heads), "its results have no size"
     broken = "return [...document.images].filter(i => !i.complete || i.naturalWidth === 0).length"
     assert browser.execute_script(broken) == 0
     assert browser.execute_script("return document.querySelectorAll('#plots figure img').length") >= 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from dfqbench.analysis.plots.drawn import Drawn
 from dfqbench.analysis.plots.figures import prepare
 from dfqbench.analysis.plots.kinds import draw
 from dfqbench.analysis.records import Reading, read_store
+from dfqbench.analysis.report.report import page
 from dfqbench.analysis.size import COLUMNS, columns_of, sizes_of, three_digits
 from dfqbench.analysis.tables.blocks import Block, blocks
 from dfqbench.analysis.tables.formats import html, latex, markdown
@@ -162,6 +164,21 @@ def test_where_all_students_have_one_size_the_axis_still_has_numbers(tmp_path: P
         low, high = ax.get_xlim()
         assert high / low == pytest.approx(2)
         assert len(ax.get_xticks()) >= 2
+
+
+def test_the_report_lists_them_and_says_them_of_every_cell(reading: Reading) -> None:
+    data = json.loads(page(reading, "sized").split('<script type="application/json" id="data">')[1].split("</script>")[0])
+    by_id = {cell["id"]: cell for cell in data["cells"]}
+    for result in reading.results:
+        cell = by_id[result["id"]]
+        if "size" not in result:
+            assert not {"mb", "gbops", "facts"} & cell.keys()
+        elif cell["bits"] == "w4a4":
+            assert (cell["mb"], cell["gbops"]) == (0.1431, 0.6488)
+            assert cell["facts"] == [
+                ["0.143 MB", "7.23x smaller than the teacher's 1.03 MB, 4.00 bits/weight"],
+                ["0.649 GBOPs", "of work per image; the teacher has 41.5"],
+            ]
 
 
 # --- students are not opened ------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 from dfqbench.analysis.cost import clock_of, seconds_of
 from dfqbench.analysis.plots.drawn import Drawn
 from dfqbench.analysis.records import Reading, read_history
+from dfqbench.analysis.size import gigabops, megabytes, sizes_of, text_of, three_digits
 from dfqbench.errors import counted
 from dfqbench.sweep.reproduce import recipe
 
@@ -67,6 +68,7 @@ class Data:
             "seconds": round(seconds_of(r, clock), 3),
             "clock": clock,
             **{part: r["cpu_seconds" if clock == "CPU" else "seconds"][part] for part in ("own", "shared")},
+            **_size(r),
             "curve": curve if curve["epoch"] else {"epoch": [], "top1": [], "loss": []},
             "config": self._share(cell["identity"]["config"]),
             "provenance": self._share(provenance),
@@ -113,6 +115,18 @@ class Data:
         """Safe inside a script element."""
         text = json.dumps({"cells": self.cells, "shared": self._values, "images": self._images}, ensure_ascii=False, separators=(",", ":"))
         return text.replace("<", "\\u003c")
+
+
+def _size(r: dict[str, Any]) -> dict[str, Any]:
+    """For the table of cells, and as (value, what it is) for the panel of one; nothing where an earlier version wrote the result."""
+    sizes = sizes_of(r)
+    if sizes is None:
+        return {}
+    mb, gbops = ([of(its) for its in (sizes.student, sizes.teacher)] for of in (megabytes, gigabops))
+    size = f"{text_of('compression', sizes)} smaller than the teacher's {three_digits(mb[1])} MB, {text_of('weight-bits', sizes)} bits/weight"
+    work = f"of work per image; the teacher has {three_digits(gbops[1])}"
+    facts = [[f"{three_digits(mb[0])} MB", size], [f"{three_digits(gbops[0])} GBOPs", work]]
+    return {"mb": float(f"{mb[0]:.4g}"), "gbops": float(f"{gbops[0]:.4g}"), "facts": facts}
 
 
 def _table_order(r: dict[str, Any]) -> tuple[Any, ...]:

@@ -51,6 +51,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
 
 const fixed = (digits) => (value) => (value === null || value === undefined ? "-" : value.toFixed(digits));
 const seconds = (value) => (value >= 10 ? value.toFixed(0) : value.toPrecision(2));
+const digits = (value) => (value === undefined ? "-" : value >= 100 ? value.toFixed(0) : value.toPrecision(3));
 const SECONDS = { GPU: "GPU-seconds", CPU: "CPU-seconds", wall: "wall seconds" };
 const COLUMNS = [
   { key: "method", head: "method" },
@@ -64,6 +65,7 @@ const COLUMNS = [
   { key: "protocol", head: "protocol", choice: true },
   { key: "precision", head: "precision", choice: true },
   { key: "seconds", head: "seconds", show: (value, cell) => `${seconds(value)} ${cell.clock}` },
+  ...["mb", "gbops"].filter((key) => data.cells.some((cell) => key in cell)).map((key) => ({ key, head: { mb: "MB", gbops: "GBOPs" }[key], show: digits })),
   { key: "id", head: "cell" },
 ];
 const scroller = document.getElementById("scroller");
@@ -178,6 +180,7 @@ const open = (cell) => {
   fact(`${cell.best.toFixed(2)} %`, `best on test, epoch ${cell.best_epoch}`);
   fact(cell.drop.toFixed(2), `points below the teacher's ${cell.teacher_top1.toFixed(2)} %`);
   fact(seconds(cell.seconds), `${SECONDS[cell.clock]}: ${seconds(cell.own)} own, ${seconds(cell.shared)} shared`);
+  for (const [value, name] of cell.facts ?? []) fact(value, name);
   const recipe = data.shared[cell.recipe].replaceAll("{id}", cell.id).replaceAll("{bits}", cell.bits).replaceAll("{seed}", cell.seed);
   const content = [element("h3", {}, `${cell.method} ${cell.bits}, seed ${cell.seed}`), element("p", {}, `${cell.teacher} on ${cell.evaluation}, protocol ${cell.protocol}, ${cell.precision}, cell ${cell.id}`), facts];
   const charts = [chart("top-1 (%)", cell.curve.epoch, cell.curve.top1), chart("training loss", cell.curve.epoch, cell.curve.loss)].filter(Boolean);
