@@ -23,16 +23,22 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network got right. `correct` has one entry per image in the set's order, so that two networks can be compared image by image."""
+    """What a network got right. `correct` has one entry per image in the set's order, so that two networks can be compared image by image.
+
+    metric: `top1`, or `agreement` where there are no labels: then right is what the teacher says, and the loss is KL(teacher || student).
+    """
 
     correct: npt.NDArray[np.bool_]
     top1: float  # percent
     top5: float | None  # percent; None below 6 classes, where it would say nothing
     loss: float  # mean cross-entropy in nats; nan for a network that diverged
+    metric: Literal["top1", "agreement"] = "top1"
 
     def scores(self) -> dict[str, Any]:
         """As a result.json has them."""
         counts = {"correct": int(self.correct.sum()), "images": int(self.correct.size)}
+        if self.metric == "agreement":
+            return {"metric": self.metric, "agreement": self.top1, "kl": self.loss, **counts}
         return {"top1": self.top1, "top5": self.top5, **counts, "loss": self.loss}
 
 

@@ -238,7 +238,7 @@ class Lockstep:
                 row["student_lr"] = rate_of(trainee.optimizer.param_groups[0])
             if self._evaluates_after(epoch, trainee):
                 trainee.evaluation = self.evaluate(trainee.student)
-                row["top1"] = trainee.evaluation.top1
+                row[trainee.evaluation.metric] = trainee.evaluation.top1
             row["seconds"] = round(seconds.get(self.SHARED, 0.0) + seconds.get(trainee.name, 0.0), 3)
             trainee.history.append(row)
             if not math.isfinite(row.get("loss", 0.0)):

@@ -34,7 +34,7 @@ from dfqbench.store.provenance import provenance
 from dfqbench.sweep.cell import ENGINE_VERSION, ROUNDING_VERSION, fingerprint
 
 MANIFEST, STATE = "images.json", "state.pt"
-NOT_LOGGED = ("epoch", "phase", "top1", "seconds")  # of a row of the history: the engine's, not the method's
+NOT_LOGGED = ("epoch", "phase", "top1", "agreement", "seconds")  # of a row of the history: the engine's, not the method's
 
 
 def dependencies(lockstep: Lockstep) -> dict[str, Any]:

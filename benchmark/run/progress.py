@@ -52,12 +52,14 @@ class Progress:
 
     def epoch(self, epoch: int, epochs: int, rows: dict[str, dict[str, Any]]) -> None:
         """After an epoch: the newest row of each student's history."""
-        evaluated = ", ".join(f"{name} {row['top1']:.2f} %" for name, row in rows.items() if "top1" in row)
-        if evaluated:
-            self.say(f"  epoch {epoch}/{epochs}: top-1 {evaluated}")
+        for metric in ("top1", "agreement"):
+            evaluated = ", ".join(f"{name} {row[metric]:.2f} %" for name, row in rows.items() if metric in row)
+            if evaluated:
+                self.say(f"  epoch {epoch}/{epochs}: {metric.replace('top1', 'top-1')} {evaluated}")
 
-    def done(self, cell: Cell, top1: float, teacher_top1: float) -> None:
-        self.say(f"  done: {cell}: top-1 {top1:.2f} % (teacher {teacher_top1:.2f} %)")
+    def done(self, cell: Cell, said: str) -> None:
+        """said: what it reached."""
+        self.say(f"  done: {cell}: {said}")
 
     def failed(self, cell: Cell, why: str) -> None:
         self.say(f"  failed: {cell}: {why}", style="red")

@@ -6,69 +6,31 @@ Nothing here opens an evaluation set: neither images nor labels of it can reach 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
-from dfqbench.engine.device import autocast_of, check_device, keep_freed_memory
-from dfqbench.engine.evaluate import Evaluation
+from dfqbench.engine.device import check_device, keep_freed_memory
 from dfqbench.engine.lockstep import Interrupted, Lockstep
-from dfqbench.engine.method_state import set_up
 from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_json
 from dfqbench.method.contract import Phase
-from dfqbench.network import Network, Teacher
+from dfqbench.network import Teacher
+from dfqbench.run.agreement import agreement, kept_images
 from dfqbench.run.progress import Progress
 from dfqbench.store import Store
 from dfqbench.store.provenance import provenance
-from dfqbench.sweep.cell import Bundle, Cell, bundles, fingerprint
+from dfqbench.sweep.cell import Bundle, bundles, fingerprint
 from dfqbench.sweep.load import LoadedSweep
 from dfqbench.teachers import load
 
 if TYPE_CHECKING:
     from dfqbench.run.options import StopFlag
 
-BATCH = 256
 SHOWN = 6
 SECONDS = ("wall_seconds", "gpu_seconds")
-
-
-@torch.inference_mode()
-def agreement(student: Network, teacher: Network, images: Tensor, autocast: Any) -> Evaluation:
-    """How far the student is from the teacher on images (N x C x H x W).
-
-    `loss` is the mean KL(teacher || student) in nats, `top1` the share of equal answers in percent.
-    """
-    divergences, equal = [], []
-    for batch in images.split(BATCH):
-        with autocast:
-            p, q = (F.log_softmax(network(batch).float(), 1) for network in (teacher, student))
-        divergences.append(F.kl_div(q, p, reduction="none", log_target=True).sum(1))
-        equal.append(p.argmax(1) == q.argmax(1))
-    same = torch.cat(equal).cpu().numpy()
-    return Evaluation(same, 100.0 * float(np.mean(same)), None, float(torch.cat(divergences).double().mean()))
-
-
-def made_images(cell: Cell, teacher: Teacher, device: torch.device, count: int) -> Tensor:
-    """At least one batch, at most `count` images (N x C x H x W) of the cell's method after its whole plan, without any student."""
-    method = set_up(cell, teacher, device, None)
-    with autocast_of(cell, device):
-        for phase in method.phases():
-            for _ in range(phase.epochs * (phase.iterations if phase.iterations is not None else int(method.config.iterations))):
-                if phase.step is not None:
-                    phase.step()
-                elif phase.batch is None:
-                    method.synthesize()
-        made: list[Tensor] = []
-        while sum(map(len, made)) < count:
-            made.append(method.synthesize().images.detach().float())
-    return torch.cat(made)[:count]
 
 
 def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Progress, stop: StopFlag) -> Iterator[dict[str, Any]]:
@@ -95,22 +57,10 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
         missing = tuple(cell for cell in bundle.cells if read_json(paths[cell.id]) is None)
         if missing:
             teacher = Teacher(load(loaded.teachers[card], card), card.task).to(device).to(memory_format=torch.channels_last)
-            path = folder / f"images-{digest}.safetensors"
-            if not path.exists():
-                progress.say(f"making {selection.count} images with {maker.method}, seed {maker.seed}")
-            images = _kept(path, maker, teacher, device, selection.count)
+            images = kept_images(folder / f"images-{digest}.safetensors", maker, teacher, device, selection.count, progress.say)
             for record in _compared(Bundle(missing), teacher, images, device, progress, stop):
                 write_json(paths[record["id"]], {**record, "images": {"cell": maker.record(), "count": len(images)}})
         yield from (record for record in map(read_json, paths.values()) if record is not None)
-
-
-def _kept(path: Path, maker: Cell, teacher: Teacher, device: torch.device, count: int) -> Tensor:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({"images": made_images(maker, teacher, device, count).cpu().contiguous()}, partial)
-        partial.replace(path)
-    return load_file(path)["images"].to(device).contiguous(memory_format=torch.channels_last)
 
 
 def _compared(bundle: Bundle, teacher: Teacher, images: Tensor, device: torch.device, progress: Progress, stop: StopFlag) -> Iterator[dict[str, Any]]:
@@ -139,7 +89,7 @@ def selection_frame(records: list[dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(
         {"method": r["cell"]["label"], "bits": r["cell"]["bits"], "seed": r["cell"]["seed"], "kl": r["kl"], "agreement": r["agreement"]}
         | {"failed": r["failed"] or ""}
-        | {SECONDS[r["provenance"]["device"] == "cuda"] if k == "seconds" else k: v for k, v in r["last"].items() if k not in ("phase", "top1")}
+        | {SECONDS[r["provenance"]["device"] == "cuda"] if k == "seconds" else k: v for k, v in r["last"].items() if k not in ("phase", "agreement")}
         for r in records
     )
     mean = frame.astype({"kl": float}).groupby("method").kl.transform(lambda kl: kl.mean(skipna=False))  # survivors alone would look better

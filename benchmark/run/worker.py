@@ -8,14 +8,17 @@ import math
 import signal
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from dfqbench.data import Images
+from dfqbench.data import EvaluationSet, Images
 from dfqbench.engine.checkpoint import load_checkpoint
+from dfqbench.engine.device import autocast_of
 from dfqbench.engine.evaluate import Evaluation, evaluate, state_hash
 from dfqbench.engine.learning_rate import unreached_milestones
 from dfqbench.engine.lockstep import Interrupted, Lockstep, Trainee
@@ -27,6 +30,7 @@ from dfqbench.export.student_file import save_student
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
+from dfqbench.run.agreement import agreement, kept_images, plain_rounding
 from dfqbench.run.class_order import doubt_about_classes
 from dfqbench.run.options import Options, StopFlag, Summary
 from dfqbench.run.progress import Progress
@@ -55,6 +59,7 @@ class Worker:
         self._images: dict[str, Images] = {}
         self._teacher: tuple[TeacherCard, Teacher] | None = None
         self._teachers_seen: set[Path] = set()
+        self._unseen = torch.empty(0)
 
     def run(self, bundle: Bundle, summary: Summary) -> None:
         try:
@@ -97,14 +102,13 @@ class Worker:
         first = bundle.cells[0]
         card = first.teacher
         teacher = self._load_teacher(card)
-        images = self._decoded(card)
-        self._measure_teacher(bundle, teacher, images)
+        score = self._scored_without_data(bundle, teacher) if self.loaded.evaluation is None else self._scored_on_images(bundle, teacher)
 
         def evaluate_student(student: Student) -> Evaluation:
             self.progress.evaluating()
             watcher.evaluating()
             before = state_hash(student)
-            result = self._evaluate(student, first, images)
+            result = score(student)
             if state_hash(student) != before:
                 raise RuntimeError("evaluation changed the student: its weights or ranges are not those from before")
             return result
@@ -164,16 +168,38 @@ class Worker:
             self._teacher = (card, Teacher(load(self.loaded.teachers[card], card), card.task))
         return self._teacher[1]
 
-    def _decoded(self, card: TeacherCard) -> Images:
-        key = fingerprint(card.task.as_dict())
+    def _scored_on_images(self, bundle: Bundle, teacher: Teacher) -> Callable[[Student], Evaluation]:
+        """Accuracy on the evaluation set; the teacher's own is measured once."""
+        first, found = bundle.cells[0], self.loaded.evaluation
+        assert found is not None
+        key = fingerprint(first.teacher.task.as_dict())
         if key not in self._images:
-            self._images = {key: self.loaded.evaluation.decode(card.task)}
-        return self._images[key]
+            self._images = {key: found.decode(first.teacher.task)}
+        images = self._images[key]
+        self._measure_teacher(bundle, teacher, images, found)
+        return lambda student: self._evaluate(student, first, images)
+
+    def _scored_without_data(self, bundle: Bundle, teacher: Teacher) -> Callable[[Student], Evaluation]:
+        """Agreement with the teacher on images that nothing was trained on."""
+        cell = bundle.cells[0]
+        teacher.to(self.device).to(memory_format=torch.channels_last)
+        self._unseen = self._unseen_images(cell, teacher, lambda line: self._log(bundle, line))
+        autocast = autocast_of(cell, self.device)
+        path = teacher_record(self.store, cell)
+        if read_json(path) is None:
+            write_json(path, {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], "metric": "agreement"})
+        return lambda student: agreement(student, teacher, self._unseen, autocast)
+
+    def _unseen_images(self, cell: Cell, teacher: Teacher, say: Callable[[str], None]) -> Tensor:
+        selection = self.loaded.selection
+        assert selection is not None
+        path = self.store.root / "unseen" / f"{selection.digest(cell.teacher)}.safetensors"
+        return kept_images(path, selection.maker(cell.teacher), teacher, self.device, selection.count, say)
 
     def _evaluate(self, network: Any, cell: Cell, images: Images) -> Evaluation:
         return evaluate(network, images, cell.teacher.task, device=self.device, precision=cell.precision, batch_size=self.options.evaluation_batch)
 
-    def _measure_teacher(self, bundle: Bundle, teacher: Teacher, images: Images) -> None:
+    def _measure_teacher(self, bundle: Bundle, teacher: Teacher, images: Images, found: EvaluationSet) -> None:
         """The teacher's own accuracy, in full precision: measured once per teacher and set."""
         cell = bundle.cells[0]
         path = teacher_record(self.store, cell)
@@ -189,7 +215,7 @@ class Worker:
             write_json(path, known)
         if path not in self._teachers_seen:
             self._teachers_seen.add(path)
-            doubt = doubt_about_classes(self.loaded.evaluation, images, known["top1"], lambda shown: measured(shown).top1)
+            doubt = doubt_about_classes(found, images, known["top1"], lambda shown: measured(shown).top1)
             if doubt:
                 self._log(bundle, f"teacher {cell.teacher.label}: {doubt}")
 
@@ -210,11 +236,12 @@ class Worker:
         assert evaluation is not None
         seconds = lockstep.watch.read()
         own, shared = seconds.get(trainee.name, 0.0), seconds.get(lockstep.SHARED, 0.0)
-        evaluated = [{"epoch": row["epoch"], "top1": row["top1"]} for row in trainee.history if "top1" in row]
-        last = {"epoch": len(lockstep.epochs), "top1": evaluation.top1}
-        best = max([*evaluated, last], key=lambda row: float(row["top1"]))
+        metric = evaluation.metric
+        evaluated = [{"epoch": row["epoch"], metric: row[metric]} for row in trainee.history if metric in row]
+        last = {"epoch": len(lockstep.epochs), metric: evaluation.top1}
+        best = max([*evaluated, last], key=lambda row: float(row[metric]))
         if trainee.history:
-            trainee.history[-1]["top1"] = evaluation.top1
+            trainee.history[-1][metric] = evaluation.top1
             self.store.write_history(cell.id, trainee.history)
         buffer = io.BytesIO()
         np.save(buffer, np.packbits(evaluation.correct))
@@ -226,6 +253,7 @@ class Worker:
             "id": cell.id,
             "cell": cell.record(),
             **evaluation.scores(),
+            **({"plain_rounding": plain_rounding(cell, lockstep.teacher, self._unseen, self.device)} if metric == "agreement" else {}),
             "best": best,
             "evaluations": len(evaluated) + (not evaluated or evaluated[-1]["epoch"] != last["epoch"]),
             "last_epoch": len(lockstep.epochs),
@@ -240,10 +268,10 @@ class Worker:
             "provenance": self._provenance(lockstep),
             "finished": time.time(),
         }
-        self.store.append_log(cell.id, f"done: top-1 {evaluation.top1:.2f} % at epoch {last['epoch']}")
+        self.store.append_log(cell.id, f"done: {metric.replace('top1', 'top-1')} {evaluation.top1:.2f} % at epoch {last['epoch']}")
         self.store.write_result(cell.id, result)
         self.watching.finished(cell.id)
-        self.progress.done(cell, evaluation.top1, float(result["teacher"]["top1"]))
+        self.progress.done(cell, _reached(result))
 
     def _size(self, trainee: Trainee, lockstep: Lockstep) -> dict[str, Any]:
         """Of teacher and student. A network that cannot be counted is told, and costs no result."""
@@ -276,6 +304,15 @@ class Worker:
         self.store.write_failure(cell.id, kind, message, trace, **known)
         self.watching.failed(cell.id)
         self.progress.failed(cell, f"{kind}: {message.splitlines()[0]}")
+
+
+def _reached(result: dict[str, Any]) -> str:
+    """For those who watch."""
+    if "agreement" not in result:
+        return f"top-1 {result['top1']:.2f} % (teacher {result['teacher']['top1']:.2f} %)"
+    plain = result["plain_rounding"]
+    beside = f" (plain rounding: {plain['agreement']:.2f} %, {plain['kl']:.3g})" if plain else ""
+    return f"agreement with the teacher {result['agreement']:.2f} %, KL {result['kl']:.3g} nats{beside}"
 
 
 def teacher_record(store: Store, cell: Cell) -> Path:

@@ -41,12 +41,16 @@ def leaves(identity: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 @dataclass(frozen=True)
 class EvaluationCard:
-    """An evaluation set as a cell knows it: by its content's digest, never by its path."""
+    """An evaluation set as a cell knows it: by its content's digest, never by its path.
+
+    made: with `evaluate: none`, what makes the synthetic images on which student and teacher are compared; the digest is of its settings then.
+    """
 
     name: str
     digest: str
     classes: int
     images: int
+    made: str = ""
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,7 @@ class Cell:
             "source": self.source,
             **({"files": {name: PurePath(path).name for name, path in self.files.items()}} if self.files else {}),
             "teacher": {**self.teacher.as_dict(), "weights": PurePath(self.teacher.weights).name},
-            "evaluation": {"name": self.evaluation.name, "classes": self.evaluation.classes, "images": self.evaluation.images},
+            "evaluation": {key: value for key, value in vars(self.evaluation).items() if key != "digest" and value != ""},
             "protocol": self.protocol.name,
             "bits": str(self.bits),
             "seed": self.seed,

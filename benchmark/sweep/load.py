@@ -16,10 +16,10 @@ from dfqbench.errors import nearest
 from dfqbench.method.info import lacking
 from dfqbench.method.registry import load_plugin
 from dfqbench.quantization import Bits, Protocol, find_protocol
-from dfqbench.sweep.cell import Cell, EvaluationCard
+from dfqbench.sweep.cell import Cell, EvaluationCard, fingerprint
 from dfqbench.sweep.config_file import VARIABLE, text_digest
 from dfqbench.sweep.problems import Problems, described
-from dfqbench.sweep.schema import Sweep
+from dfqbench.sweep.schema import WITHOUT_DATA, Sweep
 from dfqbench.sweep.students import student_of
 from dfqbench.sweep.variants import Variant, find_variants
 from dfqbench.teachers import TeacherCard, TeacherSpec, examine, parse_teacher
@@ -28,12 +28,12 @@ from dfqbench.yaml_file import read_yaml
 
 @dataclass(frozen=True)
 class LoadedSweep:
-    """A sweep with the cells it spans."""
+    """A sweep with the cells it spans. evaluation: None where it has no evaluation set (`evaluate: none`)."""
 
     sweep: Sweep
     path: Path
     text_sha256: str
-    evaluation: EvaluationSet
+    evaluation: EvaluationSet | None
     teachers: dict[TeacherCard, TeacherSpec]
     cells: list[Cell]
     selection: LoadedSelection | None = None
@@ -45,6 +45,14 @@ class LoadedSelection:
 
     cells: list[Cell]
     count: int
+
+    def maker(self, teacher: TeacherCard) -> Cell:
+        return next(cell for cell in self.cells if cell.teacher == teacher)
+
+    def digest(self, teacher: TeacherCard) -> str:
+        """Of what the images of that teacher depend on."""
+        maker = self.maker(teacher).identity()
+        return fingerprint([{key: value for key, value in maker.items() if key not in ("bits", "protocol", "evaluation")}, self.count])
 
 
 def load_sweep(path: Path, cache: Path, plugins: list[str] | None = None) -> LoadedSweep:
@@ -61,7 +69,8 @@ def load_sweep(path: Path, cache: Path, plugins: list[str] | None = None) -> Loa
     problems.raise_all()
     assert sweep is not None
     assert found is not None
-    return LoadedSweep(sweep, path, text_digest(path), found.evaluation, found.teachers, _span(sweep, found), _selection(sweep, found))
+    selection = _selection(sweep, found)
+    return LoadedSweep(sweep, path, text_digest(path), found.evaluation, found.teachers, _span(sweep, found, selection), selection)
 
 
 def _validate(content: Any, problems: Problems) -> Sweep | None:
@@ -103,8 +112,8 @@ class _Parts:
 
     protocol: Protocol
     bits: list[Bits]
-    evaluation: EvaluationSet
-    evaluation_card: EvaluationCard
+    evaluation: EvaluationSet | None
+    evaluation_card: EvaluationCard | None
     teachers: dict[TeacherCard, TeacherSpec]
     variants: list[Variant]
     image_makers: list[Variant]
@@ -114,7 +123,8 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems) -> _Parts | None:
     """Looks everything up; None where something is wrong, which `problems` then holds."""
     protocol = problems.catch("protocol", lambda: find_protocol(sweep.protocol))
     bits = [problems.catch(f"bits[{i}]", partial(Bits.parse, b)) for i, b in enumerate(sweep.bits)]
-    evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate.set))
+    has_data = sweep.evaluate.set != WITHOUT_DATA
+    evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate.set)) if has_data else None
     card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate.name, cache)) if evaluation else None
     teachers: dict[TeacherCard, TeacherSpec] = {}
     found: list[tuple[int, TeacherCard, dict[str, str | None]]] = []
@@ -131,18 +141,20 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems) -> _Parts | None:
             problems.add(f"teachers[{i}]", f"{teacher.label}: {student['refused']}")
         if card and teacher.task.classes != card.classes:
             problems.add(f"teachers[{i}]", f"{teacher.label} has {teacher.task.classes} classes, evaluation set {card.name} has {card.classes}")
-        elif card:
+        elif card and evaluation:
             problems.catch(f"teachers[{i}]", partial(evaluation.check, teacher.task))
     variants, makers = find_variants(sweep, protocol, {teacher.task for teacher in teachers}, problems, cache)
     if len(makers) > 1:
         problems.add("selection.images", f"{len(makers)} variants, exactly one is expected: no lists of values here")
+    if not has_data and sweep.selection and sweep.selection.seed in sweep.seeds and {v.method for v in makers} & {v.method for v in variants}:
+        problems.add("selection.seed", f"{sweep.selection.seed} is also a seed of the sweep: students would be scored on images that they have seen")
     for (i, teacher, student), variant in itertools.product(found, [*variants, *makers]):
         lacks = lacking(variant.needs, teacher.offers)
         if "ranges" in variant.needs and student.get("ranges"):
             lacks.append(f"ranges ({student['ranges']})")
         for lack in lacks:
             problems.add(f"teachers[{i}]", f"{teacher.label} does not have what method {variant.method} needs: {lack}")
-    if problems.lines or protocol is None or evaluation is None or card is None:
+    if problems.lines or protocol is None or (has_data and card is None):
         return None
     return _Parts(protocol, bits, evaluation, card, teachers, variants, makers)
 
@@ -155,7 +167,8 @@ def _selection(sweep: Sweep, parts: _Parts) -> LoadedSelection | None:
     return LoadedSelection(_span(sweep.model_copy(update={"seeds": [sweep.selection.seed]}), makers), sweep.selection.count)
 
 
-def _span(sweep: Sweep, parts: _Parts) -> list[Cell]:
+def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None) -> list[Cell]:
+    """unseen: the images on which cells are scored where there is no evaluation set."""
     cells = []
     for teacher, variant in itertools.product(parts.teachers, parts.variants):
         widths = [width for width in parts.bits if str(width) in variant.widths]
@@ -164,7 +177,7 @@ def _span(sweep: Sweep, parts: _Parts) -> list[Cell]:
             method_version=variant.version,
             config=variant.config,
             teacher=teacher,
-            evaluation=parts.evaluation_card,
+            evaluation=parts.evaluation_card or _without_data(teacher, unseen),
             protocol=parts.protocol.for_method(variant.method, variant.ranges, variant.batch_norm),
             bits=parts.bits[0],
             seed=0,
@@ -179,6 +192,15 @@ def _span(sweep: Sweep, parts: _Parts) -> list[Cell]:
         )
         cells += [first.at(width, seed if variant.uses_seed else 0) for seed, width in itertools.product(sweep.seeds, widths)]
     return list({cell.id: cell for cell in cells}.values())
+
+
+def _without_data(teacher: TeacherCard, unseen: LoadedSelection | None) -> EvaluationCard:
+    if unseen is None:  # of the cells that make these images
+        return EvaluationCard(WITHOUT_DATA, WITHOUT_DATA, teacher.task.classes, 0)
+    maker = unseen.maker(teacher)
+    return EvaluationCard(
+        WITHOUT_DATA, f"{WITHOUT_DATA} {unseen.digest(teacher)}", teacher.task.classes, unseen.count, f"{maker.label}, seed {maker.seed}"
+    )
 
 
 def _evaluation_card(found: EvaluationSet, name: str | None, cache: Path) -> EvaluationCard:

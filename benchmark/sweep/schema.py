@@ -60,6 +60,10 @@ class Selection(BaseModel):
     count: int = Field(1280, ge=1)
 
 
+WITHOUT_DATA = "none"  # for `evaluate`
+UNSEEN_IMAGES = {"images": {"zeroq": {"images": 64}}, "count": 64}  # `selection` of a sweep without data that has none of its own
+
+
 class Sweep(BaseModel):
     """A config file's content. See configs/ for examples."""
 
@@ -81,6 +85,13 @@ class Sweep(BaseModel):
         None, description="W&B: wandb, or {wandb: online or offline, project: ..., entity: ...}; never changes a result"
     )
     store: Kept = Field(Kept(), description="what a finished cell leaves behind beside its numbers: {students: last or off}")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _images_without_data(cls, given: Any) -> Any:
+        """Where there is no evaluation set, students are compared with their teacher on images that somebody has to make."""
+        without = isinstance(given, dict) and given.get("evaluate") == WITHOUT_DATA
+        return {**given, "selection": given.get("selection") or UNSEEN_IMAGES} if without else given
 
     @field_validator("evaluate", mode="before")
     @classmethod

@@ -1,0 +1,85 @@
+"""How a student is scored without data: how far it is from its teacher on synthetic images that nothing was trained on.
+
+Nothing here opens an evaluation set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from dfqbench.engine.device import autocast_of
+from dfqbench.engine.evaluate import Evaluation
+from dfqbench.engine.method_state import set_up
+from dfqbench.errors import UserError
+from dfqbench.method.registry import find_method
+from dfqbench.network import Network, Teacher
+from dfqbench.quantization.student import Student
+from dfqbench.sweep.cell import Cell
+
+BATCH = 256
+
+
+@torch.inference_mode()
+def agreement(student: Network, teacher: Network, images: Tensor, autocast: Any) -> Evaluation:
+    """How far the student is from the teacher on images (N x C x H x W).
+
+    `loss` is the mean KL(teacher || student) in nats, `top1` the share of equal answers in percent.
+    """
+    divergences, equal = [], []
+    for batch in images.split(BATCH):
+        with autocast:
+            p, q = (F.log_softmax(network(batch).float(), 1) for network in (teacher, student))
+        divergences.append(F.kl_div(q, p, reduction="none", log_target=True).sum(1))
+        equal.append(p.argmax(1) == q.argmax(1))
+    same = torch.cat(equal).cpu().numpy()
+    return Evaluation(same, 100.0 * float(np.mean(same)), None, float(torch.cat(divergences).double().mean()), "agreement")
+
+
+def made_images(cell: Cell, teacher: Teacher, device: torch.device, count: int) -> Tensor:
+    """At least one batch, at most `count` images (N x C x H x W) of the cell's method after its whole plan, without any student."""
+    method = set_up(cell, teacher, device, None)
+    with autocast_of(cell, device):
+        for phase in method.phases():
+            for _ in range(phase.epochs * (phase.iterations if phase.iterations is not None else int(method.config.iterations))):
+                if phase.step is not None:
+                    phase.step()
+                elif phase.batch is None:
+                    method.synthesize()
+        made: list[Tensor] = []
+        while sum(map(len, made)) < count:
+            made.append(method.synthesize().images.detach().float())
+    return torch.cat(made)[:count]
+
+
+def kept_images(path: Path, maker: Cell, teacher: Teacher, device: torch.device, count: int, say: Callable[[str], None]) -> Tensor:
+    """`made_images`, from the file where an earlier call left them; `say` is told when they are made."""
+    if not path.exists():
+        say(f"making {count} images with {maker.label}, seed {maker.seed}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({"images": made_images(maker, teacher, device, count).cpu().contiguous()}, partial)
+        partial.replace(path)
+    return load_file(path)["images"].to(device).contiguous(memory_format=torch.channels_last)
+
+
+def plain_rounding(cell: Cell, teacher: Teacher, images: Tensor, device: torch.device) -> dict[str, float] | None:
+    """`agreement` in percent and `kl` in nats of the cell's teacher rounded without any training; None where its batch norms do not say enough."""
+    method = find_method("round")
+    try:
+        rounding = replace(cell, method="round", config=method.Config().model_dump(mode="json"), seed=0, changed={}, files={})
+        student = Student(teacher, cell.protocol, cell.bits).to(device).to(memory_format=torch.channels_last)
+        set_up(rounding, teacher, device, None).finish(student)
+        student.check_ranges()
+    except UserError:
+        return None
+    found = agreement(student, teacher, images, autocast_of(cell, device))
+    return {"agreement": found.top1, "kl": found.loss}
