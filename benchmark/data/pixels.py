@@ -34,18 +34,18 @@ def pixels_folder() -> Path | None:
 def kept(digest: Callable[[], str], task: Task, split: str, shape: tuple[int, ...], decode: Callable[[Pixels], None]) -> Pixels | None:
     """The images of a set (`digest`) as a task wants them, N x H x W x C, from the file if it is there, else decoded into it by `decode`.
 
-    None where the set is small, or the folder cannot be written: the caller then decodes into memory. Raises UserError for a damaged file.
+    None where the set is small, or the folder cannot be read or written: the caller then decodes into memory. Raises UserError for a damaged file.
     """
     folder, size = pixels_folder(), int(np.prod(shape))
     if folder is None or size < WORTH_KEEPING:
         return None
     key = [digest(), split, task.as_dict(), list(shape), PIL.__version__]
     path = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.uint8"
-    found = _opened(path, shape)
-    if found is not None:
-        return found
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        found = _opened(path, shape)  # another user's may be closed to us
+        if found is not None:
+            return found
         folder.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk is told now, not by a signal while a page is written

@@ -77,6 +77,11 @@ def test_a_large_set_is_decoded_once_into_a_file_that_is_mapped(folder: Path, tm
     file.write_bytes(content)
     with pytest.raises(UserError, match="damaged: remove it"):
         found.decode(task(classes=3))
+    file.with_suffix(".sha256").unlink()  # or is another user's, and closed to us
+    monkeypatch.undo()
+    monkeypatch.setattr(pixel_files, "WORTH_KEEPING", 1)
+    monkeypatch.setenv("DFQBENCH_PIXELS", str(tmp_path / "kept"))
+    assert np.array_equal(found.decode(task(classes=3)).pixels, plain)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("place", ["off", "/proc/nowhere"])
