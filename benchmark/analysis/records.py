@@ -8,7 +8,6 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from dfqbench.files import read_json
 from dfqbench.store import Store
-from dfqbench.sweep.cell import canonical_json, fingerprint
+from dfqbench.sweep.cell import canonical_json, fingerprint, without_data
 
 CELL_ID = re.compile(r"[0-9a-f]{12}")
 OF_A_CELL = {"cell.json", "result.json", "failed.json", "lease.json", "log.txt", "history.csv"}
@@ -29,15 +28,13 @@ ABANDONED_S = 60.0  # a temporary file older than this has no writer any more
 # what a result must hold, and of which type: whatever reads a checked result relies on it
 REQUIRED: dict[str, type | tuple[type, ...]] = {
     "id": str,
-    "top1": (int, float),
-    "best.top1": (int, float),
     "best.epoch": int,
     "evaluations": int,
     "last_epoch": int,
     "images": int,
     "correct": int,
     "steps": int,
-    "teacher.top1": (int, float),
+    "teacher": dict,
     "seconds.own": (int, float),
     "seconds.shared": (int, float),
     "provenance.device_name": str,
@@ -57,28 +54,36 @@ REQUIRED: dict[str, type | tuple[type, ...]] = {
     "cell.identity.protocol": dict,
     "cell.identity.config": dict,
 }
-_KEYS = {path: path.split(".") for path in REQUIRED}
-_OF_THE_CELL = [path for path in REQUIRED if path.startswith("cell.")]
+OF_ACCURACY: dict[str, type | tuple[type, ...]] = {"top1": (int, float), "best.top1": (int, float), "teacher.top1": (int, float)}
+OF_AGREEMENT: dict[str, type | tuple[type, ...]] = {"agreement": (int, float), "kl": (int, float), "best.agreement": (int, float)}
+_OF_THE_CELL = {path: kind for path, kind in REQUIRED.items() if path.startswith("cell.")}
 
 
 @dataclass(frozen=True)
 class Reading:
     """A store as it was found.
 
-    results: checked ones, sorted by id. skipped: a line for every file that is damaged, half-written or not of this suite; all are left where they
-    are. failures: failed cells that have no result, each with id, label, kind, message, traceback.
+    results: checked ones with an accuracy, sorted by id. without_data: those of cells that have none, only agreement with their teacher (`evaluate:
+    none`). skipped: a line for every file that is damaged, half-written or not of this suite; all are left where they are. failures: failed cells
+    that have no result, each with id, label, kind, message, traceback.
     """
 
     store: Store
     results: list[dict[str, Any]]
     skipped: list[str] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
+    without_data: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        """All results, for what asks for no accuracy."""
+        return sorted([*self.results, *self.without_data], key=lambda result: str(result["id"]))
 
     @cached_property
     def replicates(self) -> dict[str, list[dict[str, Any]]]:
         """The same cells measured again elsewhere, by cell id (see merge)."""
         found: dict[str, list[dict[str, Any]]] = {}
-        wanted = {result["id"] for result in self.results}
+        wanted = {result["id"] for result in self.finished}
         folder = self.store.root / "replicates"
         for path in sorted(folder.glob("*/*/result.json")) if folder.is_dir() else []:
             if path.parent.parent.name in wanted:
@@ -92,11 +97,20 @@ class Reading:
     def unfinished(self) -> list[dict[str, Any]]:
         """Cells that diverged or failed, in the form of results whose numbers are NaN, with `status`: what tables show beside results.
 
-        Left out are failures whose cell.json cannot be used, and those that a newer result or failure of the same experiment stands for.
+        Left out are failures whose cell.json cannot be used, and those that a newer result or failure of the same experiment stands for. Those of
+        cells without data are in `unfinished_without_data`.
         """
+        return [each for each in self._unfinished if not without_data(each["cell"])]
+
+    @cached_property
+    def unfinished_without_data(self) -> list[dict[str, Any]]:
+        return [each for each in self._unfinished if without_data(each["cell"])]
+
+    @cached_property
+    def _unfinished(self) -> list[dict[str, Any]]:
         found = [made for failure in self.failures if (made := _as_result(failure, self.store))]
         newest: dict[str, tuple[Any, ...]] = {}
-        for each in [*self.results, *found] if found else []:
+        for each in [*self.finished, *found] if found else []:
             experiment = _experiment(each)
             newest[experiment] = max(newest.get(experiment, ()), _age(each))
         return [each for each in found if _age(each) == newest[_experiment(each)]]
@@ -109,6 +123,7 @@ class Reading:
 def read_store(store: Store, wanted: set[str] | None = None) -> Reading:
     """All finished and failed cells, or those among `wanted`."""
     results: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
     skipped: list[str] = []
     failures: list[dict[str, Any]] = []
     for folder, names in _folders(store, skipped):
@@ -122,7 +137,7 @@ def read_store(store: Store, wanted: set[str] | None = None) -> Reading:
             if why:
                 skipped.append(f"{folder / 'result.json'}: {why}")
             else:
-                results.append(result)
+                (others if without_data(result["cell"]) else results).append(result)
         elif "failed.json" in names:
             failure, why = _read(folder / "failed.json")
             cell, _ = _read(folder / "cell.json") if "cell.json" in names else ({}, "")
@@ -132,7 +147,7 @@ def read_store(store: Store, wanted: set[str] | None = None) -> Reading:
                 failures.append({"traceback": "", **failure, "id": cell_id, "cell": cell if isinstance(cell, dict) else {}})
         elif names and not names & OF_A_CELL and not any(name.startswith(".") for name in names):
             skipped.append(f"{folder}: not a cell of this suite")
-    return Reading(store, results, skipped, failures)
+    return Reading(store, results, skipped, failures, others)
 
 
 def _folders(store: Store, skipped: list[str]) -> list[tuple[Path, set[str]]]:
@@ -175,7 +190,16 @@ def problem_of(result: Any, cell_id: str) -> str:
         return "not a result of this suite"
     if lacking := _lacking(result, REQUIRED):
         return f"not a result of this suite: {lacking}"
-    if not all(math.isfinite(v) and 0 <= v <= 100 for v in (result["top1"], result["best"]["top1"], result["teacher"]["top1"])):
+    blind = without_data(result["cell"])
+    if lacking := _lacking(result, OF_AGREEMENT if blind else OF_ACCURACY):
+        return f"not a result of this suite: {lacking}"
+    if blind and "top1" in result:
+        return "not a result of this suite: an accuracy, without an evaluation set"
+    if blind and not all(math.isfinite(v) and 0 <= v <= 100 for v in (result["agreement"], result["best"]["agreement"])):
+        return "an agreement is not between 0 and 100"
+    if blind and not (math.isfinite(result["kl"]) and result["kl"] > -1e-6):  # rounding may give a little less than none
+        return "a KL divergence is negative or not finite"
+    if not blind and not all(math.isfinite(v) and 0 <= v <= 100 for v in (result["top1"], result["best"]["top1"], result["teacher"]["top1"])):
         return "an accuracy is not between 0 and 100"
     if result["images"] < 1:
         return "no test image was evaluated"
@@ -186,13 +210,13 @@ def problem_of(result: Any, cell_id: str) -> str:
     return ""
 
 
-def _lacking(record: dict[str, Any], paths: Iterable[str]) -> str:
+def _lacking(record: dict[str, Any], wanted: dict[str, type | tuple[type, ...]]) -> str:
     """The first of these keys that is missing or of another type; empty where all are as they must be."""
-    for path in paths:
+    for path, kind in wanted.items():
         value: Any = record
-        for key in _KEYS[path]:
+        for key in path.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, REQUIRED[path]):
+        if not isinstance(value, kind):
             return f"{path} is {'missing' if value is None else repr(value)}"
     return ""
 
@@ -210,12 +234,14 @@ def _as_result(failure: dict[str, Any], store: Store) -> dict[str, Any] | None:
         return None
     teacher, _ = _read(store.root / "teachers" / f"{fingerprint([cell['identity'].get('teacher'), cell['identity']['evaluation']])}.json")
     top1, images = teacher.get("top1") if isinstance(teacher, dict) else None, cell["evaluation"].get("images")
+    scores: dict[str, Any] = {"top1": math.nan, "best": {"top1": math.nan}}
+    if without_data(cell):
+        scores = {"metric": "agreement", "agreement": math.nan, "kl": math.nan, "best": {"agreement": math.nan}}
     return {
         "id": failure["id"],
         "cell": cell,
         "status": "diverged" if failure["kind"] == DIVERGED else "failed",
-        "top1": math.nan,
-        "best": {"top1": math.nan},
+        **scores,
         "evaluations": 0,
         "images": images if isinstance(images, int) else 0,
         "steps": steps if isinstance(steps, int) else None,
@@ -277,7 +303,7 @@ def read_history(path: Path, points: int = 60) -> dict[str, list[float | str | N
     columns = lines[0].split(",")
     last = len(lines) - 1
     kept = {round(1 + i * (last - 1) / max(points - 1, 1)) for i in range(points)}
-    at = columns.index("top1") if "top1" in columns else None
+    at = next((columns.index(metric) for metric in ("top1", "agreement") if metric in columns), None)
     rows = []
     for number, line in enumerate(lines[1:], 1):
         values = line.split(",")

@@ -39,11 +39,17 @@ def leaves(identity: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield name, value
 
 
+def without_data(record: dict[str, Any]) -> bool:
+    """Whether a cell's record is of one that has no evaluation set (`evaluate: none`): what is known of it is no accuracy."""
+    return str(record["identity"]["evaluation"]).startswith("none ")
+
+
 @dataclass(frozen=True)
 class EvaluationCard:
     """An evaluation set as a cell knows it: by its content's digest, never by its path.
 
     made: with `evaluate: none`, what makes the synthetic images on which student and teacher are compared; the digest is of its settings then.
+    selection: the same as the `selection` of a config that makes these images.
     """
 
     name: str
@@ -51,6 +57,7 @@ class EvaluationCard:
     classes: int
     images: int
     made: str = ""
+    selection: dict[str, Any] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,7 @@ class Cell:
             "source": self.source,
             **({"files": {name: PurePath(path).name for name, path in self.files.items()}} if self.files else {}),
             "teacher": {**self.teacher.as_dict(), "weights": PurePath(self.teacher.weights).name},
-            "evaluation": {key: value for key, value in vars(self.evaluation).items() if key != "digest" and value != ""},
+            "evaluation": {key: value for key, value in vars(self.evaluation).items() if key != "digest" and value not in ("", None)},
             "protocol": self.protocol.name,
             "bits": str(self.bits),
             "seed": self.seed,

@@ -198,9 +198,8 @@ def _without_data(teacher: TeacherCard, unseen: LoadedSelection | None) -> Evalu
     if unseen is None:  # of the cells that make these images
         return EvaluationCard(WITHOUT_DATA, WITHOUT_DATA, teacher.task.classes, 0)
     maker = unseen.maker(teacher)
-    return EvaluationCard(
-        WITHOUT_DATA, f"{WITHOUT_DATA} {unseen.digest(teacher)}", teacher.task.classes, unseen.count, f"{maker.label}, seed {maker.seed}"
-    )
+    made, selection = f"{maker.label}, seed {maker.seed}", {"images": {maker.method: maker.config}, "seed": maker.seed, "count": unseen.count}
+    return EvaluationCard(WITHOUT_DATA, f"{WITHOUT_DATA} {unseen.digest(teacher)}", teacher.task.classes, unseen.count, made, selection)
 
 
 def _evaluation_card(found: EvaluationSet, name: str | None, cache: Path) -> EvaluationCard:
