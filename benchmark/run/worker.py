@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import math
 import signal
@@ -253,7 +254,7 @@ class Worker:
             "id": cell.id,
             "cell": cell.record(),
             **evaluation.scores(),
-            **({"plain_rounding": plain_rounding(cell, lockstep.teacher, self._unseen, self.device)} if metric == "agreement" else {}),
+            **(self._beside(cell, lockstep) if metric == "agreement" else {}),
             "best": best,
             "evaluations": len(evaluated) + (not evaluated or evaluated[-1]["epoch"] != last["epoch"]),
             "last_epoch": len(lockstep.epochs),
@@ -272,6 +273,11 @@ class Worker:
         self.store.write_result(cell.id, result)
         self.watching.finished(cell.id)
         self.progress.done(cell, _reached(result))
+
+    def _beside(self, cell: Cell, lockstep: Lockstep) -> dict[str, Any]:
+        """What a cell without data has beside its scores; the same settings give other images elsewhere, where rounding differs."""
+        made = hashlib.sha256(self._unseen.cpu().contiguous().numpy().tobytes()).hexdigest()
+        return {"plain_rounding": plain_rounding(cell, lockstep.teacher, self._unseen, self.device), "unseen_sha256": made}
 
     def _size(self, trainee: Trainee, lockstep: Lockstep) -> dict[str, Any]:
         """Of teacher and student. A network that cannot be counted is told, and costs no result."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dfqbench.sweep.cell import without_data
 from dfqbench.yaml_file import write_yaml
 
 BY_NAME = ("digits", "cifar10", "cifar100", "imagenet")  # evaluation sets that a name alone finds
@@ -16,11 +17,14 @@ def config_of(record: dict[str, Any]) -> dict[str, Any]:
     if card["weights"] not in ("zoo", "factory"):
         teacher["weights"] = "${TEACHER_WEIGHTS}"
     teacher |= {key: task[key] for key in ("classes", "size", "mean", "std", "crop_ratio", "interpolation")}
-    name = record["evaluation"]["name"]
+    name, selection = record["evaluation"]["name"], record["evaluation"].get("selection")
+    on = {"evaluate": name if name in BY_NAME else {"set": "imagefolder:${EVALUATION_SET}", "name": name}}
+    if without_data(record):
+        on = {"evaluate": "none"} | ({"selection": selection} if selection else {})
     return {
         "name": "cell-{id}",
         "teachers": [teacher],
-        "evaluate": name if name in BY_NAME else {"set": "imagefolder:${EVALUATION_SET}", "name": name},
+        **on,
         "methods": [{record["method"]: record["identity"]["config"] | {name: f"${{{name.upper()}}}" for name in record.get("files", {})}}],
         "bits": ["{bits}"],
         "seeds": ["{seed}"],
