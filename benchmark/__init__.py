@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dfqbench.network.network import Observation as Observation
     from dfqbench.network.network import Teacher as Teacher
     from dfqbench.quantization.student import Student as Student
+    from dfqbench.run.quantize import quantize as quantize
     from dfqbench.task import Task as Task
     from dfqbench.teachers.weights import read_weights as read_weights
 
@@ -47,6 +48,7 @@ _HOME = {
     "UserError": "dfqbench.errors",
     "history": "dfqbench.analysis.frames",
     "load_student": "dfqbench.export.find",
+    "quantize": "dfqbench.run.quantize",
     "read_weights": "dfqbench.teachers.weights",
     "register": "dfqbench.method.registry",
     "results": "dfqbench.analysis.frames",

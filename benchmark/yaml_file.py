@@ -77,6 +77,14 @@ def read_yaml(path: Path, what: str = "", as_written: str = "") -> Any:
         raise UserError(f"{place}: {where}not valid YAML: {getattr(error, 'problem', None) or str(error).splitlines()[0]}") from None
 
 
+def value_of(text: str) -> Any:
+    """What a value in a file would be. Raises UserError."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise UserError(f"{text!r} is not a value as YAML has them") from None
+
+
 def write_yaml(value: Any, **layout: Any) -> str:
     """Text that `read_yaml` reads as the same value. layout: PyYAML's."""
     return str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, **layout))

@@ -12,7 +12,7 @@ import hashlib
 import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,9 @@ from dfqbench.quantization.protocol import Bits, Protocol
 from dfqbench.quantization.student import Student
 from dfqbench.task import Task
 from dfqbench.teachers.weights import hash_tensors
+
+if TYPE_CHECKING:
+    from dfqbench.export.verify import Agreement
 
 FORMAT = 1
 GRAPH = "graph.json"
@@ -61,14 +64,33 @@ class StoredLayer(QuantizedLayer):
 class StoredStudent(Student):
     """A student that was read from a file: eval mode, no gradient for any weight. It computes what the student that was saved computes.
 
-    about: what the file says of itself: `cell`, `teacher` (label, model, weights' sha256), `precision`, `version` of the suite, `sha256`.
+    about: what the file says of itself: `cell` (its record: label, teacher, bits, seed, identity ...), `steps`, `last_epoch`, `sha256`; of a student
+    that was saved by hand, the sha256 alone. score: what `dfqbench.quantize` found out about it.
     """
 
     def __init__(self, traced: fx.GraphModule, task: Task, protocol: Protocol, bits: Bits, left_float: list[str], about: dict[str, Any]):
         Network.__init__(self, traced, task)
         self.protocol, self.bits, self.left_float, self.about = protocol, bits, left_float, about
+        self.score: dict[str, Any] = {}
         self.requires_grad_(False)
         self.eval()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the student as a file for `dfqbench.load_student`."""
+        save_student(self, Path(path), {key: value for key, value in self.about.items() if key != "sha256"})
+
+    def export(self, path: str | Path) -> list[Agreement]:
+        """Writes the student for other programs, by the name's ending: .onnx, or .pt2 for torch.export. The file is run and its answers compared.
+
+        Returns how they compare, an `Agreement` for each way in which the file was run. Raises UserError where the network cannot be written, and
+        `dfqbench.export.export.Rejected` where the answers differ by more than rounding.
+        """
+        from dfqbench.export.export import ENDINGS, export
+
+        formats = {ending: to for to, ending in ENDINGS.items()}
+        if Path(path).suffix not in formats:
+            raise UserError(f"{path}: the name must end with {' or '.join(formats)}")
+        return export(self, Path(path), formats[Path(path).suffix])
 
 
 def save_student(student: Student, path: Path, about: dict[str, Any] | None = None) -> dict[str, Any]:

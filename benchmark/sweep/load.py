@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from dfqbench.sweep.problems import Problems, described
 from dfqbench.sweep.schema import WITHOUT_DATA, Sweep
 from dfqbench.sweep.students import student_of
 from dfqbench.sweep.variants import Variant, find_variants
-from dfqbench.teachers import TeacherCard, TeacherSpec, examine, parse_teacher
+from dfqbench.teachers import InMemory, TeacherCard, TeacherSpec, examine, parse_teacher
 from dfqbench.yaml_file import read_yaml
 
 
@@ -34,7 +35,7 @@ class LoadedSweep:
     path: Path
     text_sha256: str
     evaluation: EvaluationSet | None
-    teachers: dict[TeacherCard, TeacherSpec]
+    teachers: dict[TeacherCard, TeacherSpec | InMemory]
     cells: list[Cell]
     selection: LoadedSelection | None = None
 
@@ -60,17 +61,23 @@ def load_sweep(path: Path, cache: Path, plugins: list[str] | None = None) -> Loa
 
     Raises UserErrors with all that is wrong, each as `file: key: value: what would be right`.
     """
+    return span_sweep(read_yaml(path), path, text_digest(path), cache, plugins)
+
+
+def span_sweep(
+    content: Any, path: Path, text_sha256: str, cache: Path, plugins: list[str] | None = None, networks: Mapping[str, InMemory] | None = None
+) -> LoadedSweep:
+    """`load_sweep` of what a file called `path` would hold. networks: those that a caller has in memory, by the names that the content gives them."""
     problems = Problems(path)
-    content = read_yaml(path)
     sweep = _validate(content, problems)
     for i, file in enumerate([*(sweep.plugins if sweep else []), *(plugins or [])]):
         problems.catch(f"plugins[{i}]", partial(load_plugin, file))
-    found = _parts(sweep, cache, problems) if sweep else None
+    found = _parts(sweep, cache, problems, networks or {}) if sweep else None
     problems.raise_all()
     assert sweep is not None
     assert found is not None
     selection = _selection(sweep, found)
-    return LoadedSweep(sweep, path, text_digest(path), found.evaluation, found.teachers, _span(sweep, found, selection), selection)
+    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, _span(sweep, found, selection), selection)
 
 
 def _validate(content: Any, problems: Problems) -> Sweep | None:
@@ -114,23 +121,24 @@ class _Parts:
     bits: list[Bits]
     evaluation: EvaluationSet | None
     evaluation_card: EvaluationCard | None
-    teachers: dict[TeacherCard, TeacherSpec]
+    teachers: dict[TeacherCard, TeacherSpec | InMemory]
     variants: list[Variant]
     image_makers: list[Variant]
 
 
-def _parts(sweep: Sweep, cache: Path, problems: Problems) -> _Parts | None:
+def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str, InMemory]) -> _Parts | None:
     """Looks everything up; None where something is wrong, which `problems` then holds."""
     protocol = problems.catch("protocol", lambda: find_protocol(sweep.protocol))
     bits = [problems.catch(f"bits[{i}]", partial(Bits.parse, b)) for i, b in enumerate(sweep.bits)]
     has_data = sweep.evaluate.set != WITHOUT_DATA
     evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate.set)) if has_data else None
     card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate.name, cache)) if evaluation else None
-    teachers: dict[TeacherCard, TeacherSpec] = {}
+    teachers: dict[TeacherCard, TeacherSpec | InMemory] = {}
     found: list[tuple[int, TeacherCard, dict[str, str | None]]] = []
     question = student_of(protocol) if protocol else None
     for i, given in enumerate(sweep.teachers):
-        spec = problems.catch(f"teachers[{i}]", partial(parse_teacher, given))
+        held = networks.get(given) if isinstance(given, str) else None
+        spec = held or problems.catch(f"teachers[{i}]", partial(parse_teacher, given))
         examined = problems.catch(f"teachers[{i}]", partial(examine, spec, cache, question)) if spec else None
         if examined is None:
             continue

@@ -61,7 +61,7 @@ class Selection(BaseModel):
 
 
 WITHOUT_DATA = "none"  # for `evaluate`
-UNSEEN_IMAGES = {"images": {"zeroq": {"images": 64}}, "count": 64}  # `selection` of a sweep without data that has none of its own
+UNSEEN_IMAGES = {"images": {"zeroq": {"images": 64, "synthesis_iterations": 200}}, "count": 64}  # `selection` of a sweep without data that has none of its own
 
 
 class Sweep(BaseModel):

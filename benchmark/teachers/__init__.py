@@ -4,7 +4,7 @@ Importing this room does not import torch; describing a teacher that was describ
 files of weights.
 """
 
-from dfqbench.teachers.card import Question, TeacherCard, describe, examine, list_models, load
+from dfqbench.teachers.card import InMemory, Question, TeacherCard, describe, examine, list_models, load
 from dfqbench.teachers.spec import UNTRAINED, TeacherSpec, parse_teacher
 
-__all__ = ["UNTRAINED", "Question", "TeacherCard", "TeacherSpec", "describe", "examine", "list_models", "load", "parse_teacher"]
+__all__ = ["UNTRAINED", "InMemory", "Question", "TeacherCard", "TeacherSpec", "describe", "examine", "list_models", "load", "parse_teacher"]

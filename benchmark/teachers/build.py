@@ -27,9 +27,9 @@ def build(spec: TeacherSpec) -> Built:
     return replace(built, network=network, task=_with_overrides(built.task, spec))
 
 
-def check_answer(built: Built, spec: TeacherSpec) -> None:
-    """UserError unless the network answers one grey image with one finite logit per class."""
-    where, task = f"teacher {spec.model!r}", built.task
+def check_answer(built: Built, where: str) -> None:
+    """UserError, with `where` in front, unless the network answers one grey image with one finite logit per class."""
+    task = built.task
     try:
         with torch.inference_mode():
             answer = built.network(torch.zeros(1, *task.image_shape))

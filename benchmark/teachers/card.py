@@ -66,6 +66,15 @@ class Question:
     answer: Callable[[Teacher], Any]
 
 
+@dataclass(frozen=True)
+class InMemory:
+    """A network that a caller holds, as a teacher (see in_memory.py)."""
+
+    card: TeacherCard
+    network: nn.Module
+    teacher: Teacher
+
+
 def describe(spec: TeacherSpec, cache: Path | None = None) -> TeacherCard:
     """The card of a teacher. The first time, the network is built, its weights are loaded, and it is asked about one grey image.
 
@@ -75,8 +84,10 @@ def describe(spec: TeacherSpec, cache: Path | None = None) -> TeacherCard:
     return examine(spec, cache)[0]
 
 
-def examine(spec: TeacherSpec, cache: Path | None = None, question: Question | None = None) -> tuple[TeacherCard, Any]:
+def examine(spec: TeacherSpec | InMemory, cache: Path | None = None, question: Question | None = None) -> tuple[TeacherCard, Any]:
     """The card of a teacher (see `describe`), and the answer to a question about its network, remembered as the card is."""
+    if isinstance(spec, InMemory):
+        return spec.card, question.answer(spec.teacher) if question else None
     _check_files(spec)
     key = [CARD_VERSION, spec.model_dump(mode="json"), _stamp(spec.weights_file), _stamp(spec.source_file), _zoo_version(spec)]
     traced = functools.cache(lambda: _traced(spec))  # once, whatever is not remembered
@@ -92,17 +103,19 @@ def examine(spec: TeacherSpec, cache: Path | None = None, question: Question | N
     return card, remembered(cache, question.name, [*key, question.about], ask, _neighbours_are_the_same)["answer"]
 
 
-def load(spec: TeacherSpec, card: TeacherCard | None = None) -> nn.Module:
+def load(spec: TeacherSpec | InMemory, card: TeacherCard | None = None) -> nn.Module:
     """The network with its weights: float32, on the CPU, in eval mode, without gradients. Takes nothing from torch's global random stream.
 
     Raises UserError where it is no longer the one that `card` was made of: a file was changed in the meantime.
     """
+    if isinstance(spec, InMemory):
+        return spec.network
     _check_files(spec)
     from dfqbench.teachers.build import build, check_answer
 
     built = build(spec)
     if card is not None:
-        check_answer(built, spec)  # a forward may import, too
+        check_answer(built, f"teacher {spec.model!r}")  # a forward may import, too
         weights, source = _files_sha256(spec, built)
         changed = spec.weights if weights not in (None, card.weights_sha256) else spec.source_file if source != card.source_sha256 else None
         if changed:
@@ -155,7 +168,7 @@ def _traced(spec: TeacherSpec) -> tuple[Built, Teacher]:
     from dfqbench.teachers.build import build, check_answer
 
     built = build(spec)
-    check_answer(built, spec)
+    check_answer(built, f"teacher {spec.model!r}")
     try:
         return built, Teacher(built.network, built.task)
     except UserError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -33,21 +34,27 @@ def from_file(name: str, spec: TeacherSpec) -> Built:
             raise UserError(f"{where}: the factory failed: {one_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"{where}: the factory returns {type(network).__name__}, not a torch.nn.Module")
-    _refuse_torchscript(network, where)
+    refuse_torchscript(network, where)
     shells = [network]
-    while (inner := _wrapped(network)) is not None:
+    while (inner := wrapped(network)) is not None:
         network = inner
         shells.append(network)
     if spec.weights is not None:
         fit(network, weights_of(spec), spec)
-    for parent in list(network.modules()):
-        for part, child in list(parent.named_children()):  # after the weights, whose names are those of the network as it was saved
-            while (inner := _wrapped(child)) is not None:
-                child = inner
-                setattr(parent, part, child)
+    unwrap_parts(network)  # after the weights, whose names are those of the network as it was saved
+    settings = {key: getattr(spec, key) for key in ("classes", "size", "mean", "std")}
+    task = task_of(where, shells, settings)
+    if beside is not None:
+        return Built(network, task, beside.files)
+    package = package_files(str(spec.source_module))
+    return Built(network, task, {place: found for place, found in package.items() if found[0] != spec.source_file})
+
+
+def task_of(where: str, shells: Sequence[nn.Module], settings: Mapping[str, Any]) -> Task:
+    """From the settings, else from the attributes of the network or of what it is wrapped in."""
     known: dict[str, Any] = {}
     for key in ("classes", "size", "mean", "std"):
-        given = getattr(spec, key)
+        given = settings.get(key)
         known[key] = given if given is not None else next((getattr(shell, key) for shell in shells if hasattr(shell, key)), None)
     missing = [key for key, value in known.items() if value is None]
     if missing:
@@ -59,13 +66,19 @@ def from_file(name: str, spec: TeacherSpec) -> Built:
         raise UserError(f"{where}: classes and size must be whole numbers, mean and std one number per channel ({error})") from None
     if len(mean) != len(std) or min(std, default=0) <= 0:
         raise UserError(f"{where}: mean {mean} and std {std} must have a number per channel each, and std must be above 0")
-    if beside is not None:
-        return Built(network, task, beside.files)
-    package = package_files(str(spec.source_module))
-    return Built(network, task, {place: found for place, found in package.items() if found[0] != spec.source_file})
+    return task
 
 
-def _wrapped(network: nn.Module) -> nn.Module | None:
+def unwrap_parts(network: nn.Module) -> None:
+    """Takes the parts of a network, in place, out of what they are wrapped in."""
+    for parent in list(network.modules()):
+        for part, child in list(parent.named_children()):
+            while (inner := wrapped(child)) is not None:
+                child = inner
+                setattr(parent, part, child)
+
+
+def wrapped(network: nn.Module) -> nn.Module | None:
     """What DataParallel, DistributedDataParallel or torch.compile was wrapped around; None where nothing is wrapped."""
     if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
         inner: nn.Module = network.module
@@ -73,7 +86,8 @@ def _wrapped(network: nn.Module) -> nn.Module | None:
     return network._modules.get("_orig_mod")  # torch.compile's class is not asked for: importing it takes seconds
 
 
-def _refuse_torchscript(network: nn.Module, where: str) -> None:
+def refuse_torchscript(network: nn.Module, where: str) -> None:
+    """UserError naming a part that is a torch.jit.ScriptModule."""
     for name, module in network.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             part = f"its part {name!r}" if name else "the network"
