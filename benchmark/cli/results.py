@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dfqbench.cli.options import DEFAULT_RESULTS, Plugins, Results, one_of
-from dfqbench.errors import UserError, nearest
+from dfqbench.errors import UserError, counted, nearest
 
 if TYPE_CHECKING:
     from dfqbench.analysis.records import Reading
@@ -63,12 +63,14 @@ def table(
     from dfqbench.analysis.tables.blocks import blocks
     from dfqbench.analysis.tables.printed import means_frame, ranking
     from dfqbench.analysis.tables.wide import side_by_side
+    from dfqbench.analysis.tables.without_data import agreements
 
     found = blocks([*reading.results, *reading.unfinished], checked, ledger=load_ledger(), per_image=PerImage(reading), beside=beside)
+    without_data = agreements(reading, beside)
     if output == "csv-means":
-        means_frame(found).to_csv(sys.stdout, index=False)
+        means_frame(found, without_data).to_csv(sys.stdout, index=False)
         return
-    tables, ranks = side_by_side(found) if layout == "wide" else found, ranking(found)
+    tables, ranks = [*(side_by_side(found) if layout == "wide" else found), *without_data], ranking(found)
     if output == "text":
         from rich.console import Console
 
@@ -102,7 +104,7 @@ def read_cells(config: str | None, results: Path, plugins: list[str] | None) -> 
     again = f"dfqbench run {config}" + ("" if results == DEFAULT_RESULTS else f" --results {results}")
     again += "".join(f" --plugin {plugin}" for plugin in plugins or ())
     if wanted is not None:
-        there = {result["id"] for result in reading.results}
+        there = {result["id"] for result in reading.finished}
         failed = {failure["id"]: f"{failure['kind']}: {(str(failure['message']).splitlines() or [''])[0]}" for failure in reading.failures}
         _say_not_done(
             [name for cell_id, name in wanted.items() if cell_id not in there | failed.keys()], wanted, "are not done", f"{again} runs them"
@@ -111,7 +113,7 @@ def read_cells(config: str | None, results: Path, plugins: list[str] | None) -> 
         _say_not_done([f"{wanted[cell_id]}: {why}" for cell_id, why in failed.items()], wanted, "failed", retried)
         if failed.keys() == wanted.keys():
             again += " --retry-failed"
-    if not reading.results:
+    if not reading.finished:
         if config is None and not store.root.is_dir():
             raise UserError(f"results folder {store.root}: there is no such folder")
         raise UserError(f"nothing is finished in {store.root / 'runs'}" + (f" of {config}: {again}" if config else ""))
@@ -160,6 +162,13 @@ def plot(
     for name in output or []:
         one_of("--format", name, FORMATS)
     reading = read_cells(config, results, plugin)
+    if reading.without_data:
+        why = (
+            f"{counted(len(reading.without_data), 'cell')} without data: there is no accuracy, `dfqbench table` shows the agreement with the teacher"
+        )
+        if not reading.results:
+            raise UserError(f"nothing to draw of {why}")
+        print(f"not drawn: {why}", file=sys.stderr)
     from dfqbench.analysis.plots.figures import drawn_kinds, prepare
     from dfqbench.files import write_atomically
 
@@ -280,7 +289,7 @@ def wandb_sync(
     if not offline and not wandb.login(prompt=False):
         raise UserError("W&B: not logged in: `wandb login`, or set WANDB_API_KEY; without an account: --offline")
     try:
-        pushed, there = sync(reading.store, reading.results, where, again, print)
+        pushed, there = sync(reading.store, reading.finished, where, again, print)
     except (wandb.Error, OSError, TimeoutError) as error:
         raise UserError(f"W&B: {(str(error).splitlines() or [type(error).__name__])[0]}; the same command goes on with what is missing") from None
     place = f"{results / 'wandb'}: upload them with `wandb sync {results / 'wandb'}/offline-run-*`" if offline else f"project {project}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from dfqbench.analysis.ledger import METHODS_OWN, Ledger, Published
 from dfqbench.analysis.per_image import PerImage
 from dfqbench.analysis.size import Sizes, common_sizes
 from dfqbench.analysis.stats import Estimate, binomial_error, holm
-from dfqbench.sweep.cell import fingerprint
+from dfqbench.sweep.cell import fingerprint, without_data
 
 Rule = Literal["last", "best-on-test"]
 Cell = dict[str, Any]  # a line of `load_frame` with what `blocks` adds
@@ -148,7 +148,7 @@ class Block:
 
 
 def load_frame(results: list[Any]) -> pd.DataFrame:
-    """One row per cell: accuracies and drop in percent, seconds by the clock (of a GPU: by its events) and of processor time, own + shared.
+    """One row per cell: accuracies and drop, or agreement, in percent, seconds by the clock (of a GPU: by its events) and of processor time.
 
     status: done, or diverged or failed, without numbers (see `Reading.unfinished`).
     """
@@ -171,13 +171,21 @@ def asked_for(cell: dict[str, Any]) -> Cell:
 def _record(r: dict[str, Any]) -> Cell:
     made, seconds = r["provenance"], r["seconds"]
     return (
-        {"id": r["id"], "status": r.get("status", "done"), **asked_for(r["cell"]), "teacher_top1": r["teacher"]["top1"], "images": r["images"]}
-        | {"finished": r.get("finished", 0.0)}
-        | {"top1": r["top1"], "best": r["best"]["top1"], "drop": round(r["teacher"]["top1"] - r["top1"], 10), "evaluations": r["evaluations"]}
+        {"id": r["id"], "status": r.get("status", "done"), **asked_for(r["cell"]), **_scores(r), "images": r["images"]}
+        | {"finished": r.get("finished", 0.0), "evaluations": r["evaluations"]}
         | {"steps": r["steps"], "seconds": round(seconds["own"] + seconds["shared"], 3)}
         | {"cpu_seconds": processor_seconds(r), "device": made["device_name"], "device_kind": made.get("device", "cpu")}
         | {"host": made.get("host"), "threads": made.get("threads"), "commit": made.get("git")}
     )
+
+
+def _scores(r: dict[str, Any]) -> Cell:
+    """What has no accuracy has no column of that name: whatever takes it for one fails."""
+    if not without_data(r["cell"]):
+        top1, of_teacher = r["top1"], r["teacher"]["top1"]
+        return {"metric": "top1", "top1": top1, "best": r["best"]["top1"], "teacher_top1": of_teacher, "drop": round(of_teacher - top1, 10)}
+    plain = r.get("plain_rounding") or {}
+    return {"metric": "agreement", "agreement": r["agreement"], "kl": r["kl"]} | {f"plain_{k}": plain.get(k) for k in ("agreement", "kl")}
 
 
 def blocks(
@@ -187,6 +195,20 @@ def blocks(
 
     results: finished cells, and those of `Reading.unfinished` that are to be named as well.
     """
+    groups = comparable(results)
+    per_image = per_image if rule == "last" else None  # only the last epoch's per-image results are stored
+    made = [_block(group, rule, ledger, per_image) for group in groups.values()]
+    titles = Counter(block.title for block in made)
+    for block in made:
+        block.beside = beside
+    for block, key in zip(made, groups, strict=True):
+        if titles[block.title] > 1:
+            block.title, block.heading = block.title + told_apart(key), block.heading + told_apart(key)
+    return made
+
+
+def comparable(results: list[Any]) -> dict[tuple[Any, ...], list[Cell]]:
+    """Cells by KEYS, under the names that are newest, with what tells rows apart (`settings`) and marks them (`rules`)."""
     cells = [_record(result) | {"result": result} for result in results]
     for cell in cells:
         identity = cell["result"]["cell"]["identity"]
@@ -205,17 +227,13 @@ def blocks(
         same = {k: v for k, v in cell["result"]["cell"]["identity"].items() if k not in ("bits", "seed")}
         cell["settings"] = fingerprint([cell["method"], same, cell["steps"]])
         cell["block"] = tuple(cell[key] for key in KEYS)
-    groups = {key: list(its) for key, its in groupby(sorted(cells, key=lambda cell: cell["block"]), key=lambda cell: cell["block"])}
-    per_image = per_image if rule == "last" else None  # only the last epoch's per-image results are stored
-    made = [_block(group, rule, ledger, per_image) for group in groups.values()]
-    titles = Counter(block.title for block in made)
-    for block in made:
-        block.beside = beside
-    for block, (_, digest, _, teacher, _, rules, _) in zip(made, groups, strict=True):
-        if titles[block.title] > 1:
-            told_apart = f" [teacher {teacher[:8]}, images {digest[:8]}, rules {fingerprint(rules)[:8]}]"
-            block.title, block.heading = block.title + told_apart, block.heading + told_apart
-    return made
+    return {key: list(its) for key, its in groupby(sorted(cells, key=lambda cell: cell["block"]), key=lambda cell: cell["block"])}
+
+
+def told_apart(key: tuple[Any, ...]) -> str:
+    """Behind a title that two tables have."""
+    _, digest, _, teacher, _, rules, _ = key
+    return f" [teacher {teacher[:8]}, images {digest.split()[-1][:8]}, rules {fingerprint(rules)[:8]}]"
 
 
 def marks_of(rules: Sequence[str]) -> dict[str, str]:
@@ -229,18 +247,7 @@ def _block(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerI
     # what a method declares about ranges or BN changes the protocol's rules for its own rows: they are marked, not mixed silently
     done, marks = [cell for cell in cells if cell["status"] == "done"], marks_of([cell["rules"] for cell in cells])
     first = (done or cells)[0]
-    widths = sorted({cell["bits"] for cell in cells}, reverse=True)
-    rows = []
-    for _, (own, *more) in groupby(sorted(cells, key=lambda cell: (cell["settings"], int(cell["seed"]))), key=lambda cell: cell["settings"]):
-        at = {w: [cell for cell in (own, *more) if cell["bits"] == w] for w in widths}
-        entries = {w: _entry(there, rule, ledger, per_image) for w in widths if (there := [cell for cell in at[w] if cell["status"] == "done"])}
-        states = [(w, Counter(cell["status"] for cell in there)) for w, there in at.items()]
-        lost = {w: Lost(n["diverged"], n["failed"], n.total()) for w, n in states if n.total() > n["done"]}
-        settings = {k: v for k, v in own["result"]["cell"]["identity"].items() if k not in NOT_OF_A_ROW}
-        cost, changed = cost_of([cell["result"] for cell in (own, *more) if cell["status"] == "done"]), own["result"]["cell"].get("changed", {})
-        label, fidelity, steps, batch = (own[key] for key in ("method", "fidelity", "steps", "batch"))
-        rows.append(Row(label, label, own["plain_method"], fidelity, steps, batch, changed, settings, entries, lost, cost, marks[own["rules"]]))
-    rows = worst_first(rows)
+    rows, widths = rows_of(cells, marks, lambda there: _entry(there, rule, ledger, per_image))
     for width in widths:
         _compare([entry for row in rows if (entry := row.complete(width))], per_image)
     top1 = "accuracy not measured" if np.isnan(first["teacher_top1"]) else f"{first['teacher_top1']:.2f} %"
@@ -251,6 +258,21 @@ def _block(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerI
     error = max((binomial_error(c["top1"], c["images"]) for c in done), default=0.0)
     uncompared = sum(entry.estimate is None for row in rows for entry in row.entries.values()) if per_image else 0
     return Block(title, heading, **shared, rule=rule, widths=widths, rows=rows, marks=marks, error=error, uncompared=uncompared)
+
+
+def rows_of(cells: list[Cell], marks: dict[str, str], entry_of: Callable[[list[Cell]], Entry]) -> tuple[list[Row], list[str]]:
+    """Rows from worst to best and widths from wide to narrow. entry_of: of the finished cells of one row at one width."""
+    widths, rows = sorted({cell["bits"] for cell in cells}, reverse=True), []
+    for _, (own, *more) in groupby(sorted(cells, key=lambda cell: (cell["settings"], int(cell["seed"]))), key=lambda cell: cell["settings"]):
+        at = {w: [cell for cell in (own, *more) if cell["bits"] == w] for w in widths}
+        entries = {w: entry_of(there) for w in widths if (there := [cell for cell in at[w] if cell["status"] == "done"])}
+        states = [(w, Counter(cell["status"] for cell in there)) for w, there in at.items()]
+        lost = {w: Lost(n["diverged"], n["failed"], n.total()) for w, n in states if n.total() > n["done"]}
+        settings = {k: v for k, v in own["result"]["cell"]["identity"].items() if k not in NOT_OF_A_ROW}
+        cost, changed = cost_of([cell["result"] for cell in (own, *more) if cell["status"] == "done"]), own["result"]["cell"].get("changed", {})
+        label, fidelity, steps, batch = (own[key] for key in ("method", "fidelity", "steps", "batch"))
+        rows.append(Row(label, label, own["plain_method"], fidelity, steps, batch, changed, settings, entries, lost, cost, marks[own["rules"]]))
+    return worst_first(rows), widths
 
 
 def _entry(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerImage | None) -> Entry:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -17,18 +18,31 @@ from dfqbench.analysis.stats import average_ranks
 from dfqbench.analysis.tables.blocks import Block, Entry, Row
 from dfqbench.analysis.tables.wide import JOINED, WideTable
 
-Tables = Sequence[Block | WideTable]
+
+@dataclass(frozen=True)
+class Written:
+    """A table whose texts are made elsewhere (without_data.py), as `texts_of` gives them; means: its lines for `means_frame`."""
+
+    title: str
+    texts: pd.DataFrame
+    notes: list[str]
+    means: list[dict[str, Any]]
+
+
+Tables = Sequence[Block | WideTable | Written]
 NAMING = ("method", "follows", "steps x batch", "seeds")  # the first columns, which say what a row is
 LEFT = ("method", "follows")  # columns that are set flush left
 GAP = 2  # characters between columns
 
 
-def texts_of(table: Block | WideTable) -> tuple[pd.DataFrame, pd.DataFrame]:
+def texts_of(table: Block | WideTable | Written) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What is printed, and which of it is bold (of the same shape).
 
     Columns: (group, name), where a group is a bit width of a block or a network of several. Index: (row, what its line holds). Drops and what is
     published stand in columns beside a block's accuracies, but in lines below those of several blocks.
     """
+    if isinstance(table, Written):
+        return table.texts, table.texts.map(lambda _: False)
     rows, wide, naming = table.rows, isinstance(table, WideTable), list[tuple[str, ...]]()
     heads = {(i, w): (table.blocks[i].heading, w) for i, w in table.columns} if isinstance(table, WideTable) else {w: (w, w) for w in table.widths}
     index, columns = pd.MultiIndex.from_product([range(len(rows)), ["accuracy"]]), pd.MultiIndex.from_tuples(heads.values())
@@ -47,10 +61,15 @@ def texts_of(table: Block | WideTable) -> tuple[pd.DataFrame, pd.DataFrame]:
         texts = pd.concat(beside, axis=1)[order].dropna(how="all", axis=1).fillna("-")
         unit, figures = in_column([row.cost for row in rows])
         texts[unit, unit] = figures
-        naming = [(r.label + r.mark, r.fidelity, r.budget, "-".join(map(str, sorted({min(r.seeds), max(r.seeds)})))) for r in rows]
+        naming = [naming_of(row) for row in rows]
     for place, name in enumerate(("method", "steps x batch") if wide else NAMING):
         texts.insert(place, (name, name), [names[place] for names in naming])
     return texts, entries.map(lambda entry: bool(entry and entry.best)).reindex(index=texts.index, columns=texts.columns, fill_value=False)
+
+
+def naming_of(row: Row) -> tuple[str, ...]:
+    """What stands below NAMING."""
+    return row.label + row.mark, row.fidelity, row.budget, "-".join(map(str, sorted({min(row.seeds), max(row.seeds)})))
 
 
 def _sizes(entries: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -105,16 +124,15 @@ def in_pieces(texts: pd.DataFrame, widths: Sequence[int], room: int) -> list[lis
     return [naming + piece for piece in pieces]
 
 
-def notes_of(table: Block | WideTable) -> list[str]:
+def notes_of(table: Block | WideTable | Written) -> list[str]:
     """What the accuracies, ±, bold and marks mean and what else is to be known, a sentence each."""
+    if isinstance(table, Written):
+        return table.notes
     parts, rows = table.blocks if isinstance(table, WideTable) else [table], table.rows
     entries = [entry for row in rows for entry in row.entries.values()]
-    all_lost = [lost for row in rows for lost in row.lost.values()]
-    partly = any(column in row.entries for row in rows for column in row.lost)
     sized = {part.teacher: [entry.sizes for row in part.rows for entry in row.entries.values()] for part in parts}
     rule, error, best = parts[0].rule, max(block.error for block in parts), any(entry.best for entry in entries)
-    uncompared, numbered = sum(block.uncompared for block in parts), any(re.search(r" \[\d+\]", row.label) for row in rows)
-    usual = dict(next(ast.literal_eval(rules) for rules, mark in table.marks.items() if not mark))
+    uncompared = sum(block.uncompared for block in parts)
     of_images = "one standard error from the test set's size"
     once = "; where there is one seed, over test images alone" if any(entry.sd is None for entry in entries) else ""
     if isinstance(table, WideTable):
@@ -124,9 +142,7 @@ def notes_of(table: Block | WideTable) -> list[str]:
         own.append("follows " + "; ".join(f"'{fidelity}': {', '.join(method for _, method in its)}" for fidelity, its in fidelities))
     else:
         own = in_words([row.cost for row in rows if row.entries], table.devices)
-    for rules, mark in table.marks.items():
-        differing = ", ".join(f"{key} {value} (protocol: {usual[key]})" for key, value in ast.literal_eval(rules) if value != usual[key])
-        own += [f"{mark} the method's own rules: {differing}"] * bool(mark)
+    own += notes_on_marks(table.marks)
     said = {
         "in a cell: mean ± sd (seeds)": isinstance(table, WideTable),
         "top-1 in %, rule 'last': the last epoch's accuracy, as a user without test labels would get it": rule == "last",
@@ -134,15 +150,11 @@ def notes_of(table: Block | WideTable) -> list[str]:
         "(optimistic; at most as many choices as evaluations)": rule == "best-on-test",
         f"± is the standard deviation over seeds; drop: below the teacher; {of_images} is at most {error:.2f}": bool(entries),
         "bold: the best of a column with all that cannot be told from it (paired bootstrap over test images and seeds, Holm, 5 %)" + once: best,
-        "diverged: the training loss became infinite or NaN, so there is no student to measure": any(lost.diverged for lost in all_lost),
-        "failed: the cell ended with an error; `dfqbench run --retry-failed` tries it again": any(lost.failed for lost in all_lost),
-        "(1 of 3 diverged): the mean is over the seeds that are left; it is in no comparison and no ranking": partly,
+        **dict.fromkeys(notes_on_lost(rows), True),
         "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
         f"{uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged": uncompared > 0,
         **dict.fromkeys(own + size.in_words(parts[0].beside, sized), True),
-        "[1], [2]: same name and budget, but other settings or versions; the report shows them per cell": numbered,
-        "follows 'abstract': reconstructed, details of the method are not public": any(row.fidelity == "abstract" for row in rows),
-        "follows 'released': trained elsewhere, evaluated here": any(row.fidelity == "released" for row in rows),
+        **dict.fromkeys(notes_on_names(rows), True),
         "published: what papers claim (a range where sources disagree), and how far we are from it in our standard errors; "
         "papers print one figure each, most of them the best epoch on the test set": any(entry.published for entry in entries),
     }
@@ -151,6 +163,39 @@ def notes_of(table: Block | WideTable) -> list[str]:
         where = [f"{block.teacher} on {block.evaluation}" for block in parts if why in block.why_no_claims]
         notes.append(why if len(where) == len(parts) else f"{why} ({', '.join(dict.fromkeys(where))})")
     return notes
+
+
+def notes_on_lost(rows: Sequence[Row]) -> list[str]:
+    """What is said where there is no result."""
+    all_lost = [lost for row in rows for lost in row.lost.values()]
+    said = {
+        "diverged: the training loss became infinite or NaN, so there is no student to measure": any(lost.diverged for lost in all_lost),
+        "failed: the cell ended with an error; `dfqbench run --retry-failed` tries it again": any(lost.failed for lost in all_lost),
+        "(1 of 3 diverged): the mean is over the seeds that are left; it is in no comparison and no ranking": any(
+            column in row.entries for row in rows for column in row.lost
+        ),
+    }
+    return [note for note, holds in said.items() if holds]
+
+
+def notes_on_marks(marks: Mapping[str, str]) -> list[str]:
+    """In which rules a marked row differs from those without a mark."""
+    usual, notes = dict(next(ast.literal_eval(rules) for rules, mark in marks.items() if not mark)), list[str]()
+    for rules, mark in marks.items():
+        differing = ", ".join(f"{key} {value} (protocol: {usual[key]})" for key, value in ast.literal_eval(rules) if value != usual[key])
+        notes += [f"{mark} the method's own rules: {differing}"] * bool(mark)
+    return notes
+
+
+def notes_on_names(rows: Sequence[Row]) -> list[str]:
+    """What stands behind a row's name and below `follows`."""
+    numbered, fidelities = any(re.search(r" \[\d+\]", row.label) for row in rows), {row.fidelity for row in rows}
+    said = {
+        "[1], [2]: same name and budget, but other settings or versions; the report shows them per cell": numbered,
+        "follows 'abstract': reconstructed, details of the method are not public": "abstract" in fidelities,
+        "follows 'released': trained elsewhere, evaluated here": "released" in fidelities,
+    }
+    return [note for note, holds in said.items() if holds]
 
 
 def ranking(found: Sequence[Block]) -> list[str]:
@@ -169,21 +214,37 @@ def ranking(found: Sequence[Block]) -> list[str]:
     return lines + [f"not ranked, as they are not in every column with all their seeds: {left_out}"] * bool(left_out)
 
 
-def means_frame(found: Sequence[Block]) -> pd.DataFrame:
+def means_frame(found: Sequence[Block], without_data: Sequence[Written] = ()) -> pd.DataFrame:
     """One line per row and bit width, with everything that is known about it; accuracies in percent. n: finished cells, seeds: theirs."""
     lines = []
     for block, row, width in ((its, row, width) for its in found for row in its.rows for width in its.widths):
-        entry, lost = row.entries.get(width), row.lost.get(width)
-        line: dict[str, Any] = {"teacher": block.teacher, "evaluation": block.evaluation, "protocol": block.protocol, "precision": block.precision}
-        line |= {"method": row.label + row.mark, "follows": row.fidelity, "steps": row.steps, "batch": row.batch, "bits": width}
-        line |= {"n": len(entry.ids) if entry else 0, "diverged": lost.diverged if lost else 0, "failed": lost.failed if lost else 0}
+        entry, line = row.entries.get(width), line_of(vars(block), row, width)
         if entry:
-            interval, against, claim, cost = entry.estimate, entry.against_best, entry.published, entry.cost
+            interval, against, claim = entry.estimate, entry.against_best, entry.published
             distance = round(claim.distance(entry.mean) / entry.error, 2) if claim and entry.error else None
-            line |= {"seeds": " ".join(map(str, entry.seeds)), "top1": entry.mean, "sd": entry.sd, "low": interval and interval.low}
+            line |= {"top1": entry.mean, "sd": entry.sd, "low": interval and interval.low}
             line |= {"high": interval and interval.high, "drop": entry.drop, "best": entry.best, "below_best": against and -against.value}
             line |= {"p_holm": against and float(f"{against.p:.3g}"), "published": claim and str(claim), "from_published_in_se": distance}
-            line |= {"seconds_low": round(cost.low, 3), "seconds_high": round(cost.high, 3), "seconds_of": cost.clock}
-            line |= entry.sizes.as_columns() if entry.sizes else {}
-        lines += [line] * bool(entry or lost)
-    return pd.DataFrame(lines).astype({"steps": "Int64"}).round(dict.fromkeys(("top1", "sd", "low", "high", "drop", "below_best"), 4))
+            line |= costs_of(entry)
+        lines += [line] * bool(entry or width in row.lost)
+    lines += [line for table in without_data for line in table.means]
+    return (
+        pd.DataFrame(lines)
+        .astype({"steps": "Int64"})
+        .round(dict.fromkeys(("top1", "sd", "low", "high", "drop", "below_best", "agreement", "agreement_sd"), 4))
+    )
+
+
+def line_of(place: Mapping[str, Any], row: Row, width: str) -> dict[str, Any]:
+    """The beginning of a line of `means_frame`. place: what the table has of its cells."""
+    entry, lost = row.entries.get(width), row.lost.get(width)
+    line = {name: place[name] for name in ("teacher", "evaluation", "protocol", "precision")}
+    line |= {"method": row.label + row.mark, "follows": row.fidelity, "steps": row.steps, "batch": row.batch, "bits": width}
+    line |= {"n": len(entry.ids) if entry else 0, "diverged": lost.diverged if lost else 0, "failed": lost.failed if lost else 0}
+    return line | ({"seeds": " ".join(map(str, entry.seeds))} if entry else {})
+
+
+def costs_of(entry: Entry) -> dict[str, Any]:
+    """The end of such a line."""
+    cost = {"seconds_low": round(entry.cost.low, 3), "seconds_high": round(entry.cost.high, 3), "seconds_of": entry.cost.clock}
+    return cost | (entry.sizes.as_columns() if entry.sizes else {})
