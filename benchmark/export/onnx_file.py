@@ -17,7 +17,7 @@ from torch.export.graph_signature import InputKind
 
 from dfqbench.export.onnx_graph import IMAGES, Dims, Graph, Value
 from dfqbench.export.onnx_ops import OPERATORS
-from dfqbench.export.torch_program import program
+from dfqbench.export.torch_program import description, program
 from dfqbench.files import write_atomically
 from dfqbench.network import Network
 from dfqbench.quantization.student import Student
@@ -26,25 +26,19 @@ SESSION_OPTIONS = "session_options"  # key of the metadata
 ASSERTIONS = ("_assert", "sym_constrain")
 
 
-def export_onnx(network: Network, path: Path, about: dict[str, str] | None = None) -> None:
-    """Writes a student, or a teacher as floats, as an ONNX file: images (batch x C x H x W, normalised) -> logits (batch x classes).
+def export_onnx(network: Network, path: Path, about: dict[str, str] | None = None, quantized: bool = True) -> None:
+    """Writes an ONNX file: images (batch x C x H x W, normalised) -> logits (batch x classes); without `quantized`, and a teacher, as floats.
 
     Its metadata says what it is and what images it wants; `about` adds to it. Raises UserError, before anything is written, where the network has
     an operator that is not known here.
     """
     graph = Graph()
-    output = _translate(program(network), graph)
-    model = graph.model(output.name, output.dims, network.task.image_shape, {**description(network), **(about or {})})
+    output = _translate(program(network, quantized), graph)
+    found = {**description(network), **(about or {})}
+    if quantized and isinstance(network, Student):
+        found[SESSION_OPTIONS] = json.dumps(session_options(network))
+    model = graph.model(output.name, output.dims, network.task.image_shape, found)
     write_atomically(path, model.SerializeToString())
-
-
-def description(network: Network) -> dict[str, str]:
-    """What a user of the file needs to know: text by key, values that are not text as JSON."""
-    found: dict[str, Any] = {"network": network.traced.meta.get("network", ""), "task": network.task.as_dict()}
-    if isinstance(network, Student):
-        found |= {"protocol": network.protocol.name, "rules": network.protocol.fingerprint(), "bits": str(network.bits)}
-        found[SESSION_OPTIONS] = session_options(network)
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}
 
 
 def session_options(student: Student) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from dfqbench.errors import UserError
 
 BATCH = "batch"
 IMAGES, LOGITS = "images", "logits"
+Operator = Callable[..., Any]
 Dims = tuple[int | None, ...]  # None: as many as there are images
 # the types that QuantizeLinear and DequantizeLinear know, by the levels that they hold; two bits from opset 25 on, the others from 21
 TYPES = {(0, 3): "uint2", (-2, 1): "int2", (0, 15): "uint4", (-8, 7): "int4", (0, 255): "uint8", (-128, 127): "int8", (-(2**15), 2**15 - 1): "int16"}
@@ -136,3 +137,20 @@ def numpy_type(kind: str) -> Any:
     import ml_dtypes
 
     return getattr(ml_dtypes, kind) if kind.endswith(("2", "4")) else np.dtype(kind).type
+
+
+def integers(*values: int) -> Any:
+    return np.array(values, np.int64)
+
+
+def rank(x: Any) -> int:
+    return x.dim() if isinstance(x, Tensor) else len(x.dims)
+
+
+def size(x: Any) -> tuple[int | None, ...]:
+    return tuple(x.shape) if isinstance(x, Tensor) else x.dims
+
+
+def listed(value: Any, axes: int = 2) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * axes if len(values) == 1 else values

@@ -61,6 +61,16 @@ def options_of(path: Path) -> dict[str, str]:
     return found
 
 
+def advice(path: Path) -> list[str]:
+    """Lines for those who run the file elsewhere."""
+    options = options_of(path)
+    lines = [f"session options for onnxruntime: {' '.join(f'{key}={value}' for key, value in options.items())}"] if options else []
+    if X64 in options:
+        here = "not needed on this CPU" if has_vnni() else "needed on this CPU"
+        lines.append(f"on x86 CPUs without VNNI 8-bit products saturate unless {X64}=1; on others it costs time ({here})")
+    return lines
+
+
 def metadata(path: Path) -> dict[str, str]:
     """What the file says of itself."""
     return {entry.key: entry.value for entry in onnx.load(path).metadata_props}

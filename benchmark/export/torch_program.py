@@ -6,18 +6,24 @@ Both exports start here: `save_program` writes the program, onnx_file.py transla
 from __future__ import annotations
 
 import copy
+import io
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from dfqbench.errors import UserError
+from dfqbench.files import write_atomically
 from dfqbench.network import Network
 from dfqbench.quantization.fake_quantize import levels
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
 from dfqbench.quantization.student import Student
 
+ABOUT = "about.json"
 INT16 = 2**15  # a centred level below it has an integer type
 
 
@@ -40,9 +46,10 @@ class IntegerLayer(nn.Module):
         self.dtype = torch.int8 if codes.lowest < 0 else torch.uint8
         zero = codes.zero_point
         self.fits = bool(((zero >= codes.lowest) & (zero <= codes.highest)).all())  # else no integer type need hold it: plain arithmetic
-        self.register_buffer("levels", codes.levels.to(self.dtype))
-        self.register_buffer("scale", codes.scale)
-        self.register_buffer("zero_point", zero.to(torch.int32) if self.fits else zero)
+        self.register_buffer("levels", codes.levels.to(self.dtype).contiguous())
+        self.register_buffer("scale", codes.scale.clone())
+        self.register_buffer("zero_point", zero.to(torch.int32) if self.fits else zero.clone())
+        self.whole = (float(codes.scale), int(zero)) if self.fits and not zero.dim() else (1.0, 0)  # scale and zero point of one grid
         self.layer = copy.copy(quantized.layer)  # without its float weight
         self.layer._parameters = {name: p for name, p in quantized.layer._parameters.items() if name != "weight"}
 
@@ -57,14 +64,13 @@ class IntegerLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight on its grid, in float32."""
         ops, grid = torch.ops.quantized_decomposed, (self.lowest, self.highest, self.dtype)
+        if self.fits and self.scale.dim():
+            result: Tensor = ops.dequantize_per_channel(self.levels, self.scale, self.zero_point, 0, *grid)
+            return result
+        result = ops.dequantize_per_tensor(self.levels, *self.whole, *grid)
         if not self.fits:
             along = [-1, *[1] * (self.levels.dim() - 1)] if self.scale.dim() else []
-            whole = ops.dequantize_per_tensor(self.levels, 1.0, 0, *grid)
-            result: Tensor = (whole - self.zero_point.view(along)) * self.scale.view(along)
-        elif self.scale.dim():
-            result = ops.dequantize_per_channel(self.levels, self.scale, self.zero_point, 0, *grid)
-        else:
-            result = ops.dequantize_per_tensor(self.levels, float(self.scale), int(self.zero_point), *grid)
+            result = (result - self.zero_point.view(along)) * self.scale.view(along)
         return result
 
 
@@ -73,30 +79,45 @@ class StandardQuantizer(nn.Module):
 
     A zero point that lies outside the levels (a range that is far from zero) makes it int16 levels around 0, or plain arithmetic where even
     those do not suffice.
+
+    of_images: for what is the same number wherever the network runs, the level is, too. The standard operators divide, round, and add the zero
+    point; `fake_quantize` multiplies, adds, and rounds. That differs on a boundary between two levels, and there pixels do lie: 256 of them on 256
+    levels whose range is symmetric are all half a level off. So the operators get what is to be rounded.
     """
 
-    def __init__(self, quantizer: ActivationQuantizer):
+    def __init__(self, quantizer: ActivationQuantizer, of_images: bool = False):
         super().__init__()
         lowest, highest = levels(quantizer.bits, quantizer.protocol.activation_symmetric)
-        self.scale, zero = float(quantizer.scale), int(quantizer.zero_point)
+        self.scale, self.inverse, zero = float(quantizer.scale), float(1.0 / quantizer.scale), int(quantizer.zero_point)
         self.dtype = torch.int8 if lowest < 0 else torch.uint8
+        self.of_images = of_images and lowest <= zero <= highest
         if not lowest <= zero <= highest:
             lowest, highest, zero, self.dtype = lowest - zero, highest - zero, 0, torch.int16
         self.lowest, self.highest, self.zero_point = lowest, highest, zero
 
     def forward(self, x: Tensor) -> Tensor:
         if self.dtype == torch.int16 and not -INT16 <= self.lowest <= self.highest < INT16:
-            inverse, scale = 1.0 / torch.tensor(self.scale), torch.tensor(self.scale)
-            return torch.clamp(torch.round(x * inverse), self.lowest, self.highest) * scale
-        grid = (self.scale, self.zero_point, self.lowest, self.highest, self.dtype)
-        ops = torch.ops.quantized_decomposed
-        result: Tensor = ops.dequantize_per_tensor(ops.quantize_per_tensor(x, *grid), *grid)
+            return torch.clamp(torch.round(x * self.inverse), self.lowest, self.highest) * self.scale
+        grid, ops = (self.lowest, self.highest, self.dtype), torch.ops.quantized_decomposed
+        if self.of_images:
+            whole = ops.quantize_per_tensor(x * self.inverse + self.zero_point, 1.0, 0, *grid)
+        else:
+            whole = ops.quantize_per_tensor(x, self.scale, self.zero_point, *grid)
+        result: Tensor = ops.dequantize_per_tensor(whole, self.scale, self.zero_point, *grid)
         return result
 
 
-def lowered(network: Network) -> fx.GraphModule:
+def float_layer(quantized: QuantizedLayer) -> nn.Module:
+    """The plain layer, with the weight on its grid as floats."""
+    layer = copy.copy(quantized.layer)
+    layer._parameters = {**quantized.layer._parameters, "weight": nn.Parameter(quantized.codes().weight(), requires_grad=False)}
+    return layer
+
+
+def lowered(network: Network, quantized: bool = True) -> fx.GraphModule:
     """The network's graph on the CPU, with standard operators in place of the suite's own modules; shares what is left as it is.
 
+    Without `quantized` the weights on their grids are written as floats, and activations are not quantized.
     Raises UserError where an activation quantizer has no range or a weight is not finite.
     """
     register_operators()
@@ -105,23 +126,27 @@ def lowered(network: Network) -> fx.GraphModule:
     if any(t.device.type != "cpu" for t in [*network.parameters(), *network.buffers()]):
         network = copy.deepcopy(network).cpu()
     graph = fx.GraphModule(network.traced, copy.deepcopy(network.traced.graph))
+    images = {str(user.target) for node in graph.graph.nodes if node.op == "placeholder" for user in node.users}
     for name, module in dict(network.traced.named_modules()).items():
         if isinstance(module, ActivationQuantizer):
-            graph.set_submodule(name, StandardQuantizer(module))
+            graph.set_submodule(name, StandardQuantizer(module, name in images) if quantized else nn.Identity())
         elif isinstance(module, QuantizedLayer):
             try:
-                graph.set_submodule(name, IntegerLayer(module))
+                graph.set_submodule(name, IntegerLayer(module) if quantized else float_layer(module))
             except ValueError as error:
                 raise UserError(f"{name}: {error}") from None
     return graph.eval()
 
 
 @torch.no_grad()
-def program(network: Network) -> ExportedProgram:
-    """The network as a program in ATen operators with a dynamic batch axis: N x C x H x W normalised images -> N x classes."""
+def program(network: Network, quantized: bool = True) -> ExportedProgram:
+    """The network as a program in ATen operators with a dynamic batch axis: N x C x H x W normalised images -> N x classes.
+
+    Raises UserError where torch.export cannot follow it.
+    """
     images = torch.zeros(2, *network.task.image_shape)
     try:
-        return torch.export.export(lowered(network), (images,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False)
+        return torch.export.export(lowered(network, quantized), (images,), dynamic_shapes=({0: Dim("batch", min=1)},), strict=False)
     except UserError:
         raise
     except Exception as error:  # torch.export may raise anything
@@ -130,7 +155,23 @@ def program(network: Network) -> ExportedProgram:
 
 
 def save_program(network: Network, path: Path, about: dict[str, str]) -> None:
-    """Writes a .pt2 file; `about` goes in as `about.json`. It is read by `torch.export.load`, once `register_operators`' module is imported."""
-    import json
+    """Writes a torch.export file with `description(network)` and `about` in it as `about.json`."""
+    made = program(network)
+    buffer = io.BytesIO()
+    torch.export.save(made, buffer, extra_files={ABOUT: json.dumps({**description(network), **about})})
+    write_atomically(path, buffer.getvalue())
 
-    torch.export.save(program(network), path, extra_files={"about.json": json.dumps(about)})
+
+def load_program(path: Path) -> Callable[[Tensor], Tensor]:
+    """The program of a file that this suite wrote, to be called with normalised images."""
+    register_operators()
+    with path.open("rb") as file:
+        return torch.export.load(file).module()  # type: ignore[return-value]
+
+
+def description(network: Network) -> dict[str, str]:
+    """What a user of a file needs to know: text by key, values that are not text as JSON."""
+    found: dict[str, Any] = {"network": network.traced.meta.get("network", ""), "task": network.task.as_dict()}
+    if isinstance(network, Student):
+        found |= {"protocol": network.protocol.name, "rules": network.protocol.fingerprint(), "bits": str(network.bits)}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found.items()}

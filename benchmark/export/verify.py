@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
+from dfqbench.export.torch_program import float_layer
 from dfqbench.network import Network
-from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.quantization.layers import QuantizedLayer
 from dfqbench.task import Task
 
 CLOSE = 1e-4  # logits: an answer as near as that to another may be the other
@@ -59,17 +60,18 @@ class Agreement:
         return apart <= max(CLOSE, 2 * float(self.noise.max())) and float(self.moved.median()) <= median
 
     def __str__(self) -> str:
+        """A line, and indented ones about what differs."""
         images, different = len(self.moved), int(self.differs.sum())
         said = [
             f"{self.how}: {images - different} of {images} answers equal; logits (up to {self.largest:.3g}) differ by at most "
             f"{self.moved.max():.1e}, on the median image by {self.moved.median():.1e}"
         ]
         if different:
-            apart = self.margins[self.differs]
-            said.append(f"where the answer differs, the student's two best logits lie {apart.min():.2g} to {apart.max():.2g} apart")
+            apart = sorted({f"{margin:.2g}" for margin in self.margins[self.differs].tolist()}, key=float)
+            said.append(f"where the answer differs, the student's two best logits lie {' to '.join(dict.fromkeys([apart[0], apart[-1]]))} apart")
         if self.noise is not None:
-            said.append(f"{self.why} moves logits by up to {self.noise.max():.2g}, on the median image by {self.noise.median():.1e}")
-        return "; ".join(said)
+            said.append(f"{self.why} moves logits by up to {self.noise.max():.1e}, on the median image by {self.noise.median():.1e}")
+        return "\n  ".join(said)
 
 
 @torch.no_grad()
@@ -106,23 +108,12 @@ def agreements(network: Network, runs: dict[str, Run], batches: Batches, others:
 
 def in_float64(network: Network) -> Run:
     """The same grids, levels and float parameters; sums and quotients in float64."""
-    graph = with_float_layers(network)
-    for name, module in list(graph.named_modules()):
-        if isinstance(module, ActivationQuantizer):
-            graph.set_submodule(name, copy.copy(module))  # of its own: what follows converts it
-    double = copy.deepcopy(graph).double()
-    return lambda images: double(images.double()).float()
-
-
-def with_float_layers(network: Network) -> fx.GraphModule:
-    """The network's graph with plain layers, whose float weights are those on the grid."""
     graph = fx.GraphModule(network.traced, copy.deepcopy(network.traced.graph))
     for name, module in dict(network.traced.named_modules()).items():
         if isinstance(module, QuantizedLayer):
-            layer = copy.copy(module.layer)
-            layer._parameters = {**module.layer._parameters, "weight": nn.Parameter(module.codes().weight(), requires_grad=False)}
-            graph.set_submodule(name, layer)
-    return graph.eval()
+            graph.set_submodule(name, float_layer(module))
+    double = copy.deepcopy(graph).eval().double()
+    return lambda images: double(images.double()).float()
 
 
 def random_images(task: Task, count: int, batch_size: int = 50) -> Batches:
