@@ -18,11 +18,13 @@ from torch.nn import functional as F
 
 from dfqbench.engine.device import autocast_of
 from dfqbench.engine.evaluate import Evaluation
+from dfqbench.engine.lockstep import Interrupted
 from dfqbench.engine.method_state import set_up
 from dfqbench.errors import UserError
 from dfqbench.method.registry import find_method
 from dfqbench.network import Network, Teacher
 from dfqbench.quantization.student import Student
+from dfqbench.run.options import StopFlag
 from dfqbench.sweep.cell import Cell
 
 BATCH = 256
@@ -44,12 +46,17 @@ def agreement(student: Network, teacher: Network, images: Tensor, autocast: Any)
     return Evaluation(same, 100.0 * float(np.mean(same)), None, float(torch.cat(divergences).double().mean()), "agreement")
 
 
-def made_images(cell: Cell, teacher: Teacher, device: torch.device, count: int) -> Tensor:
-    """At least one batch, at most `count` images (N x C x H x W) of the cell's method after its whole plan, without any student."""
+def made_images(cell: Cell, teacher: Teacher, device: torch.device, count: int, stop: StopFlag) -> Tensor:
+    """At least one batch, at most `count` images (N x C x H x W) of the cell's method after its whole plan, without any student.
+
+    Raises Interrupted at the next step after a signal; nothing is saved.
+    """
     method = set_up(cell, teacher, device, None)
     with autocast_of(cell, device):
         for phase in method.phases():
             for _ in range(phase.epochs * (phase.iterations if phase.iterations is not None else int(method.config.iterations))):
+                if stop.signal is not None:
+                    raise Interrupted
                 if phase.step is not None:
                     phase.step()
                 elif phase.batch is None:
@@ -60,13 +67,13 @@ def made_images(cell: Cell, teacher: Teacher, device: torch.device, count: int) 
     return torch.cat(made)[:count]
 
 
-def kept_images(path: Path, maker: Cell, teacher: Teacher, device: torch.device, count: int, say: Callable[[str], None]) -> Tensor:
+def kept_images(path: Path, maker: Cell, teacher: Teacher, device: torch.device, count: int, say: Callable[[str], None], stop: StopFlag) -> Tensor:
     """`made_images`, from the file where an earlier call left them; `say` is told when they are made."""
     if not path.exists():
         say(f"making {count} images with {maker.label}, seed {maker.seed}")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file({"images": made_images(maker, teacher, device, count).cpu().contiguous()}, partial)
+        save_file({"images": made_images(maker, teacher, device, count, stop).cpu().contiguous()}, partial)
         partial.replace(path)
     return load_file(path)["images"].to(device).contiguous(memory_format=torch.channels_last)
 

@@ -18,6 +18,7 @@ from dfqbench.files import read_json
 from dfqbench.store import Store
 from dfqbench.store.cache import cache_folder
 from dfqbench.store.provenance import provenance
+from dfqbench.sweep.cell import without_data
 
 OF_ROUNDING = ("device_name", "torch", "cpu_capability", "threads")  # of provenance: where the last bits of a logit come from
 
@@ -77,6 +78,12 @@ def _against(path: Path, cell: dict[str, Any], results: Path, digest: str, packe
             return f"{folder / 'result.json'}: {error}"
         if not isinstance(kept, dict) or kept.get("id") != cell.get("id"):
             continue
+        if without_data(kept["cell"]):
+            made = kept["cell"]["evaluation"].get("made", "unknown")
+            on = f"{kept['images']} synthetic images ({made})"
+            return (
+                f"cell {kept['id']} was scored without data: agreement with its teacher {kept['agreement']:.2f} %, KL {kept['kl']:.3g} nats, on {on}"
+            )
         if kept["cell"]["identity"]["evaluation"] != digest:
             return f"cell {kept['id']} was evaluated on another set ({kept['cell']['evaluation']['name']})"
         theirs = read_correct(folder / "correct.npy", kept)

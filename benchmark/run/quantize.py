@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 
 from dfqbench.errors import UserError
@@ -61,7 +62,7 @@ def quantize(
     """
     held = in_memory(network, size=size, classes=classes, mean=mean, std=std)
     content = content_of(held.card.label, method, bits, protocol, seed, selection, settings)
-    with _folder(folder) as place:
+    with _folder(folder) as place, torch.random.fork_rng():
         shown = make_progress(Console(quiet=not progress))
         return quantized(spanned(content, shown.say, networks={held.card.label: held}), Store(place, writable=True), device, shown)
 

@@ -57,7 +57,7 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
         missing = tuple(cell for cell in bundle.cells if read_json(paths[cell.id]) is None)
         if missing:
             teacher = Teacher(load(loaded.teachers[card], card), card.task).to(device).to(memory_format=torch.channels_last)
-            images = kept_images(folder / f"images-{digest}.safetensors", maker, teacher, device, selection.count, progress.say)
+            images = kept_images(folder / f"images-{digest}.safetensors", maker, teacher, device, selection.count, progress.say, stop)
             for record in _compared(Bundle(missing), teacher, images, device, progress, stop):
                 write_json(paths[record["id"]], {**record, "images": {"cell": maker.record(), "count": len(images)}})
         yield from (record for record in map(read_json, paths.values()) if record is not None)

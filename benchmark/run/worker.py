@@ -195,7 +195,7 @@ class Worker:
         selection = self.loaded.selection
         assert selection is not None
         path = self.store.root / "unseen" / f"{selection.digest(cell.teacher)}.safetensors"
-        return kept_images(path, selection.maker(cell.teacher), teacher, self.device, selection.count, say)
+        return kept_images(path, selection.maker(cell.teacher), teacher, self.device, selection.count, say, self.stop)
 
     def _evaluate(self, network: Any, cell: Cell, images: Images) -> Evaluation:
         return evaluate(network, images, cell.teacher.task, device=self.device, precision=cell.precision, batch_size=self.options.evaluation_batch)
