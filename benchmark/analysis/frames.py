@@ -45,12 +45,17 @@ COLUMNS = {
     "weight_bits": "Int64",
     "activation_bits": "Int64",
     "seed": "Int64",
+    "metric": "string",
     "top1": "Float64",
     "top5": "Float64",
     "best": "Float64",
     "best_epoch": "Int64",
     "teacher_top1": "Float64",
     "drop": "Float64",
+    "agreement": "Float64",
+    "kl": "Float64",
+    "plain_agreement": "Float64",
+    "plain_kl": "Float64",
     "images": "Int64",
     "evaluations": "Int64",
     "last_epoch": "Int64",
@@ -109,7 +114,7 @@ def frame_of(readings: Sequence[Reading], *, replicates: bool = False) -> pd.Dat
     seen = set(done)
     for reading in readings:
         failures = {failure["id"]: failure for failure in reading.failures}
-        for cell in reading.unfinished:
+        for cell in (*reading.unfinished, *reading.unfinished_without_data):
             if cell["id"] not in seen:
                 rows.append((_place(reading.store) | {"error": _said(failures[cell["id"]])}, cell))
         seen |= failures.keys()
@@ -134,7 +139,7 @@ def _read(folder: Path) -> Reading:
     reading = read_store(_store(folder))
     for line in reading.skipped:
         warnings.warn(f"skipped: {line}", Notice, stacklevel=3)
-    left_out = len(reading.failures) - len(reading.unfinished)
+    left_out = len(reading.failures) - len(reading.unfinished) - len(reading.unfinished_without_data)
     if left_out:
         why = "a newer try of the same experiment counts, or cell.json cannot be read"
         warnings.warn(f"{folder}: {counted(left_out, 'failed cell')} left out: {why}", Notice, stacklevel=3)
@@ -143,7 +148,7 @@ def _read(folder: Path) -> Reading:
 
 def _measured(reading: Reading) -> Iterable[tuple[Store, Path, dict[str, Any]]]:
     """(store, folder, result) of all results of a store; a cell's own comes before its replicates."""
-    for result in reading.results:
+    for result in reading.finished:
         yield reading.store, reading.store.folder(result["id"]), result
     for cell_id, others in reading.replicates.items():
         for other in others:

@@ -21,6 +21,7 @@ from dfqbench.analysis.frames import COLUMNS, STATES
 from dfqbench.errors import Notice, UserError
 from dfqbench.files import write_json
 from dfqbench.store import Store
+from dfqbench.sweep.cell import EvaluationCard
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "results" / "reference" / "cifar10-jpeg-study"
@@ -164,6 +165,23 @@ def test_a_cell_that_failed_in_one_store_and_is_done_in_another_is_done(store: S
     third = Store(tmp_path / "c", writable=True)
     write_failure(third, next(cells(1)), "OSError")
     assert quietly(other.root, third.root).error.tolist() == ["Diverged: diverged: the loss is nan in epoch 5"], "the first store's"
+
+
+def test_cells_without_an_evaluation_set_are_rows_without_an_accuracy(store: Store) -> None:
+    first, second = (replace(cell, evaluation=EvaluationCard("none", "none 0123456789ab", 10, 20)) for cell in cells(2))
+    write_cell(store, first)
+    path = store.folder(first.id) / "result.json"
+    result = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("top1", "top5")}
+    scores = {"metric": "agreement", "agreement": 75.0, "kl": 0.25, "plain_rounding": {"agreement": 50.0, "kl": 0.5}}
+    write_json(path, result | scores | {"best": {"epoch": 40, "agreement": 75.0}, "teacher": {"metric": "agreement"}})
+    write_failure(store, second)
+    frame = quietly(store.root).set_index("id")
+    assert frame.metric.value_counts().to_dict() == {"top1": 6, "agreement": 2}
+    row = frame.loc[first.id]
+    assert (row.agreement, row.kl, row.plain_agreement, row.plain_kl) == (75.0, 0.25, 50.0, 0.5)
+    assert frame.loc[[first.id, second.id], ["top1", "best", "drop", "teacher_top1"]].isna().all(axis=None)
+    assert frame.loc[second.id].status == "diverged"
+    assert frame[frame.metric == "top1"].agreement.isna().all()
 
 
 # --- several stores ---------------------------------------------------------------------------------------------------
