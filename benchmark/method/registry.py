@@ -114,10 +114,12 @@ def load_plugin(path: str | Path) -> None:
 
 
 def built_in_names() -> list[str]:
-    """The files in methods/, sorted, without importing any: what has a colour of its own in every plot."""
+    """The files in methods/, without importing any, in their declared order; what is not in it comes behind, by name."""
     import dfqbench_methods
 
-    return sorted(module.name for module in pkgutil.iter_modules(dfqbench_methods.__path__) if not module.ispkg)
+    place = {name: i for i, name in enumerate(dfqbench_methods.ORDER)}
+    found = [module.name for module in pkgutil.iter_modules(dfqbench_methods.__path__) if not module.ispkg]
+    return sorted(found, key=lambda name: (place.get(name, len(place)), name))
 
 
 def built_in_folders() -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,11 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from synthetic_store import cells, make_store, write_cell
 
+import dfqbench_methods
 from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
 from dfqbench.analysis.plots.figures import files, prepare
 from dfqbench.analysis.plots.kinds import KINDS, draw
-from dfqbench.analysis.plots.style import COLOURS, leave_out_failures, rendered, styles
+from dfqbench.analysis.plots.style import COLOURS, MARKERS, leave_out_failures, rendered, styles
 from dfqbench.analysis.records import read_store
+from dfqbench.method.registry import built_in_names
 from dfqbench.store import Store
 
 
@@ -57,6 +60,26 @@ def test_a_method_has_one_colour_in_every_plot_and_store(drawn: Drawn, tmp_path:
             write_cell(few, cell)
     other = styles(prepare(read_store(few)).blocks)
     assert {label: style.color for label, style in other.items()} == {label: look[label].color for label in other}
+
+
+# in figures that were published before others came: neither colour nor marker of these may ever move
+FIRST = ("acq", "ait", "gdfq", "gznq", "intraq", "lrq", "qimera", "round", "zaq", "zeroq")
+
+
+def test_a_new_method_moves_no_others_colour_or_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither another file in methods/ nor a plug-in, wherever their names stand in the alphabet."""
+    (tmp_path / "aaa.py").touch()
+    monkeypatch.setattr(dfqbench_methods, "__path__", [str(tmp_path), *dfqbench_methods.__path__])
+    methods = ("aardvark", "aaa", *sorted({*FIRST, "checkpoint"}))
+    rows = [SimpleNamespace(method=method, label=method, changed={}) for method in methods]
+    look = styles([SimpleNamespace(rows=rows)])  # type: ignore[list-item]
+    places = {method: i for i, method in enumerate((*FIRST, "checkpoint", "aaa", "aardvark"))}
+    wanted = {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for method, i in places.items()}
+    assert {label: (style.color, style.marker) for label, style in look.items()} == wanted
+
+
+def test_every_built_in_method_has_declared_its_place() -> None:
+    assert list(dfqbench_methods.ORDER) == built_in_names(), "dfqbench_methods.ORDER: new methods go to its end"
 
 
 @pytest.mark.slow

@@ -102,7 +102,7 @@ class Style:
 
 
 def styles(found: list[Block]) -> dict[str, Style]:
-    """By row label: the colour says which method, marker and dashes which of its settings."""
+    """By row label: the colour says which method, marker and dashes which of its settings. Built-in methods come first, in their declared order."""
     known = built_in_names()
     others = sorted({row.method for block in found for row in block.rows} - set(known))
     colour = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate([*known, *others])}
