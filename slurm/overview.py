@@ -34,6 +34,8 @@ class Word(enum.Enum):
 
 COLOURS = {Word.RUNNING: "cyan", Word.FAILED: "red", Word.LOST: "red", Word.PREEMPTED: "yellow", Word.DONE: "green"}
 
+REACHED = {"top1": "{:.2f} %", "agreement": "agreement with the teacher {:.2f} %"}
+
 
 @dataclass(frozen=True)
 class Line:
@@ -115,7 +117,7 @@ def look(cells: dict[str, str], store: Store, ask_accounting: bool = True) -> Ov
 def _state(cell: str, store: Store, submission: Submission | None, task: int, state: dict[str, Any], jobs: dict[str, Job] | None) -> tuple[Word, str]:
     result = store.result(cell)
     if result is not None:
-        return Word.DONE, f"{result['top1']:.2f} %" if "top1" in result else ""
+        return Word.DONE, next((said.format(result[name]) for name, said in REACHED.items() if name in result), "")
     progress = store.progress(cell)
     holder = store.lease(cell).holder()
     job_id = submission.job_of(task, jobs or {}) if submission else None

@@ -13,7 +13,7 @@ from dfqbench.analysis.records import Reading, read_store, said_of
 from dfqbench.analysis.stats import Bootstrap, Estimate, McNemar, mcnemar
 from dfqbench.errors import UserError, counted
 from dfqbench.store import Store
-from dfqbench.sweep.cell import leaves
+from dfqbench.sweep.cell import leaves, without_data
 
 OF_THE_PLACE = ("host", "slurm_job", "images.seconds")  # of provenance: where it happened to run, and how long that took
 Side = tuple[dict[str, Any], NDArray[np.uint8]]  # a result, and packed bits of the images that it got right
@@ -33,7 +33,7 @@ class Pair:
     """Two results, compared on the images of their last epoch.
 
     difference: accuracy of the first minus the second's, in percentage points, over test images alone. both, neither: images that both and that none
-    of them got right; `test` counts the rest.
+    of them got right; `test` counts the rest. Of two cells without data it is the agreement with their teacher, and right is what the teacher says.
     """
 
     first: dict[str, Any]
@@ -59,10 +59,7 @@ def compare(store: Store, first: str, second: str, measured: Mapping[str, Side] 
         result = _finished(reading, cell_id)
         known[given] = result, _correct(reading, result)
     (ours, right), (theirs, theirs_right) = known[first], known[second]
-    sets = [(r["cell"]["evaluation"]["name"], r["cell"]["identity"]["evaluation"], r["images"]) for r in (ours, theirs)]
-    if sets[0][1:] != sets[1][1:]:
-        said = [f"{r['id']} was tested on {name} ({n} images, {digest[:8]})" for r, (name, digest, n) in zip((ours, theirs), sets, strict=True)]
-        raise UserError(f"{' and '.join(said)}: only cells on the same test images can be compared")
+    _check_images(ours, theirs)
     test, both = mcnemar(right, theirs_right), int(np.bitwise_count(right & theirs_right).sum())
     return Pair(
         first=ours,
@@ -75,8 +72,21 @@ def compare(store: Store, first: str, second: str, measured: Mapping[str, Side] 
     )
 
 
+def _check_images(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """UserError where they are not the same; synthetic ones of the same settings differ where rounding does."""
+    said, sets = [], []
+    for result in (ours, theirs):
+        digest, images, blind = result["cell"]["identity"]["evaluation"], result["images"], without_data(result["cell"])
+        made = str(result.get("unseen_sha256", "")) if blind else ""
+        sets.append((digest, images, made))
+        on = f"{images} images, {digest[:8]}" if not blind else f"agreement with its teacher on {images} synthetic images, {(made or digest[5:])[:8]}"
+        said.append(f"{result['id']} was tested {'without data' if blind else 'on ' + result['cell']['evaluation']['name']} ({on})")
+    if sets[0] != sets[1]:
+        raise UserError(f"{' and '.join(said)}: only cells on the same test images can be compared")
+
+
 def _finished(reading: Reading, cell_id: str) -> dict[str, Any]:
-    for result in reading.results:
+    for result in reading.finished:
         if result["id"] == cell_id:
             return result
     folder = reading.store.folder(cell_id)
@@ -107,27 +117,34 @@ def _named(result: dict[str, Any]) -> dict[str, Any]:
     cell, identity = result["cell"], result["cell"]["identity"]
     teacher = {"": cell["teacher"]["label"]} | dict(identity.get("teacher") or {"weights": cell["teacher"]["weights_sha256"]})
     first = {"method": cell["method"], "bits": cell["bits"], "seed": cell["seed"], "teacher": teacher}
-    first |= {"teacher top-1": result["teacher"]["top1"]} if result["teacher"]["top1"] is not None else {}
+    first |= {"teacher top-1": result["teacher"]["top1"]} if result["teacher"].get("top1") is not None else {}
     more = {"student steps": result["steps"], "code": cell.get("plugin", "")}
     return first | more | {key: value for key, value in identity.items() if key not in first}
 
 
 def in_words(pair: Pair) -> Iterator[str]:
     """Lines for a terminal."""
+    blind = without_data(pair.first["cell"])
+    right, wrong, images = ("agrees", "differs", "synthetic images") if blind else ("right", "wrong", "test images")
     for name, result in (("first", pair.first), ("second", pair.second)):
         cell = result["cell"]
         called = f"{cell['label']} {cell['teacher']['label']} {cell['evaluation']['name']} {cell['bits']} seed {cell['seed']}"
-        yield f"{name:<7} {result['id']}  {called}: {result['top1']:.2f} % ({result['correct']} of {result['images']})"
+        reached = f"KL {result['kl']:.3g}, agreement {result['agreement']:.2f} %" if blind else f"{result['top1']:.2f} %"
+        yield f"{name:<7} {result['id']}  {called}: {reached} ({result['correct']} of {result['images']})"
     d, test = pair.difference, pair.test
     yield ""
-    yield f"first - second: {d.value:+.2f} points, 95 % interval {d.low:+.2f} to {d.high:+.2f}, p = {d.p:.2g} (paired bootstrap over test images)"
+    points = "points of agreement with the teacher" if blind else "points"
+    yield f"first - second: {d.value:+.2f} {points}, 95 % interval {d.low:+.2f} to {d.high:+.2f}, p = {d.p:.2g} (paired bootstrap over {images})"
     yield f"McNemar's exact test: p = {test.p:.2g}"
     yield "both are about the last epoch of these two runs on these images: what other seeds would give is not in them"
+    if blind:
+        yield "this is no accuracy: the cells have no evaluation set (`evaluate: none`), and how they do on real images is not known"
     yield ""
     counts = [[str(n) for n in row] for row in ((pair.both, test.only_first), (test.only_second, pair.neither))]
-    heads, wide = ("second right", "second wrong"), len("second wrong")
-    yield f"{counted(pair.first['images'], 'image'):<14}" + "".join(f"  {head}" for head in heads)
-    for name, row in zip(("first right", "first wrong"), counts, strict=True):
+    heads = f"second {right}", f"second {wrong}"
+    wide = max(map(len, heads))
+    yield f"{counted(pair.first['images'], 'image'):<14}" + "".join(f"  {head:>{wide}}" for head in heads)
+    for name, row in zip((f"first {right}", f"first {wrong}"), counts, strict=True):
         yield f"{name:<14}" + "".join(f"  {n:>{wide}}" for n in row)
     yield ""
     yield from _differences_in_words(pair.differences)

@@ -23,7 +23,8 @@ from dfqbench.store import Store
 from dfqbench.sweep.cell import fingerprint
 
 SETUP = ("git", "packages", "python", "device", "device_name", "threads", "cpu_capability")  # of a result's provenance: what may change its bits
-NUMBERS = ("top1", "top5", "correct", "images", "loss", "best", "evaluations", "last_epoch", "steps", "student_state")
+SCORES = ("top1", "top5", "agreement", "kl", "plain_rounding", "correct", "images", "loss", "best")
+NUMBERS = (*SCORES, "evaluations", "last_epoch", "steps", "student_state")
 NOT_COPIED = ("lease.json", "wandb.json")
 
 
@@ -73,7 +74,7 @@ def merge(others: list[Path], into: Path) -> Merged:
 def _merge_one(other: Store, store: Store, done: Merged) -> None:
     reading = read_store(other)
     done.skipped += reading.skipped
-    for result in reading.results:
+    for result in reading.finished:
         with _unreadable_skipped(done):
             _merge_result(result, other.folder(result["id"]), store, done)
     for cell_id, replicates in reading.replicates.items():
@@ -87,6 +88,10 @@ def _merge_one(other: Store, store: Store, done: Merged) -> None:
                 _copy_whole(other.folder(failure["id"]), folder)
                 done.failed += 1
     _merge_teachers(other, store, done)
+    for images in sorted((other.root / "unseen").glob("*.safetensors")):  # for more cells on the images of those that came
+        if not (mine := store.root / "unseen" / images.name).exists():
+            with _unreadable_skipped(done):
+                write_atomically(mine, images.read_bytes())
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from typing import Any
 from dfqbench.analysis.records import problem_of
 from dfqbench.files import read_json, write_json
 from dfqbench.store import Store
+from dfqbench.sweep.cell import without_data
 from dfqbench.sweep.schema import Tracking
 
 INIT_TIMEOUT_S = 60.0
@@ -101,14 +102,16 @@ def push(store: Store, result: dict[str, Any], group: str, tracking: Tracking, s
 
 
 def summary_of(result: dict[str, Any]) -> dict[str, Any]:
-    teacher = result["teacher"]["top1"]
+    """The run's last word; a cell without data has agreement and KL divergence there, and no accuracy."""
+    if without_data(result["cell"]):
+        plain = result.get("plain_rounding") or {}
+        scores = {"agreement": result["agreement"], "kl": result["kl"]} | {f"plain_{name}": value for name, value in plain.items()}
+    else:
+        teacher = result["teacher"]["top1"]
+        scores = {"top1": result["top1"], "top5": result.get("top5"), "teacher_top1": teacher, "drop": teacher - result["top1"]}
+        scores |= {"best_on_test": result["best"]["top1"], "best_epoch": result["best"]["epoch"]}
     return {
-        "top1": result["top1"],
-        "top5": result.get("top5"),
-        "best_on_test": result["best"]["top1"],
-        "best_epoch": result["best"]["epoch"],
-        "teacher_top1": teacher,
-        "drop": teacher - result["top1"],
+        **scores,
         "steps": result["steps"],
         "seconds": result["seconds"]["own"] + result["seconds"]["shared"],
         "cpu_seconds": sum(result["cpu_seconds"].values()) if "cpu_seconds" in result else None,
