@@ -31,7 +31,15 @@ WRITTEN = (
     "runs", "bundles", "images", "teachers", "sweeps", "selections", "replicates", "set-aside", "figures", "report.html", "wandb", "weights",
 )  # fmt: skip
 WIDE = 120
-GUIDES = ("README.md", "configs/README.md", "methods/README.md", "results/README.md", "results/speed/README.md", "slurm/README.md")
+GUIDES = (
+    "README.md",
+    "configs/README.md",
+    "methods/README.md",
+    "results/README.md",
+    "results/speed/README.md",
+    "slurm/README.md",
+    "benchmark/export/README.md",
+)
 TABLES: dict[str, tuple[str, type[BaseModel]]] = {
     "Keys of a sweep": ("configs/README.md", Sweep),
     "Keys of `evaluate`": ("configs/README.md", NamedSet),

@@ -54,7 +54,7 @@ def export(
     loaded = load_student(source)
     name = source.parent.name if source.name == "student.safetensors" else source.stem
     path = out or Path(f"{name or 'student'}{ENDINGS[to]}")  # type: ignore[index]
-    batches = _images_of(on, loaded.task, images) if on is not None else None
+    batches = images_of(on, loaded.task, images) if on is not None else None
     print(f"answers compared on {on or 'images of random pixels'}")
     try:
         for agreement in write(loaded, path, to, batches):  # type: ignore[arg-type]
@@ -75,7 +75,8 @@ def export(
         print(f"in floats {found['float_bytes'] / 1e6:.2f} MB: {found['float_bytes'] / found['bytes']:.1f} times as large")
 
 
-def _images_of(name: str, task: Task, limit: int | None, batch_size: int = 100) -> Batches:
+def images_of(name: str, task: Task, limit: int | None = None, batch_size: int = 100) -> Batches:
+    """The images of an evaluation set, normalised as `task` says; of at most `limit` images."""
     import torch
 
     from dfqbench.data import find_set

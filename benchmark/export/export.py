@@ -69,7 +69,7 @@ def _written(student: Student, path: Path, to: Format, batches: Batches, about: 
     return agreements(student, {"loaded again": load_program(path)}, batches)
 
 
-def timing(student: Student, path: Path) -> dict[str, Any]:
+def timing(student: Student, path: Path, pairs: int = 30) -> dict[str, Any]:
     """One image on one thread of this CPU, in the ONNX file and in one of the same network in floats: `ratio` (above 1: faster than floats), the
     milliseconds and the bytes of both (`ms`, `bytes`, `float_ms`, `float_bytes`)."""
     from dfqbench.export.onnx_file import export_onnx
@@ -78,7 +78,7 @@ def timing(student: Student, path: Path) -> dict[str, Any]:
     floats = path.with_name(f"{path.name}.floats")
     try:
         export_onnx(student, floats, quantized=False)
-        ratio, own, other = speed_ratio(path, floats, student.task.image_shape)
+        ratio, own, other = speed_ratio(path, floats, student.task.image_shape, pairs)
         return {"ratio": ratio, "ms": own, "float_ms": other, "bytes": path.stat().st_size, "float_bytes": floats.stat().st_size}
     finally:
         floats.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from pytorchcv.model_provider import get_model
 from torch import Tensor, nn
 
@@ -263,6 +265,21 @@ def test_the_teacher_goes_through_the_same_exporter_as_floats(knowing: Teacher, 
     assert {n.op_type for n in onnx.load(tmp_path / "floats.onnx").graph.node}.isdisjoint({"QuantizeLinear", "DequantizeLinear"})
     ratio, own, other = speed_ratio(tmp_path / "floats.onnx", tmp_path / "t.onnx", (3, 16, 16), pairs=5)
     assert ratio > 0 < own < 1e4 > other > 0
+
+
+def test_the_twelve_lines_of_the_page_run_it(knowing: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    page = (Path(__file__).parents[2] / "benchmark" / "export" / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    assert sum(bool(line.strip()) for line in lines.splitlines()) == 12
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(pixels).save("cat.png")
+    for bits in (Bits(2, 4), Bits(8, 8)):
+        student = student_of(knowing, HARDWARE, bits)
+        export_onnx(student, Path("net.onnx"))
+        exec(compile(lines, "page", "exec"), {})
+        said = student(normalise(torch.from_numpy(pixels[None]), torch.full((1, 3, 1, 1), 0.5), torch.full((1, 3, 1, 1), 0.25)))
+        assert capsys.readouterr().out == f"[{int(said.argmax())}]\n"
 
 
 # --- rejection --------------------------------------------------------------------------------------------------------
