@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from dfqbench.engine.checkpoint import load_checkpoint, save_checkpoint
 from dfqbench.engine.evaluate import state_hash
 from dfqbench.engine.lockstep import Interrupted
+from dfqbench.export.student_file import load_student_file, save_student
 from dfqbench.method.contract import Method, Phase
 from dfqbench.testing.trial import StopAfter, Trial, ends_of, small_task, small_teacher
 
@@ -41,10 +42,11 @@ def unknown_settings_fail(trial: Trial) -> None:
 
 
 def students_end_evaluated_with_finite_weights(trial: Trial) -> None:
-    """Every quantizer has a range, weights are finite, and what trains has moved.
+    """Every quantizer has a range, weights are finite, what trains has moved, and the student's file answers as the student does.
 
     Mend: a phase with calibration_epochs, or finish(), must give every quantizer a range; distill() must return a loss in
-    which every weight takes part; try a smaller learning rate where weights explode.
+    which every weight takes part; try a smaller learning rate where weights explode; change the student's weights, biases
+    and ranges, and not its modules.
     """
     lockstep = trial.start()
     student = lockstep.trainees[0].student
@@ -57,6 +59,11 @@ def students_end_evaluated_with_finite_weights(trial: Trial) -> None:
     if lockstep.student_steps:
         still = [name for name, p in student.named_parameters() if torch.equal(p, before[name])]
         assert not still, f"these parameters of the student never moved: {', '.join(still)}"
+    noise = torch.randn(4, *small_task().image_shape, generator=torch.Generator().manual_seed(0)).contiguous(memory_format=torch.channels_last)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        save_student(student, Path(folder) / "student.safetensors")
+        answers = [network(noise) for network in (student, load_student_file(Path(folder) / "student.safetensors"))]
+    assert torch.equal(*answers), "the student's file does not answer as the student does"
 
 
 def the_teacher_is_untouched(trial: Trial) -> None:

@@ -109,6 +109,13 @@ class NoRanges(Sound):
         return [Phase("train", self.config.epochs, distill=True)]
 
 
+class HookedStudent(Sound):
+    """Changes what a module of the student does, which no file can hold."""
+
+    def finish(self, student: Student) -> None:
+        next(iter(student.quantizers.values())).register_forward_hook(lambda module, given, answer: answer * 1.01)
+
+
 class OnlyThreeChannels(Sound):
     def images(self) -> Tensor:
         return self.draw_noise(self.config.batch_size, 3, self.task.size, self.task.size)
@@ -134,6 +141,7 @@ def test_a_sound_method_passes() -> None:
         (LivesOffTheModule, "interrupted_equals_uninterrupted"),
         (LooksAtEvaluation, "a_poisoned_evaluation_set_changes_nothing"),
         (NoRanges, "students_end_evaluated_with_finite_weights"),
+        (HookedStudent, "students_end_evaluated_with_finite_weights"),
         (OnlyThreeChannels, "any_task_works"),
         (SharedButNot, "shared_synthesis_is_true_to_its_word"),
     ],
