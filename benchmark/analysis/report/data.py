@@ -14,7 +14,9 @@ from dfqbench.analysis.cost import clock_of, seconds_of
 from dfqbench.analysis.plots.drawn import Drawn
 from dfqbench.analysis.records import Reading, read_history
 from dfqbench.analysis.size import gigabops, megabytes, sizes_of, text_of, three_digits
+from dfqbench.analysis.tables.without_data import nats
 from dfqbench.errors import counted
+from dfqbench.sweep.cell import without_data
 from dfqbench.sweep.reproduce import recipe
 
 PAGE = Path(__file__).parent / "page"
@@ -35,7 +37,7 @@ class Data:
         self._images: list[str] = []
         self._captions: list[str] = []
         self.left_out = 0
-        self.cells = [self._cell(result) for result in sorted(reading.results, key=_table_order)]
+        self.cells = [self._cell(result) for result in sorted(reading.finished, key=_table_order)]
 
     def _share(self, value: Any) -> int:
         key = json.dumps(value, sort_keys=True)
@@ -47,7 +49,7 @@ class Data:
     def _cell(self, r: dict[str, Any]) -> dict[str, Any]:
         cell, folder = r["cell"], self.reading.store.folder(r["id"])
         history = read_history(folder / "history.csv", POINTS)
-        curve = {name: [_rounded(v) for v in history.get(name, [])] for name in ("epoch", "top1", "loss")}
+        curve = {name: [_rounded(v) for v in history.get(name, [])] for name in ("epoch", "top1", "agreement", "loss") if name in history}
         clock = clock_of([r])
         provenance = {k: v for k, v in r["provenance"].items() if v is not None}
         return {
@@ -59,24 +61,19 @@ class Data:
             "evaluation": cell["evaluation"]["name"],
             "protocol": cell["protocol"],
             "precision": cell["precision"],
-            "top1": round(r["top1"], 4),
-            "best": round(r["best"]["top1"], 4),
-            "best_epoch": r["best"]["epoch"],
+            "on": _on(cell),
+            **_scores(r),
             "last_epoch": r["last_epoch"],
-            "teacher_top1": round(r["teacher"]["top1"], 4),
-            "drop": round(r["teacher"]["top1"] - r["top1"], 4),
             "seconds": round(seconds_of(r, clock), 3),
             "clock": clock,
             **{part: r["cpu_seconds" if clock == "CPU" else "seconds"][part] for part in ("own", "shared")},
             **_size(r),
-            "curve": curve if curve["epoch"] else {"epoch": [], "top1": [], "loss": []},
+            "curve": curve,
             "config": self._share(cell["identity"]["config"]),
             "provenance": self._share(provenance),
             "recipe": self._share(recipe(r)),
             "log": _tail(folder / "log.txt"),
-            "images": self._sheet(
-                folder / "samples.png", f"{cell['label']}, {cell['teacher']['label']} on {cell['evaluation']['name']}, seed {cell['seed']}"
-            ),
+            "images": self._sheet(folder / "samples.png", f"{cell['label']}, {cell['teacher']['label']} {_on(cell)}, seed {cell['seed']}"),
             "replicates": [_replicate(other, r) for other in self.reading.replicates.get(r["id"], [])],
         }
 
@@ -115,6 +112,22 @@ class Data:
         """Safe inside a script element."""
         text = json.dumps({"cells": self.cells, "shared": self._values, "images": self._images}, ensure_ascii=False, separators=(",", ":"))
         return text.replace("<", "\\u003c")
+
+
+def _on(cell: dict[str, Any]) -> str:
+    return "without data" if without_data(cell) else f"on {cell['evaluation']['name']}"
+
+
+def _scores(r: dict[str, Any]) -> dict[str, Any]:
+    """A cell without data has no accuracy and no drop, and the others no agreement."""
+    if not without_data(r["cell"]):
+        top1, of_teacher = r["top1"], r["teacher"]["top1"]
+        scores = {"top1": top1, "best": r["best"]["top1"], "teacher_top1": of_teacher, "drop": of_teacher - top1}
+        return {name: round(value, 4) for name, value in scores.items()} | {"best_epoch": r["best"]["epoch"]}
+    plain, made = r.get("plain_rounding"), r["cell"]["evaluation"].get("made", "unknown")
+    rounding = f"plain rounding: {plain['agreement']:.2f} %, KL {nats(plain['kl'])}" if plain else "plain rounding is not possible"
+    said = f"no accuracy: agreement with the teacher on {r['images']} synthetic images ({made})"
+    return {"agreement": round(r["agreement"], 4), "kl": r["kl"], "kl_text": nats(r["kl"]), "agreement_text": said, "plain_text": rounding}
 
 
 def _size(r: dict[str, Any]) -> dict[str, Any]:
@@ -157,7 +170,8 @@ def _tail(path: Path) -> str:
 def _replicate(other: dict[str, Any], own: dict[str, Any]) -> tuple[str, str]:
     on = other["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(on.get("packages", {}).items()) if name in ("torch", "dfqbench"))
-    return f"{other['top1']:.2f} % ({other['top1'] - own['top1']:+.2f})", f"{on['device_name']}, {versions}, commit {str(on.get('git'))[:12]}"
+    metric = "agreement" if without_data(own["cell"]) else "top1"
+    return f"{other[metric]:.2f} % ({other[metric] - own[metric]:+.2f})", f"{on['device_name']}, {versions}, commit {str(on.get('git'))[:12]}"
 
 
 def _small(content: bytes) -> bytes | None:

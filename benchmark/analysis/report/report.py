@@ -17,6 +17,7 @@ from dfqbench.analysis.report.data import Data
 from dfqbench.analysis.tables import formats
 from dfqbench.analysis.tables.blocks import Block, Rule
 from dfqbench.analysis.tables.printed import ranking
+from dfqbench.analysis.tables.without_data import agreements
 from dfqbench.errors import counted
 from dfqbench.quantization.protocol_words import in_words
 from dfqbench.store import Store
@@ -41,9 +42,11 @@ def page(reading: Reading, title: str, rule: Rule = "last") -> str:
         "style": (PAGE / "style.css").read_text(encoding="utf-8"),
         "script": (PAGE / "page.js").read_text(encoding="utf-8"),
         "summary": _summary(reading, drawn, rule),
-        "tables": formats.html(drawn.blocks, ranking(drawn.blocks), page=False),
+        "tables": formats.html(drawn.blocks, ranking(drawn.blocks), page=False) if drawn.blocks else "<p>No cell has an accuracy.</p>",
+        "without_data": _without_data(reading),
+        "link": '<a href="#without-data">Without data</a>' * bool(reading.without_data or reading.unfinished_without_data),
         "comparisons": "\n".join(_comparisons(drawn)) or "<p>No two rows of a column have per-image results under this rule.</p>",
-        "plots": "\n".join(_plots(drawn)),
+        "plots": "\n".join(_plots(drawn)) if drawn.blocks else "<p>No cell has an accuracy to draw.</p>",
         "images": data.gallery(),
         "protocols": _protocols(reading),
         "failures": _failures(reading),
@@ -54,14 +57,24 @@ def page(reading: Reading, title: str, rule: Rule = "last") -> str:
     return pieces[0] + "".join(parts[piece.split("}}", 1)[0]] + piece.split("}}", 1)[1] for piece in pieces[1:])
 
 
+def _without_data(reading: Reading) -> str:
+    """A section of its own, where there are such cells."""
+    found = agreements(reading)
+    if not found:
+        return ""
+    return f'<section id="without-data"><h2>Without data</h2>\n{formats.html(found, page=False)}</section>'
+
+
 def _summary(reading: Reading, drawn: Drawn, rule: Rule) -> str:
-    methods = {r["cell"]["method"] for r in reading.results}
-    teachers = {r["cell"]["teacher"]["weights_sha256"] for r in reading.results}
-    said = [
-        f"{len(reading.results)} finished cells: {counted(len(methods), 'method')}, {counted(len(teachers), 'teacher')}, "
-        f"{counted(len(drawn.blocks), 'block')} of what can be compared.",
-        "Reported is the last epoch." if rule == "last" else "Reported is the best epoch on the test set, which is a choice made with test labels.",
-    ]
+    methods = {r["cell"]["method"] for r in reading.finished}
+    teachers = {r["cell"]["teacher"]["weights_sha256"] for r in reading.finished}
+    said = [f"{len(reading.finished)} finished cells: {counted(len(methods), 'method')}, {counted(len(teachers), 'teacher')}"]
+    if drawn.blocks or not reading.without_data:
+        chosen = "the last epoch" if rule == "last" else "the best epoch on the test set, which is a choice made with test labels"
+        said[0] += f", {counted(len(drawn.blocks), 'block')} of what can be compared. Reported is {chosen}"
+    said[0] += "."
+    if reading.without_data:
+        said.append(f"{counted(len(reading.without_data), 'cell')} without data: no accuracy is known, only agreement with the teacher.")
     diverged = sum(failure["kind"] == DIVERGED for failure in reading.failures)
     for number, what in ((diverged, "diverged"), (len(reading.failures) - diverged, "failed")):
         said += [f"{counted(number, 'cell')} {what}."] * bool(number)
@@ -137,7 +150,7 @@ def _plots(drawn: Drawn) -> Iterator[str]:
 def _protocols(reading: Reading) -> str:
     """Each set of rules once, with what a method changed for itself as a set of its own."""
     seen: dict[str, tuple[str, dict[str, Any], set[str]]] = {}
-    for result in reading.results:
+    for result in reading.finished:
         rules = result["cell"]["identity"]["protocol"]
         key = json.dumps([result["cell"]["protocol"], rules], sort_keys=True)
         seen.setdefault(key, (result["cell"]["protocol"], rules, set()))[2].add(result["cell"]["method"])
@@ -149,7 +162,7 @@ def _protocols(reading: Reading) -> str:
 
 def _failures(reading: Reading) -> str:
     parts = []
-    shown = {cell["id"] for cell in reading.unfinished}
+    shown = {cell["id"] for cell in (*reading.unfinished, *reading.unfinished_without_data)}
     for failure in reading.failures:
         cell = failure["cell"]
         name = f"{cell.get('label', '?')} {cell.get('teacher', {}).get('label', '')} {cell.get('bits', '')} seed {cell.get('seed', '?')}"

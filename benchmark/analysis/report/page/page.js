@@ -52,20 +52,20 @@ for (const table of document.querySelectorAll("table.sortable")) {
 const fixed = (digits) => (value) => (value === null || value === undefined ? "-" : value.toFixed(digits));
 const seconds = (value) => (value >= 10 ? value.toFixed(0) : value.toPrecision(2));
 const digits = (value) => (value === undefined ? "-" : value >= 100 ? value.toFixed(0) : value.toPrecision(3));
+const some = (key) => data.cells.some((cell) => key in cell);
 const SECONDS = { GPU: "GPU-seconds", CPU: "CPU-seconds", wall: "wall seconds" };
 const COLUMNS = [
   { key: "method", head: "method" },
   { key: "bits", head: "bits", choice: true },
-  { key: "top1", head: "top-1", show: fixed(2) },
-  { key: "drop", head: "drop", show: fixed(2) },
-  { key: "best", head: "best on test", show: fixed(2) },
+  ...(some("top1") || !some("agreement") ? [{ key: "top1", head: "top-1", show: fixed(2) }, { key: "drop", head: "drop", show: fixed(2) }, { key: "best", head: "best on test", show: fixed(2) }] : []),
+  ...(some("agreement") ? [{ key: "agreement", head: "agreement", show: fixed(2) }, { key: "kl", head: "KL", show: (value, cell) => cell.kl_text ?? "-" }] : []),
   { key: "seed", head: "seed", show: String },
   { key: "teacher", head: "teacher", choice: true },
   { key: "evaluation", head: "test set", choice: true },
   { key: "protocol", head: "protocol", choice: true },
   { key: "precision", head: "precision", choice: true },
   { key: "seconds", head: "seconds", show: (value, cell) => `${seconds(value)} ${cell.clock}` },
-  ...["mb", "gbops"].filter((key) => data.cells.some((cell) => key in cell)).map((key) => ({ key, head: { mb: "MB", gbops: "GBOPs" }[key], show: digits })),
+  ...["mb", "gbops"].filter(some).map((key) => ({ key, head: { mb: "MB", gbops: "GBOPs" }[key], show: digits })),
   { key: "id", head: "cell" },
 ];
 const scroller = document.getElementById("scroller");
@@ -141,7 +141,7 @@ const drawn = (tag, attributes, text) => {
 };
 
 const chart = (title, xs, ys) => {
-  const points = xs.map((x, i) => [x, ys[i]]).filter((p) => p[1] !== null && p[0] !== null);
+  const points = xs.map((x, i) => [x, ys[i]]).filter((p) => typeof p[1] === "number" && p[0] !== null);
   if (points.length < 2) return null;
   const [W, H, L, R, T, B] = [420, 220, 52, 12, 26, 34];
   const [x0, x1] = [points[0][0], points[points.length - 1][0]];
@@ -176,14 +176,19 @@ const panel = document.getElementById("panel");
 const open = (cell) => {
   const facts = element("div", { class: "facts" });
   const fact = (value, name) => facts.append(element("div", {}, element("b", {}, value), element("span", {}, name)));
-  fact(`${cell.top1.toFixed(2)} %`, `top-1, epoch ${cell.last_epoch} (last)`);
-  fact(`${cell.best.toFixed(2)} %`, `best on test, epoch ${cell.best_epoch}`);
-  fact(cell.drop.toFixed(2), `points below the teacher's ${cell.teacher_top1.toFixed(2)} %`);
+  if ("agreement" in cell) {
+    fact(`${cell.agreement.toFixed(2)} %`, cell.agreement_text);
+    fact(`${cell.kl_text} nats`, `KL divergence from the teacher; ${cell.plain_text}`);
+  } else {
+    fact(`${cell.top1.toFixed(2)} %`, `top-1, epoch ${cell.last_epoch} (last)`);
+    fact(`${cell.best.toFixed(2)} %`, `best on test, epoch ${cell.best_epoch}`);
+    fact(cell.drop.toFixed(2), `points below the teacher's ${cell.teacher_top1.toFixed(2)} %`);
+  }
   fact(seconds(cell.seconds), `${SECONDS[cell.clock]}: ${seconds(cell.own)} own, ${seconds(cell.shared)} shared`);
   for (const [value, name] of cell.facts ?? []) fact(value, name);
   const recipe = data.shared[cell.recipe].replaceAll("{id}", cell.id).replaceAll("{bits}", cell.bits).replaceAll("{seed}", cell.seed);
-  const content = [element("h3", {}, `${cell.method} ${cell.bits}, seed ${cell.seed}`), element("p", {}, `${cell.teacher} on ${cell.evaluation}, protocol ${cell.protocol}, ${cell.precision}, cell ${cell.id}`), facts];
-  const charts = [chart("top-1 (%)", cell.curve.epoch, cell.curve.top1), chart("training loss", cell.curve.epoch, cell.curve.loss)].filter(Boolean);
+  const content = [element("h3", {}, `${cell.method} ${cell.bits}, seed ${cell.seed}`), element("p", {}, `${cell.teacher} ${cell.on}, protocol ${cell.protocol}, ${cell.precision}, cell ${cell.id}`), facts];
+  const charts = [["top-1 (%)", "top1"], ["agreement (%)", "agreement"], ["training loss", "loss"]].map(([title, key]) => chart(title, cell.curve.epoch ?? [], cell.curve[key] ?? [])).filter(Boolean);
   if (charts.length) content.push(element("div", { class: "charts" }, ...charts));
   content.push(element("h3", {}, "Reproduce"), element("pre", {}, recipe));
   content.push(element("h3", {}, "Settings"), pairs(data.shared[cell.config]));
