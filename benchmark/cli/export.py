@@ -34,7 +34,7 @@ def export(
     threads: Threads = None,
 ) -> None:
     """Write a quantized network for onnxruntime and others, run the file, and compare its answers with the network's own."""
-    from dfqbench.export.export import ENDINGS, Rejected, check_extra, timing
+    from dfqbench.export.export import ENDINGS, check_extra, timing
     from dfqbench.export.export import export as write
 
     one_of("--to", to, ENDINGS)
@@ -47,6 +47,7 @@ def export(
     import torch
 
     from dfqbench.export.find import load_student, student_path
+    from dfqbench.export.verify import Rejected
 
     if threads is not None:
         torch.set_num_threads(threads)

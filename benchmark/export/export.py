@@ -19,10 +19,6 @@ ENDINGS: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2"}
 RANDOM_PIXELS = 2**22  # of random images, where there are no others
 
 
-class Rejected(Exception):
-    """The file does not answer as the student does. It is kept under another name, for those who want to know why."""
-
-
 def check_extra() -> None:
     """UserError where the packages are absent that an ONNX file needs."""
     if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")):
@@ -35,7 +31,7 @@ def export(student: Student, path: Path, to: Format = "onnx", batches: Batches |
     batches: gives normalised images, the same at every call; random ones if None. Returns how the file's answers compare, for each way in which it
     was run. Raises UserError where the network cannot be written, and `Rejected` where the answers differ by more than rounding.
     """
-    from dfqbench.export.verify import random_images
+    from dfqbench.export.verify import Rejected, random_images
 
     if to == "onnx":
         check_extra()
@@ -43,7 +39,10 @@ def export(student: Student, path: Path, to: Format = "onnx", batches: Batches |
         raise UserError(f"{path}: there is no folder {path.parent}")
     draft = path.with_name(f"{path.name}.rejected")
     about = {key: value if isinstance(value, str) else json.dumps(value) for key, value in getattr(student, "about", {}).items() if value is not None}
-    found = _written(student, draft, to, batches or random_images(student.task, random_count(student)), about)
+    try:
+        found = _written(student, draft, to, batches or random_images(student.task, random_count(student)), about)
+    except Rejected as error:
+        raise Rejected(f"{error}: the file is left as {draft}") from error
     if not all(agreement.passes for agreement in found):
         raise Rejected("\n".join([*map(str, found), f"the file does not answer as the student does: it is left as {draft}"]))
     draft.replace(path)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfqbench.export.onnx_file import SESSION_OPTIONS
 from dfqbench.export.onnx_graph import IMAGES, LOGITS
-from dfqbench.export.verify import Agreement, Batches, Run, agreements
+from dfqbench.export.verify import Agreement, Batches, Rejected, Run, agreements
 from dfqbench.network import Network
 
 X64 = "session.x64quantprecision"
@@ -35,7 +35,7 @@ def verified(network: Network, path: Path, batches: Batches) -> list[Agreement]:
 def session(model: Path | bytes, optimized: bool = True, threads: int | None = None) -> onnxruntime.InferenceSession:
     """On the CPU; optimized: with the session options that the file's metadata names, where this CPU needs them."""
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # what is wrong is raised
     options.intra_op_num_threads = threads or torch.get_num_threads()
     if optimized and isinstance(model, Path):
         for key, value in options_of(model).items():
@@ -43,7 +43,10 @@ def session(model: Path | bytes, optimized: bool = True, threads: int | None = N
                 options.add_session_config_entry(key, value)
     else:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of many classes, which have no other base
+        raise Rejected(f"onnxruntime {onnxruntime.__version__} does not load the file: {str(error).splitlines()[0]}") from error
 
 
 def runner(opened: onnxruntime.InferenceSession) -> Run:

@@ -26,6 +26,10 @@ Run = Callable[[Tensor], Tensor]  # images -> logits
 Batches = Callable[[], Iterable[Tensor]]  # normalised images, the same ones at every call
 
 
+class Rejected(Exception):
+    """A file does not answer as the student does, or not at all. It is kept under another name, for those who want to know why."""
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How the answers of a file and of its student compare. moved: the largest difference of a logit, one per image; margins: see `Agreement.of`."""

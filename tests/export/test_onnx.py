@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from dfqbench.data import find_set
 from dfqbench.engine.evaluate import normalise
 from dfqbench.errors import UserError
-from dfqbench.export.export import Rejected, export
+from dfqbench.export.export import export
 from dfqbench.export.student_file import load_student_file, save_student
-from dfqbench.export.verify import CLOSE, Agreement, agreements, random_images
+from dfqbench.export.verify import CLOSE, Agreement, Rejected, agreements, random_images
 from dfqbench.network import Teacher
 from dfqbench.quantization import PROTOCOLS, Bits, Protocol, find_protocol
 from dfqbench.quantization.student import Student
@@ -318,6 +318,14 @@ def test_a_grid_that_is_one_level_off_is_rejected(
     student = student_of(knowing, protocol, bits, next(digits()))
     with pytest.raises(Rejected, match=r"left as .*a\.onnx\.rejected"):
         export(student, tmp_path / "a.onnx", batches=digits)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.onnx.rejected"]
+
+
+def test_a_file_that_the_runtime_does_not_load_is_rejected(knowing: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx.checker, "check_model", lambda *_, **__: None)
+    monkeypatch.setitem(onnx_ops.OPERATORS, "relu", onnx_ops.plain("Rectify"))
+    with pytest.raises(Rejected, match=r"does not load the file: .*Rectify.* left as .*a\.onnx\.rejected"):
+        export(student_of(knowing, HARDWARE, Bits(8, 8)), tmp_path / "a.onnx")
     assert [p.name for p in tmp_path.iterdir()] == ["a.onnx.rejected"]
 
 
