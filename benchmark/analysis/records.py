@@ -65,7 +65,7 @@ class Reading:
 
     results: checked ones with an accuracy, sorted by id. without_data: those of cells that have none, only agreement with their teacher (`evaluate:
     none`). skipped: a line for every file that is damaged, half-written or not of this suite; all are left where they are. failures: failed cells
-    that have no result, each with id, label, kind, message, traceback.
+    that have no result, each with id, label, kind, message, traceback. unreadable: by id, the line among `skipped` of each cell that is there.
     """
 
     store: Store
@@ -73,6 +73,7 @@ class Reading:
     skipped: list[str] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)
     without_data: list[dict[str, Any]] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
     @property
     def finished(self) -> list[dict[str, Any]]:
@@ -106,6 +107,11 @@ class Reading:
     def unfinished_without_data(self) -> list[dict[str, Any]]:
         return [each for each in self._unfinished if without_data(each["cell"])]
 
+    @property
+    def diverged(self) -> bool:
+        """Whether a cell among `unfinished` did: also where nothing has finished, that is a result."""
+        return any(each["status"] == "diverged" for each in self._unfinished)
+
     @cached_property
     def _unfinished(self) -> list[dict[str, Any]]:
         found = [made for failure in self.failures if (made := _as_result(failure, self.store))]
@@ -126,43 +132,47 @@ def read_store(store: Store, wanted: set[str] | None = None) -> Reading:
     others: list[dict[str, Any]] = []
     skipped: list[str] = []
     failures: list[dict[str, Any]] = []
-    for folder, names in _folders(store, skipped):
+    unreadable: dict[str, str] = {}
+    for folder, names, closed in _folders(store):
         cell_id = folder.name
         if wanted is not None and cell_id not in wanted:
             continue
         skipped += [f"{folder / name}: half-written, its writer is gone" for name in sorted(names) if _abandoned(folder / name)]
-        if "result.json" in names:
+        if closed:
+            unreadable[cell_id] = f"{folder}: {closed}"
+        elif "result.json" in names:
             result, why = _read(folder / "result.json")
             why = why or problem_of(result, cell_id)
             if why:
-                skipped.append(f"{folder / 'result.json'}: {why}")
+                unreadable[cell_id] = f"{folder / 'result.json'}: {why}"
             else:
                 (others if without_data(result["cell"]) else results).append(result)
         elif "failed.json" in names:
             failure, why = _read(folder / "failed.json")
             cell, _ = _read(folder / "cell.json") if "cell.json" in names else ({}, "")
             if why or not isinstance(failure, dict) or not {"kind", "message"} <= failure.keys():
-                skipped.append(f"{folder / 'failed.json'}: {why or 'not a failure of this suite'}")
+                unreadable[cell_id] = f"{folder / 'failed.json'}: {why or 'not a failure of this suite'}"
             else:
                 failures.append({"traceback": "", **failure, "id": cell_id, "cell": cell if isinstance(cell, dict) else {}})
         elif names and not names & OF_A_CELL and not any(name.startswith(".") for name in names):
             skipped.append(f"{folder}: not a cell of this suite")
-    return Reading(store, results, skipped, failures, others)
+        skipped += [unreadable[cell_id]] if cell_id in unreadable else []
+    return Reading(store, results, skipped, failures, others, unreadable)
 
 
-def _folders(store: Store, skipped: list[str]) -> list[tuple[Path, set[str]]]:
-    """The folders under runs/ with the names in them; what is no folder is named."""
+def _folders(store: Store) -> list[tuple[Path, set[str], str]]:
+    """What is under runs/, each with the names in it, or with why there are none."""
     runs = store.root / "runs"
     found = []
     for entry in sorted(runs.iterdir()) if runs.is_dir() else []:
         if entry.name.startswith("."):
             continue
         try:
-            found.append((entry, set(os.listdir(entry))))
+            found.append((entry, set(os.listdir(entry)), ""))
         except NotADirectoryError:
-            skipped.append(f"{entry}: a file where cells have folders")
+            found.append((entry, set(), "a file where cells have folders"))
         except OSError as error:
-            skipped.append(f"{entry}: {error.strerror}")
+            found.append((entry, set(), str(error.strerror)))
     return found
 
 

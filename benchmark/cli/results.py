@@ -52,7 +52,7 @@ def table(
         raise UserError(f"--layout wide: --format {output} has a line for every cell or mean, whatever the layout")
     if beside and output.startswith("csv"):
         raise UserError(f"--columns {columns}: --format {output} has all columns")
-    reading = read_cells(config, results, plugin)
+    reading = read_cells(config, results, plugin, diverged_will_do=True)
     if output == "csv":
         from dfqbench.analysis.frames import frame_of
 
@@ -89,22 +89,26 @@ def _rule(given: str) -> Rule:
     return given  # type: ignore[return-value]
 
 
-def read_cells(config: str | None, results: Path, plugins: list[str] | None) -> Reading:
-    """The finished cells of a store or of one sweep. Says on standard error what is damaged, failed or missing; UserError where nothing is left."""
+def read_cells(config: str | None, results: Path, plugins: list[str] | None, diverged_will_do: bool = False) -> Reading:
+    """The finished cells of a store or of one sweep. Says on standard error what is damaged, failed or missing.
+
+    Raises UserError where nothing is finished; with `diverged_will_do`, only where nothing has diverged either.
+    """
     from dfqbench.analysis.records import read_store
     from dfqbench.store import Store
 
     store = Store(results)
     wanted = cells_of(config, store, plugins) if config else None
     reading = read_store(store, set(wanted) if wanted is not None else None)
+    called = {line: f" ({wanted[cell_id]})" for cell_id, line in reading.unreadable.items() if wanted and wanted[cell_id]}
     for line in reading.skipped:
-        print(f"skipped: {line}", file=sys.stderr)
+        print(f"skipped: {line}{called.get(line, '')}", file=sys.stderr)
     if reading.skipped:
         print(f"{len(reading.skipped)} skipped, nothing was changed", file=sys.stderr)
     again = f"dfqbench run {config}" + ("" if results == DEFAULT_RESULTS else f" --results {results}")
     again += "".join(f" --plugin {plugin}" for plugin in plugins or ())
     if wanted is not None:
-        there = {result["id"] for result in reading.finished}
+        there = {result["id"] for result in reading.finished} | reading.unreadable.keys()
         failed = {failure["id"]: f"{failure['kind']}: {(str(failure['message']).splitlines() or [''])[0]}" for failure in reading.failures}
         _say_not_done(
             [name for cell_id, name in wanted.items() if cell_id not in there | failed.keys()], wanted, "are not done", f"{again} runs them"
@@ -113,10 +117,11 @@ def read_cells(config: str | None, results: Path, plugins: list[str] | None) -> 
         _say_not_done([f"{wanted[cell_id]}: {why}" for cell_id, why in failed.items()], wanted, "failed", retried)
         if failed.keys() == wanted.keys():
             again += " --retry-failed"
-    if not reading.finished:
+    if not reading.finished and not (diverged_will_do and reading.diverged):
         if config is None and not store.root.is_dir():
             raise UserError(f"results folder {store.root}: there is no such folder")
-        raise UserError(f"nothing is finished in {store.root / 'runs'}" + (f" of {config}: {again}" if config else ""))
+        what = "nothing that can be read" if reading.unreadable else "nothing"
+        raise UserError(f"{what} is finished in {store.root / 'runs'}" + (f" of {config}: {again}" if config else ""))
     return reading
 
 
@@ -199,7 +204,7 @@ def report(
     target = out or results / "report.html"
     if target.is_dir():
         raise UserError(f"--out {target}: a folder; name a file, like {target / 'report.html'}")
-    reading = read_cells(config, results, plugin)
+    reading = read_cells(config, results, plugin, diverged_will_do=True)
     from dfqbench.analysis.report import default_title, write_report
 
     try:

@@ -32,6 +32,7 @@ from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_json
 from dfqbench.store import Store
 from dfqbench.sweep.cell import Cell
+from dfqbench.sweep.config_file import text_digest
 
 Run = Callable[..., tuple[int, str, str]]
 ACQ = "acq(matching_weight=0)"
@@ -270,6 +271,62 @@ def test_where_nothing_of_a_block_has_finished_the_block_is_shown(tmp_path: Path
     write_json(store.root / "teachers" / f"{fingerprint([identity['teacher'], identity['evaluation']])}.json", {"top1": 92.0})
     lost, _ = blocks([*read_store(store).results, *read_store(store).unfinished])
     assert ("teacher 92.00 %" in lost.title, np.isfinite(lost.teacher_top1)) == (True, True)
+
+
+# --- from the store to the commands ---------------------------------------------------------------------------------
+
+
+def noted(store: Store, found: list[Cell]) -> Path:
+    """A config that last ran for these cells."""
+    config = store.root.parent / "mine.yaml"
+    config.write_text("name: mine")
+    labels = {cell.id: str(cell) for cell in found}
+    write_json(store.root / "sweeps" / "mine.json", {"config": text_digest(config), "cells": list(labels), "labels": labels})
+    return config
+
+
+def test_a_sweep_of_which_every_cell_diverged_has_a_table_and_a_report(dfqbench: Run, tmp_path: Path) -> None:
+    store, found = Store(tmp_path / "r", writable=True), [cell for cell in chosen() if cell.method == "zaq"]
+    config, where = noted(store, found), ("--results", tmp_path / "r")
+    for cell in found:
+        write_failure(store, cell, steps=8000)
+    for layout in ("blocks", "wide"):
+        code, out, err = dfqbench("table", config, *where, "--layout", layout)
+        row = next(line for line in out.splitlines() if line.startswith("zaq"))
+        assert (code, row.split()[-3:]) == (0, ["diverged", "diverged", "-"])
+        assert f"6 of 6 cells failed, dfqbench run {config} --results {store.root} --retry-failed tries them again" in err
+    _, out, _ = dfqbench("table", config, *where, "--format", "csv")
+    assert set(pd.read_csv(io.StringIO(out)).status) == {"diverged"}
+    assert dfqbench("report", config, *where)[0] == 0
+    assert "diverged</td>" in (store.root / "report.html").read_text()
+    for command in (("plot", config), ("wandb", "sync", config, "--offline")):
+        code, out, err = dfqbench(*command, *where)
+        assert (code, out) == (2, "")
+        assert f"nothing is finished in {store.root / 'runs'} of {config}" in err
+    for cell in found:
+        write_failure(store, cell, "OutOfMemoryError")
+    assert dfqbench("table", config, *where)[0] == 2, "errors are no result"
+
+
+def test_a_cell_that_cannot_be_read_is_named_once_and_not_as_one_to_run(dfqbench: Run, tmp_path: Path) -> None:
+    store, found = Store(tmp_path / "r", writable=True), [cell for cell in chosen() if cell.method == "gdfq" and cell.seed < 2]
+    config, where = noted(store, found[:4]), ("--results", tmp_path / "r")
+    done, damaged, lost, never = found
+    write_cell(store, done)
+    for cell, name in ((damaged, "result.json"), (lost, "failed.json")):
+        store.write_cell(cell.record())
+        (store.folder(cell.id) / name).write_text("{")
+    store.folder("000000000000").write_text("of no cell in this sweep")
+    code, _, err = dfqbench("table", config, *where)
+    assert code == 0
+    for cell, name in ((damaged, "result.json"), (lost, "failed.json")):
+        (line,) = [line for line in err.splitlines() if str(cell) in line]
+        assert line.startswith(f"skipped: {store.folder(cell.id) / name}: damaged: ")
+    assert "2 skipped, nothing was changed" in err
+    assert err.splitlines()[-2:] == [f"1 of 4 cells are not done, dfqbench run {config} --results {store.root} runs them:", f"  {never}"]
+    (store.folder(done.id) / "result.json").write_text("{")
+    code, _, err = dfqbench("table", config, *where)
+    assert (code, err.splitlines()[-1].partition(" in ")[0]) == (2, "dfqbench: nothing that can be read is finished")
 
 
 # --- from the run to the table ----------------------------------------------------------------------------------------

@@ -52,6 +52,8 @@ def accuracy(drawn: Drawn) -> list[Figure]:
             ax.set_xlim(-0.5, len(widths) - 0.5)
             ax.set_ylabel(drawn.top1)
             leave_out_failures(ax, points)
+            if not points:
+                ax.set_ylim(0, 100)
             ax.set_title(panel_title(block, drawn.blocks))
         _explain(axes[0][0], labels, handles)
         handles = {label: handles[label] for label in labels if label in handles}
