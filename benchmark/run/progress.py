@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TaskID, 
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from dfqbench.errors import counted
 from dfqbench.sweep.cell import Bundle, Cell
 
 PLAIN_EVERY_S = 10.0
@@ -26,18 +27,45 @@ class Progress:
         self.console, self.name = console, name
         self.steps = self.step_number = self.first_step = 0
         self.began = self.said = time.monotonic()
+        self.left: list[Bundle] = []
+        self.cells = self.cells_begun = 0
+        self.running: Bundle | None = None
+        self.per_step: dict[str, float] = {}  # seconds of a step of one student, by method, as measured so far
 
-    def start(self, todo: int, total: int, failures: Sequence[str] = ()) -> None:
-        """failures: why cells failed earlier that are not tried again, a text for each."""
-        nothing = total - todo - len(failures)
-        self.say(f"{todo} cells to run" + (f", {nothing} of {total} need nothing" if nothing else ""))
+    def start(self, todo: Sequence[Bundle], done: int = 0, running: int = 0, failures: Sequence[str] = ()) -> None:
+        """done, running: cells that need nothing now. failures: why cells failed earlier that are not tried again, a text for each."""
+        self.left, self.cells = list(todo), sum(len(bundle.cells) for bundle in todo)
+        others = [f"{done} already done"] * (done > 0) + [f"{running} at work elsewhere"] * (running > 0)
+        self.say(", ".join([f"{counted(self.cells, 'cell')} to run", *others]))
         if failures:
             self.say(f"{len(failures)} failed earlier ({most_common(failures)}); --retry-failed tries them again", style="red")
 
     def bundle(self, bundle: Bundle, steps: int, steps_done: int) -> None:
         """A bundle begins, at a step that is not 0 if it was interrupted before."""
-        self.say(str(bundle))
+        self._learn_speed()
+        self.left = [other for other in self.left if other.cells[0].bundle_key != bundle.cells[0].bundle_key]
+        first, self.cells_begun = self.cells_begun + 1, self.cells_begun + len(bundle.cells)
+        numbers = f"cell {first}" if first == self.cells_begun else f"cells {first} to {self.cells_begun}"
+        left = self._time_left(bundle, steps - steps_done)
+        of_all = f" of {self.cells}" if self.cells >= self.cells_begun else ""  # `select` and tests begin bundles that nobody announced
+        self.say(f"{numbers}{of_all}: {bundle}" + (f"; about {duration(left)} left for all" if left else ""))
+        self.running = bundle
         self.steps, self.step_number, self.first_step, self.began = steps, steps_done, steps_done, time.monotonic()
+
+    def _learn_speed(self) -> None:
+        """From the bundle before: its evaluation and what else it took included."""
+        done = self.step_number - self.first_step
+        if self.running is not None and done:
+            self.per_step[self.running.cells[0].method] = (time.monotonic() - self.began) / done / len(self.running.cells)
+
+    def _time_left(self, bundle: Bundle, steps: int) -> float | None:
+        """Seconds for this bundle and those after it, by what a step of the same method took, or of the slowest; None where nothing is known."""
+        if not self.per_step:
+            return None
+        total = 0.0
+        for other, count in [(bundle, steps), *((b, sum((b.cells[0].steps or {}).values())) for b in self.left)]:
+            total += count * len(other.cells) * self.per_step.get(other.cells[0].method, max(self.per_step.values()))
+        return total
 
     def step(self, phase: str) -> None:
         self.step_number += 1

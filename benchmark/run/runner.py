@@ -47,7 +47,7 @@ def run_cells(loaded: LoadedSweep, cells: list[Cell], store: Store, options: Opt
     summary = Summary(left=sum(states[cell.id].status is Status.RUNNING for cell in cells), failed_earlier=len(failures))
     watching = observer(store.root, loaded.sweep.name, tracking_of(loaded.sweep, options.wandb))
     worker = Worker(loaded, store, device, options, progress, stop, watching)
-    progress.start(sum(len(b.cells) for b in todo), len(cells), failures)
+    progress.start(todo, sum(state.status is Status.DONE for state in states.values()), summary.left, failures)
     for number, bundle in enumerate(todo):
         if stop.signal is not None:
             summary.interrupted = True

@@ -48,7 +48,7 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
     device = check_device(device_name)
     keep_freed_memory()
     folder = store.root / "selections" / loaded.sweep.name
-    progress.start(len(loaded.cells), len(loaded.cells))
+    progress.start(bundles(loaded.cells))
     for bundle in bundles(loaded.cells):
         card = bundle.cells[0].teacher
         maker = next(c for c in selection.cells if c.teacher == card)

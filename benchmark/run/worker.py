@@ -61,6 +61,7 @@ class Worker:
         self._teacher: tuple[TeacherCard, Teacher] | None = None
         self._teachers_seen: set[Path] = set()
         self._unseen = torch.empty(0)
+        self._remarks: set[str] = set()  # what has been told once already
 
     def run(self, bundle: Bundle, summary: Summary) -> None:
         try:
@@ -143,24 +144,30 @@ class Worker:
             self._log(bundle, trouble)
 
     def _say_about(self, lockstep: Lockstep, resumed: bool, why_not: str, about_images: str) -> None:
-        lines = [f"resumed at step {lockstep.steps_done} of {lockstep.steps}"] if resumed else [f"started, {lockstep.steps} steps"]
-        if why_not:
-            lines.append(f"starting again from the beginning: {why_not}")
-        if about_images:
-            lines.append(about_images)
-        beyond = unreached_milestones(lockstep.method.config)
-        if beyond:
-            lines.append(
-                f"learning-rate milestones {', '.join(map(str, beyond))} lie beyond the last epoch and are not reached (they are never rescaled)"
-            )
-        left_float = lockstep.trainees[0].student.left_float
-        if left_float:
-            lines.append(f"kept in float, no quantizer is known for them: {', '.join(left_float)}")
-        for line in lines:
+        if resumed:
+            self._log(lockstep.bundle, f"resumed at step {lockstep.steps_done} of {lockstep.steps}")
+        else:
+            self._log(lockstep.bundle, f"started, {lockstep.steps} steps", told=False)
+        for line in filter(None, (f"starting again from the beginning: {why_not}" if why_not else "", about_images)):
             self._log(lockstep.bundle, line)
+        method, student = lockstep.method, lockstep.trainees[0].student
+        beyond, remarks = unreached_milestones(method.config), []
+        if beyond:
+            remarks.append(
+                f"{method.info.name}: learning-rate milestones {', '.join(map(str, beyond))} lie beyond the last epoch and are not reached "
+                "(they are never rescaled)"
+            )
+        if student.left_float:
+            teacher = lockstep.bundle.cells[0].teacher.label
+            remarks.append(f"{teacher}: kept in float, no quantizer is known for them: {', '.join(student.left_float)}")
+        for line in remarks:
+            self._log(lockstep.bundle, line, told=line not in self._remarks)
+            self._remarks.add(line)
 
-    def _log(self, bundle: Bundle, line: str) -> None:
-        self.progress.say(line)
+    def _log(self, bundle: Bundle, line: str, told: bool = True) -> None:
+        """Into the log of each cell, and `told` to who watches."""
+        if told:
+            self.progress.say(line)
         for cell in bundle.cells:
             self.store.append_log(cell.id, line)
 

@@ -25,6 +25,7 @@ from dfqbench.sweep.cell import Bundle, Cell, canonical_json
 
 Kind = Literal["cuda", "cpu"]
 FINISHED = "by finished cells of this store"
+HOUR = 3600.0
 NOTHING = "without training, not counted"
 OVERHEADS = "overheads-"  # so begin the names of files beside them that tell something else
 OLD_NETWORK, OLD_SIZE = "resnet20", 32  # what files that do not say it were measured on
@@ -207,7 +208,8 @@ def hours(bundles: Sequence[Bundle], speeds: Speeds, side_by_side: int = 1) -> s
     missing = [bundle for bundle, e in zip(bundles, expected, strict=True) if e is None]
     if not set(sources) - {NOTHING}:
         return f"{unit_of(speeds.device)}: {no_figure(bundles, missing, f' on {speeds.device}')}"
-    total = f"about {rounded(sum(e.seconds for e in known) / 3600 / side_by_side)} {unit_of(speeds.device)}"
+    seconds = sum(e.seconds for e in known) / side_by_side
+    total = f"about {amount(seconds)} {unit_of(speeds.device, seconds)}"
     said = f" {next(iter(sources))}" if len(sources) == 1 else ": " + ", ".join(f"{counted(n, 'bundle')} {source}" for source, n in sources.items())
     rest = f"; no figure is known for {len(missing)} of {counted(len(bundles), 'bundle')}{_remedy(missing)}" if missing else ""
     return total + said + rest
@@ -227,8 +229,9 @@ def no_figure(bundles: Sequence[Bundle], missing: Sequence[Bundle], where: str) 
     return f"no figure is known (nothing of these methods and teachers has finished{where} in this store){_remedy(missing)}"
 
 
-def unit_of(device: Kind) -> str:
-    return "GPU-hours" if device == "cuda" else "job-hours on CPUs"
+def unit_of(device: Kind, seconds: float = HOUR) -> str:
+    unit = "hours" if seconds >= HOUR else "minutes"
+    return f"GPU-{unit}" if device == "cuda" else f"job-{unit} on CPUs"
 
 
 def _remedy(missing: Sequence[Bundle]) -> str:
@@ -248,7 +251,15 @@ def in_words(bundle: Bundle, known: Iterable[Speeds]) -> str:
     found = [(speeds, e) for speeds in known if (e := speeds.expected(bundle)) is not None]
     if found and all(e.source == NOTHING for _, e in found):
         return NOTHING
-    return ", ".join(f"about {rounded(e.seconds / 3600)} h on a {'GPU' if speeds.device == 'cuda' else 'CPU'} {e.source}" for speeds, e in found)
+    return ", ".join(
+        f"about {amount(e.seconds)} {'h' if e.seconds >= HOUR else 'min'} on a {'GPU' if speeds.device == 'cuda' else 'CPU'} {e.source}"
+        for speeds, e in found
+    )
+
+
+def amount(seconds: float) -> str:
+    """Hours from one hour on, else whole minutes."""
+    return rounded(seconds / HOUR) if seconds >= HOUR else str(max(1, round(seconds / 60)))
 
 
 def rounded(number: float) -> str:

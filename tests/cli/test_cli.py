@@ -61,7 +61,7 @@ def test_run_leaves_a_complete_record_and_does_nothing_the_second_time(dfqbench:
     before = {p: p.stat().st_mtime_ns for p in results.glob("runs/**/*")}
     code, out, _ = dfqbench("run", config, "--results", results)
     assert code == 0
-    assert "0 cells to run, 2 of 2 need nothing" in out
+    assert "0 cells to run, 2 already done" in out
     assert {p: p.stat().st_mtime_ns for p in results.glob("runs/**/*")} == before
 
 
@@ -123,7 +123,7 @@ def test_a_failed_cell_keeps_its_traceback_sinks_no_other_and_is_retried_only_wh
     (tmp_path / "lucky").touch()
     code, out, _ = dfqbench("run", config, "--results", results)
     assert code == 1
-    assert "0 cells to run, 1 of 3 need nothing" in out
+    assert "0 cells to run, 1 already done" in out
     assert "2 failed earlier (" in out
     assert "1 x ValueError: out of luck" in out
     assert "--retry-failed tries them again" in out

@@ -87,7 +87,7 @@ def test_settings_and_protocols_reach_the_method(network: nn.Module) -> None:
 
 def test_the_same_call_answers_from_its_folder(network: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = quantize(network, folder=tmp_path, progress=True)
-    assert "1 cells to run" in capsys.readouterr().out
+    assert "1 cell to run" in capsys.readouterr().out
     again = quantize(network, folder=tmp_path, progress=True)
     assert "0 cells to run" in capsys.readouterr().out
     assert torch.equal(first(images()), again(images()))

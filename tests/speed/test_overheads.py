@@ -43,7 +43,7 @@ def test_overheads_are_written_as_they_were_measured(dfqbench: Run, tmp_path: Pa
     assert written["command"].startswith("dfqbench speed --overheads")
     plan, finished, worker, memory = written["overheads"]
     assert plan["notes"]["said"] == "10 cells: 10 missing"
-    assert finished["notes"]["said"] == "0 cells to run, 10 of 10 need nothing"
+    assert finished["notes"]["said"] == "0 cells to run, 10 already done"
     assert (plan["wanted"], finished["wanted"], worker["wanted"], memory["wanted"]) == (2.0, 5.0, 10.0, None)
     assert memory["notes"]["resident_mb"].keys() == {"10", "20"}
     assert all(len(o["clock"]) == len(o["processor"]) == 1 and min(o["clock"] + o["processor"]) > 0 for o in written["overheads"])
