@@ -51,7 +51,7 @@ def quantize(
     console = console_of()
     import torch
 
-    from dfqbench.export.export import Rejected
+    from dfqbench.export.verify import Rejected
     from dfqbench.run.progress import make_progress
     from dfqbench.run.quantize import content_of, quantized, spanned
     from dfqbench.store import Store

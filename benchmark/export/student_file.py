@@ -83,7 +83,7 @@ class StoredStudent(Student):
         """Writes the student for other programs, by the name's ending: .onnx, or .pt2 for torch.export. The file is run and its answers compared.
 
         Returns how they compare, an `Agreement` for each way in which the file was run. Raises UserError where the network cannot be written, and
-        `dfqbench.export.export.Rejected` where the answers differ by more than rounding.
+        `dfqbench.export.verify.Rejected` where the answers differ by more than rounding.
         """
         from dfqbench.export.export import ENDINGS, export
 
