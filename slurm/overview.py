@@ -34,7 +34,7 @@ class Word(enum.Enum):
 
 COLOURS = {Word.RUNNING: "cyan", Word.FAILED: "red", Word.LOST: "red", Word.PREEMPTED: "yellow", Word.DONE: "green"}
 
-REACHED = {"top1": "{:.2f} %", "agreement": "agreement with the teacher {:.2f} %"}
+REACHED = {"top1": "{:.2f} %", "agreement": "agreement {:.2f} %"}
 
 
 @dataclass(frozen=True)

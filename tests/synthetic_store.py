@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,28 @@ def write_cell(store: Store, cell: Cell, images: int = 1000, evaluated: bool = T
         },
         "finished": 1.7e9,
     } | changes  # fmt: skip
+    write_json(folder / "result.json", result)
+    return result
+
+
+UNSEEN: dict[str, Any] = {"images": {"zeroq": {"images": 64}}, "seed": 1000, "count": 64}
+
+
+def without_data(cell: Cell) -> Cell:
+    """The same cell with `evaluate: none`."""
+    return replace(cell, evaluation=EvaluationCard("none", "none 0123456789ab", 10, 64, "zeroq, seed 1000", UNSEEN))
+
+
+def write_without_data(store: Store, cell: Cell, kl: float = 0.5, **changes: Any) -> dict[str, Any]:
+    """All files of one finished cell that has no evaluation set: right is what its teacher says."""
+    folder, made = store.folder(cell.id), write_cell(store, cell, cell.evaluation.images)
+    if (folder / "history.csv").exists():
+        write_atomically(folder / "history.csv", (folder / "history.csv").read_text().replace("top1", "agreement", 1))
+    scores: dict[str, Any] = {"metric": "agreement", "agreement": made["top1"], "kl": kl, "plain_rounding": {"agreement": 50.0, "kl": 0.75}}
+    best = {"epoch": made["best"]["epoch"], "agreement": made["best"]["top1"]}
+    teacher = {name: made["teacher"][name] for name in ("teacher", "evaluation")} | {"metric": "agreement"}
+    result = {name: value for name, value in made.items() if name not in ("top1", "top5", "loss")}
+    result |= scores | {"unseen_sha256": "ab" * 32, "best": best, "teacher": teacher} | changes
     write_json(folder / "result.json", result)
     return result
 

@@ -176,7 +176,7 @@ def _more(result: dict[str, Any]) -> dict[str, Any]:
     return (
         {"configuration": configuration, "settings": canonical_json(identity["config"])}
         | {"weight_bits": bits.weights, "activation_bits": bits.activations, "top5": _number(result.get("top5"))}
-        | {"best_epoch": result["best"].get("epoch"), "last_epoch": result.get("last_epoch")}
+        | {"best_epoch": result["best"].get("epoch") if "top1" in result["best"] else None, "last_epoch": result.get("last_epoch")}
         | {"finished": _number(result.get("finished")) or None}
         | (sizes.as_columns() if sizes else {})
     )
@@ -190,8 +190,8 @@ def history(cell: str | Path, results: str | Path = "results") -> pd.DataFrame:
     """The curves of a finished cell: a row for each epoch, with `epoch` (Int64), `phase` (string) and what was logged (Float64 where numeric).
 
     cell: its id, the first characters of one if no other cell of the folder `results` has them, or its folder. top1, in percent, is there for epochs
-    that were evaluated. A cell that trains nothing has no epochs. Raises UserError where there is no such cell, where it is not finished, and
-    where its history.csv is missing or damaged.
+    that were evaluated (agreement, where there is no evaluation set). A cell that trains nothing has no epochs. Raises UserError where there is no
+    such cell, where it is not finished, and where its history.csv is missing or damaged.
     """
     folder = Path(cell)
     if not (isinstance(cell, Path) or os.sep in cell or (folder / "result.json").exists()):

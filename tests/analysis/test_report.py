@@ -99,13 +99,19 @@ def test_failures_and_skipped_files_are_listed(tmp_path: Path) -> None:
     assert "1 cell diverged. 1 file could not be read and is listed at the end." in text
 
 
-def test_the_recipe_of_a_cell_spans_exactly_that_cell(sweep_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "on", [{"evaluate": "digits"}, {"evaluate": "none"}, {"evaluate": "none", "selection": {"images": "gznq", "seed": 7, "count": 9}}]
+)
+def test_the_recipe_of_a_cell_spans_exactly_that_cell(
+    sweep_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: dict[str, Any]
+) -> None:
     """What the report tells people to run has the same id, so it is the same experiment."""
     config = sweep_file(
         methods=["gdfq", {"acq": {"matching_weight": 0.5}}, "gznq", "round"],
         protocol={"base": "lineage", "first_bits": 8},
         precision="bf16",
         seeds=[3],
+        **on,
     )
     loaded = load_sweep(config, cache_folder())
     assert len(loaded.cells) == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dfqbench import load_student
 from dfqbench.data import find_set
@@ -59,6 +61,26 @@ def test_a_cell_is_measured_again_and_gets_the_same_images_right(
     out = dfqbench("evaluate", result["id"], "--on", "digits", "--results", results)[1]
     gained, lost = map(int, re.search(r"(\d+) images right that were wrong, (\d+) wrong that were right \(torch 1.0 then", out).groups())  # type: ignore[union-attr]
     assert result["correct"] + gained - lost == int(re.search(r"\((\d+) of 599\)", out)[1])  # type: ignore[index]
+
+
+@pytest.mark.slow
+def test_a_cell_without_data_has_its_agreement_and_no_accuracy_until_it_is_measured(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path) -> None:
+    images = {"images": {"zeroq": {"images": 8, "synthesis_iterations": 2}}, "count": 8}
+    config = sweep_file(evaluate="none", selection=images, methods=["round"], bits=["w4a4"], budget=None)
+    assert dfqbench("run", config, "--results", tmp_path / "r")[0] == 0
+    (path,) = (tmp_path / "r").glob("runs/*/result.json")
+    (kept,) = (tmp_path / "r").glob("unseen/*.safetensors")
+    result = json.loads(path.read_text())
+    assert result["unseen_sha256"] == hashlib.sha256(load_file(kept)["images"].numpy().tobytes()).hexdigest()
+    assert result["plain_rounding"] == {"agreement": result["agreement"], "kl": pytest.approx(result["kl"])}, "rounding is what this method does"
+    out = dfqbench("table", config, "--results", tmp_path / "r")[1]
+    assert "tiny without data, no accuracy: agreement with the teacher on 8 synthetic images (zeroq(" in out
+    code, out, err = dfqbench("evaluate", result["id"], "--on", "digits", "--results", tmp_path / "r")
+    assert (code, err) == (0, "")
+    assert "digits: top-1 " in out
+    said = f"cell {result['id']} was scored without data: agreement with its teacher {result['agreement']:.2f} %, KL "
+    assert said in out
+    assert "on 8 synthetic images (zeroq(" in out
 
 
 def test_what_cannot_be_measured_again_is_one_line(dfqbench: Run, ran: tuple[Path, dict[str, dict[str, Any]]], tmp_path: Path) -> None:
