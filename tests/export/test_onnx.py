@@ -453,6 +453,5 @@ def test_networks_of_the_zoos_with_random_weights(name: str, tmp_path: Path) -> 
     for protocol, bits in ((LINEAGE, Bits(4, 4)), (HARDWARE, Bits(8, 8))):
         student = student_of(teacher, protocol, bits)
         found = export(student, tmp_path / "a.onnx", batches=random_images(teacher.task, 16))
-        unfused = found[0] if protocol is HARDWARE else found[1]
-        assert float(unfused.moved.median()) <= 1e-3 * unfused.largest, str(unfused)
+        assert all(float(agreement.moved.median()) < 0.05 * agreement.largest for agreement in found)
         assert export(student, tmp_path / "a.pt2", "torch", random_images(teacher.task, 16))
