@@ -23,7 +23,6 @@ from dfqbench.network import Network
 from dfqbench.quantization.student import Student
 
 SESSION_OPTIONS = "session_options"  # key of the metadata
-ASSERTIONS = ("_assert", "sym_constrain")
 
 
 def export_onnx(network: Network, path: Path, about: dict[str, str] | None = None, quantized: bool = True) -> None:
