@@ -82,8 +82,8 @@ def test_the_student_of_every_method_comes_back_to_the_bit(name: str, protocol: 
         PROTOCOLS[protocol].for_method(name, method.ranges, method.batch_norm)
     except UserError as error:
         pytest.skip(str(error))
-    ended = Trial(method).end(bits=WIDTHS if method.info.shares_synthesis else WIDTHS[1:2], protocol=protocol)
-    for trainee in ended.trainees:
+    together = [WIDTHS] if method.info.shares_synthesis else [(width,) for width in WIDTHS]
+    for trainee in (trainee for widths in together for trainee in Trial(method).end(bits=widths, protocol=protocol).trainees):
         found = assert_same(trainee.student, tmp_path / "student.safetensors")
         assert (found.bits, found.protocol, found.task) == (trainee.cell.bits, trainee.cell.protocol, trainee.student.task)
 
