@@ -27,7 +27,10 @@ def run_sweep(loaded: LoadedSweep, store: Store, options: Options, progress: Pro
 def note_sweep(loaded: LoadedSweep, store: Store) -> None:
     """Which cells a config stands for, so that `table` and `status` need not work it out again."""
     cells = {cell.id: str(cell) for cell in loaded.cells}
-    write_json(store.root / "sweeps" / f"{loaded.sweep.name}.json", {"config": loaded.text_sha256, "cells": list(cells), "labels": cells})
+    names = {cell.id: {"name": cell.name, "group": cell.group} for cell in loaded.cells if cell.name or cell.group}
+    write_json(
+        store.root / "sweeps" / f"{loaded.sweep.name}.json", {"config": loaded.text_sha256, "cells": list(cells), "labels": cells, "names": names}
+    )
 
 
 def run_cells(loaded: LoadedSweep, cells: list[Cell], store: Store, options: Options, progress: Progress, stop: StopFlag) -> Summary:

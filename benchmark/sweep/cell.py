@@ -66,7 +66,8 @@ class Cell:
 
     config holds every setting with its value; `changed` those that differ from the method's defaults (for labels only). `plugin` and `source`
     (package, version, file, sha256) are provenance of the method's code; only its declared `version` takes part in the identity. `files`: where those
-    lie that settings name, which `config` has by their sha256. `steps` by phase is for estimates only; None where nobody asked.
+    lie that settings name, which `config` has by their sha256. `steps` by phase is for estimates only; None where nobody asked. `name` and `group`:
+    what tables are to call the settings and where they belong, where the sweep says so.
     """
 
     method: str
@@ -84,6 +85,8 @@ class Cell:
     plugin: str = ""
     source: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict, compare=False)
+    name: str = field(default="", compare=False)
+    group: str = field(default="", compare=False)
     steps: dict[str, int] | None = field(default=None, compare=False)
 
     def identity(self) -> dict[str, Any]:
@@ -155,6 +158,7 @@ class Cell:
         return {
             "id": self.id,
             "label": self.label,
+            **{key: value for key, value in (("name", self.name), ("group", self.group)) if value},
             "coordinates": self.coordinates,
             "identity": self.identity(),
             "method": self.method,

@@ -72,7 +72,7 @@ def span_sweep(
     sweep = _validate(content, problems)
     for i, file in enumerate([*(sweep.plugins if sweep else []), *(plugins or [])]):
         problems.catch(f"plugins[{i}]", partial(load_plugin, file))
-    found = _parts(sweep, cache, problems, networks or {}) if sweep else None
+    found = _parts(sweep, cache, problems, networks) if sweep else None
     problems.raise_all()
     assert sweep is not None
     assert found is not None
@@ -126,7 +126,7 @@ class _Parts:
     image_makers: list[Variant]
 
 
-def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str, InMemory]) -> _Parts | None:
+def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str, InMemory] | None = None) -> _Parts | None:
     """Looks everything up; None where something is wrong, which `problems` then holds."""
     protocol = problems.catch("protocol", lambda: find_protocol(sweep.protocol))
     bits = [problems.catch(f"bits[{i}]", partial(Bits.parse, b)) for i, b in enumerate(sweep.bits)]
@@ -137,7 +137,7 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
     found: list[tuple[int, TeacherCard, dict[str, str | None]]] = []
     question = student_of(protocol) if protocol else None
     for i, given in enumerate(sweep.teachers):
-        held = networks.get(given) if isinstance(given, str) else None
+        held = networks.get(given) if networks and isinstance(given, str) else None
         spec = held or problems.catch(f"teachers[{i}]", partial(parse_teacher, given))
         examined = problems.catch(f"teachers[{i}]", partial(examine, spec, cache, question)) if spec else None
         if examined is None:
@@ -196,6 +196,8 @@ def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None) ->
             plugin=variant.plugin,
             source=variant.source,
             files=variant.files,
+            name=variant.name,
+            group=variant.group,
             steps=variant.steps.get(str(teacher.task)),
         )
         cells += [first.at(width, seed if variant.uses_seed else 0) for seed, width in itertools.product(sweep.seeds, widths)]

@@ -61,7 +61,10 @@ class Selection(BaseModel):
 
 
 WITHOUT_DATA = "none"  # for `evaluate`
-UNSEEN_IMAGES = {"images": {"zeroq": {"images": 64, "synthesis_iterations": 200}}, "count": 64}  # `selection` of a sweep without data that has none of its own
+UNSEEN_IMAGES = {
+    "images": {"zeroq": {"images": 64, "synthesis_iterations": 200}},
+    "count": 64,
+}  # `selection` of a sweep without data that has none of its own
 
 
 class Sweep(BaseModel):
@@ -71,7 +74,7 @@ class Sweep(BaseModel):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     teachers: list[str | dict[str, Any]] = Field(min_length=1)
     evaluate: NamedSet
-    methods: list[str | dict[str, dict[str, Any] | None]] = Field(min_length=1)
+    methods: list[str | dict[str, dict[str, Any] | str | None]] = Field(min_length=1)
     bits: list[str] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
     protocol: str | dict[str, Any] = "lineage"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_origin
 
 from pydantic import ValidationError
 
-from dfqbench.errors import nearest
+from dfqbench.errors import UserError, nearest
 from dfqbench.method import registry
 from dfqbench.method.catalogue import code_state
 from dfqbench.method.info import Fidelity, Needs
@@ -27,15 +27,29 @@ from dfqbench.task import Task
 if TYPE_CHECKING:
     from dfqbench.method.contract import Method
 
-Entry = str | dict[str, dict[str, Any] | None]
-Configured = tuple["type[Method]", MethodConfig, dict[str, Any], Sequence[str]]  # the last two: settings not the method's own; bit widths
+Entry = str | Mapping[str, dict[str, Any] | str | None]
+
+
+NAMING = ("label", "group")  # beside the method in an entry of `methods`
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A method with settings. changed: those that are not the method's own; name, group: see `Variant`."""
+
+    method: type[Method]
+    config: MethodConfig
+    changed: dict[str, Any]
+    widths: Sequence[str]
+    name: str
+    group: str
 
 
 @dataclass(frozen=True)
 class Variant:
     """A method with complete settings; all of it JSON. changed: settings that differ from the method's own; needs: with those of the method that it
     wraps; widths: those of the sweep's bit widths at which it has cells; files: paths by setting; steps: by phase, by the teacher's task as text;
-    none where nobody asked."""
+    none where nobody asked; name, group: what tables are to call it and where it belongs, empty where the sweep does not say."""
 
     method: str
     version: int
@@ -52,11 +66,14 @@ class Variant:
     widths: list[str]
     files: dict[str, str]
     steps: dict[str, dict[str, int] | None]
+    name: str
+    group: str
 
     @classmethod
-    def of(cls, method: type[Method], config: MethodConfig, changed: dict[str, Any], widths: Sequence[str], tasks: Collection[Task]) -> Variant:
+    def of(cls, found: Configured, tasks: Collection[Task]) -> Variant:
         from dfqbench.method.hosting import needs_of
 
+        method, config = found.method, found.config
         info, settings = method.info, config.model_dump(mode="json")
         return cls(
             method=info.name,
@@ -69,11 +86,13 @@ class Variant:
             plugin=f"{info.origin} {info.source_sha256[:12]}",
             source=info.source.as_dict(),
             config=settings,
-            changed=changed,
+            changed=found.changed,
             needs=sorted(needs_of(method, config)),
-            widths=list(widths),
+            widths=list(found.widths),
             files=files_of(config),
             steps={str(task): steps_of(method, settings | files_of(config), task) for task in tasks},
+            name=found.name,
+            group=found.group,
         )
 
 
@@ -96,11 +115,11 @@ def find_variants(
             "methods": [v for i, given in enumerate(sweep.methods) for v in _variants(f"methods[{i}]", given, sweep, protocol, problems)],
             "images": [v for given in images for v in _variants("selection.images", given, sweep, protocol, problems)],
         }
-        asked = [one for method, config, *_ in itertools.chain(*found.values()) for one in methods_of(method, config)]
+        asked = [one for v in itertools.chain(*found.values()) for one in methods_of(v.method, v.config)]
         own = all(method.info.source.package == "dfqbench" for method, _ in asked) and not registry.broken
         fixed = not any(files_of(config) for _, config in asked)  # a file's content may be another the next time
         holds = known and own and fixed and not problems.lines and code_state() == code
-        return {"holds": holds, **{key: [asdict(Variant.of(*v, tasks if holds else ())) for v in variants] for key, variants in found.items()}}
+        return {"holds": holds, **{key: [asdict(Variant.of(v, tasks if holds else ())) for v in variants] for key, variants in found.items()}}
 
     given = [sweep.methods, images, sweep.preset, sweep.budget.given(), protocol, sweep.bits, sorted(map(str, tasks))]
     key = [code, repr(given)]  # as text: the order of settings and 1 or 1.0 make a difference
@@ -111,11 +130,13 @@ def find_variants(
 
 def _variants(key: str, given: Entry, sweep: Sweep, protocol: Protocol | None, problems: Problems) -> list[Configured]:
     """The method of one entry with each of its settings: a list value spans a grid."""
-    if isinstance(given, dict) and len(given) != 1:
-        problems.add(key, f"{given!r}: one method with its settings is expected, like {{gdfq: {{bn_weight: 1.0}}}}")
+    named = {k: given[k] for k in NAMING if k in given} if isinstance(given, Mapping) else {}
+    entry = {given: None} if isinstance(given, str) else {k: v for k, v in given.items() if k not in NAMING}
+    if len(entry) != 1 or not all(isinstance(v, dict | None) for v in entry.values()) or not all(isinstance(v, str) and v for v in named.values()):
+        problems.add(key, f"{given!r}: one method with its settings is expected, like {{gdfq: {{bn_weight: 1.0}}}}, and perhaps a label and a group")
         return []
-    name, settings = (given, {}) if isinstance(given, str) else next(iter(given.items()))
-    settings = dict(settings or {})
+    name, given_settings = next(iter(entry.items()))
+    settings: dict[str, Any] = dict(given_settings or {})  # type: ignore[arg-type]
     key = f"{key}.{name}"
     method = problems.catch(key, lambda: registry.find_method(name))
     if method is None:
@@ -146,8 +167,21 @@ def _variants(key: str, given: Entry, sweep: Sweep, protocol: Protocol | None, p
         changed = {k: v for k, v in config.model_dump(mode="json").items() if k in chosen and (k in required or v != plain[k])}
         changed |= {k: Path(path).name for k, path in files_of(config).items() if k in changed}
         widths = problems.catch(key, partial(method.widths, config, sweep.bits))
-        variants.append((method, config, changed, widths or []))
+        label = problems.catch(f"{key}.label", partial(_label, named.get("label", ""), config))
+        variants.append(Configured(method, config, changed, widths or [], label or "", named.get("group", "")))
+    if "label" in named and len({v.name for v in variants}) < len(variants):
+        problems.add(
+            f"{key}.label", f"{named['label']!r}: {len(variants)} variants would have it: put settings into it, like {{{next(iter(axes), 'epochs')}}}"
+        )
     return variants
+
+
+def _label(text: str, config: MethodConfig) -> str:
+    """With the values of settings that it names in braces. Raises UserError."""
+    try:
+        return text.format_map(config.model_dump(mode="json"))
+    except (KeyError, ValueError, IndexError, AttributeError) as error:
+        raise UserError(f"{text!r}: braces name settings, like {{epochs}} ({error})") from None
 
 
 def _spans(value: Any, annotation: Any) -> bool:
