@@ -33,8 +33,8 @@ def records(path: Path) -> Iterator[Any]:
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """One run: who it is, its configuration, its history (a dictionary per step) and its summary."""
-    found: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "files": []}
+    """One run: who it is, its configuration, its history (a dictionary per step), its summary and its artifacts."""
+    found: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "files": [], "artifacts": []}
     for record in records(path):
         kind = record.WhichOneof("record_type")
         if kind == "run" and "id" not in found:
@@ -54,6 +54,10 @@ def contents(path: Path) -> dict[str, Any]:
             found["summary"] |= {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.summary.update}
         elif kind == "files":
             found["files"] += [file.path for file in record.files.files]
+        elif kind == "artifact":
+            its = record.artifact
+            files = {file.path: (file.size, file.digest, file.local_path) for file in its.manifest.contents}
+            found["artifacts"].append({"name": its.name, "type": its.type, "metadata": json.loads(its.metadata), "files": files})
         elif kind == "exit":
             found["exit"] = record.exit.exit_code
     return found

@@ -269,6 +269,7 @@ def wandb_sync(
     project: Annotated[str, typer.Option(help="The W&B project.")] = "dfqbench",
     entity: Annotated[str | None, typer.Option(help="A W&B user or team; default: the one that is logged in.")] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Write offline folders into wandb/ of the results folder, for `wandb sync`.")] = False,
+    students: Annotated[bool, typer.Option("--students", help="Also the cells' quantized networks, as artifacts of type model.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Also those that were pushed before.")] = False,
     plugin: Plugins = None,
 ) -> None:
@@ -278,6 +279,7 @@ def wandb_sync(
     from dfqbench.store.environment import WANDB, forget
     from dfqbench.sweep.schema import Tracking
     from dfqbench.tracking.runs import sync
+    from dfqbench.tracking.students import Students
 
     try:
         where = Tracking(wandb="offline" if offline else "online", project=project, entity=entity)
@@ -293,9 +295,12 @@ def wandb_sync(
         raise UserError("W&B is not installed: pip install wandb") from None
     if not offline and not wandb.login(prompt=False):
         raise UserError("W&B: not logged in: `wandb login`, or set WANDB_API_KEY; without an account: --offline")
+    networks = Students() if students else None
     try:
-        pushed, there = sync(reading.store, reading.finished, where, again, print)
+        pushed, there = sync(reading.store, reading.finished, where, again, print, networks)
     except (wandb.Error, OSError, TimeoutError) as error:
         raise UserError(f"W&B: {(str(error).splitlines() or [type(error).__name__])[0]}; the same command goes on with what is missing") from None
     place = f"{results / 'wandb'}: upload them with `wandb sync {results / 'wandb'}/offline-run-*`" if offline else f"project {project}"
-    print(f"{pushed} pushed" + (f", {there} already there" if there else "") + f" ({place})")
+    for line in networks.skipped if networks else ():
+        print(f"skipped: {line}", file=sys.stderr)
+    print(f"{pushed} pushed" + (f", {there} already there" if there else "") + (f"; {networks}" if networks else "") + f" ({place})")

@@ -1,4 +1,4 @@
-"""Weights & Biases: cells as W&B runs, replayed from the store's files, live or later. No torch here.
+"""Weights & Biases: cells as W&B runs, replayed from the store's files, live or later. No torch here (but see students.py).
 
 The store is the truth, W&B a copy of it: a run's id is the cell's id behind the project's name, so that a cell stays one run however often it is
 requeued or pushed. While cells run, a process of its own does the talking: it is told of every epoch through a pipe that is never waited for, reads
@@ -15,6 +15,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from dfqbench.files import read_json, write_json
 from dfqbench.store import Store
 from dfqbench.sweep.cell import without_data
 from dfqbench.sweep.schema import Tracking
+from dfqbench.tracking.students import Students, sha256_of, upload
 
 INIT_TIMEOUT_S = 60.0
 MARK = "wandb.json"  # in a cell's folder: what was pushed where
@@ -79,8 +81,11 @@ def open_session(store: Store, cell: dict[str, Any], group: str, tracking: Track
     return Session(run, folder, max(int(run.starting_step) - 1, 0))
 
 
-def push(store: Store, result: dict[str, Any], group: str, tracking: Tracking, session: Session | None = None) -> None:
-    """Replays a finished cell to its end and closes it: epochs, summary, sample images. Leaves a mark, so that it is pushed once."""
+def push(store: Store, result: dict[str, Any], group: str, tracking: Tracking, session: Session | None = None, student: Path | None = None) -> None:
+    """Replays a finished cell to its end and closes it: epochs, summary, sample images, a student's file if one is given.
+
+    Leaves a mark, so that each is pushed once.
+    """
     import wandb
 
     earlier = _offline_folders(store, tracking, result["id"]) if session is None and tracking.wandb == "offline" else []
@@ -90,6 +95,8 @@ def push(store: Store, result: dict[str, Any], group: str, tracking: Tracking, s
     if samples.is_file() and session.logged <= result["last_epoch"]:
         session.run.log({"samples": wandb.Image(str(samples)), "epoch": result["last_epoch"]}, step=result["last_epoch"])
     session.run.summary.update(summary_of(result))
+    if student is not None:
+        upload(session.run, student, result, tracking.wandb == "online")
     address = session.run.url if tracking.wandb == "online" else None
     directory = Path(session.run.dir).parent.name
     session.run.finish()
@@ -97,6 +104,8 @@ def push(store: Store, result: dict[str, Any], group: str, tracking: Tracking, s
         if folder.name != directory:
             shutil.rmtree(folder, ignore_errors=True)
     mark = {**_mark(result, tracking), "url": address, "folder": directory if tracking.wandb == "offline" else None}
+    if student is not None or (tracking.wandb == "online" and has_student(store, result, tracking)):
+        mark["student"] = sha256_of(result)
     others = [m for m in _marks(session.folder) if (m.get("run"), m.get("entity"), m.get("mode")) != (mark["run"], mark["entity"], mark["mode"])]
     write_json(session.folder / MARK, {"pushed": [*others, mark]})
 
@@ -122,9 +131,19 @@ def summary_of(result: dict[str, Any]) -> dict[str, Any]:
 
 def is_pushed(store: Store, result: dict[str, Any], tracking: Tracking) -> bool:
     """Whether exactly this result was pushed to this project before."""
+    return bool(_marks_of(store, result, tracking))
+
+
+def has_student(store: Store, result: dict[str, Any], tracking: Tracking) -> bool:
+    """Whether its student was, too."""
+    return any(mark.get("student") and mark["student"] == sha256_of(result) for mark in _marks_of(store, result, tracking))
+
+
+def _marks_of(store: Store, result: dict[str, Any], tracking: Tracking) -> list[dict[str, Any]]:
+    """Of this result in this project; offline, as long as its folder is there."""
     wanted = _mark(result, tracking)
     same = [mark for mark in _marks(store.folder(result["id"])) if {k: mark.get(k) for k in wanted} == wanted]
-    return any(not mark.get("folder") or (store.root / "wandb" / mark["folder"]).is_dir() for mark in same)
+    return [mark for mark in same if not mark.get("folder") or (store.root / "wandb" / mark["folder"]).is_dir()]
 
 
 def _marks(folder: Path) -> list[dict[str, Any]]:
@@ -141,7 +160,9 @@ def _mark(result: dict[str, Any], tracking: Tracking) -> dict[str, Any]:
 
 
 def _offline_folders(store: Store, tracking: Tracking, cell_id: str) -> list[Path]:
-    return sorted((store.root / "wandb").glob(f"offline-run-*-{tracking.run_id(cell_id)}"))
+    """Not those of a project whose name ends like this one's; W&B numbers the folders of one second."""
+    its = re.compile(rf"offline-run-\d+_\d+-{re.escape(tracking.run_id(cell_id))}(-\d+)?")
+    return sorted(path for path in (store.root / "wandb").glob("offline-run-*") if its.fullmatch(path.name))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -173,19 +194,35 @@ def groups(store: Store) -> dict[str, str]:
     return found
 
 
-def sync(store: Store, results: list[dict[str, Any]], tracking: Tracking, again: bool, say: Callable[[str], None]) -> tuple[int, int]:
-    """Pushes finished cells; (pushed, already there). Raises what wandb raises."""
+def sync(
+    store: Store,
+    results: list[dict[str, Any]],
+    tracking: Tracking,
+    again: bool,
+    say: Callable[[str], None],
+    students: Students | None = None,
+) -> tuple[int, int]:
+    """Pushes finished cells, with their students if what becomes of those is to be counted; (pushed, already there). Raises what wandb raises."""
     import wandb
 
-    of_sweep = groups(store)
-    todo = [result for result in results if again or not is_pushed(store, result, tracking)]
+    of_sweep, pushed = groups(store), 0
     try:
-        for result in todo:
-            push(store, result, of_sweep.get(result["id"], "dfqbench"), tracking)
-            say(f"{result['id']}  {result['cell']['label']} {result['cell']['bits']} seed {result['cell']['seed']}")
+        for result in results:
+            there, has = is_pushed(store, result, tracking), has_student(store, result, tracking)
+            # offline, the new folder replaces the one that has the student
+            wanted = students or (Students() if again and has and tracking.wandb == "offline" else None)
+            student = wanted.file_of(store, result, has and not again) if wanted else None
+            if there and not again and student is None:
+                continue
+            push(store, result, of_sweep.get(result["id"], "dfqbench"), tracking, student=student)
+            pushed += again or not there
+            if students and student:
+                students.counts["pushed"] += 1
+            what = f"{result['cell']['label']} {result['cell']['bits']} seed {result['cell']['seed']}"
+            say(f"{result['id']}  {what}" + ", with its student" * (student is not None))
     finally:
         wandb.teardown()  # its helper may still be writing
-    return len(todo), len(results) - len(todo)
+    return pushed, len(results) - pushed
 
 
 def checked_result(store: Store, cell_id: str) -> dict[str, Any] | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 from synthetic_store import cells, make_store, write_cell
 from wandb_file import contents, runs
@@ -26,6 +30,7 @@ from dfqbench.sweep.schema import Tracking, tracking_of
 from dfqbench.tracking import process as tracking_process
 from dfqbench.tracking.process import WandbObserver
 from dfqbench.tracking.runs import is_pushed, read_rows, sync
+from dfqbench.tracking.students import Students
 
 SweepFile = Callable[..., Path]
 OFFLINE = Tracking(wandb="offline")
@@ -77,11 +82,13 @@ def test_what_was_pushed_is_not_pushed_again_unless_it_changed_or_was_asked_for(
     quiet: Callable[[str], None] = lambda line: None  # noqa: E731
     assert sync(store, results, OFFLINE, False, quiet) == (3, 0)
     assert sync(store, results, OFFLINE, False, quiet) == (0, 3)
-    assert sync(store, results, Tracking(wandb="offline", project="other"), False, quiet) == (3, 0)
+    for project in ("other", "other-dfqbench"):
+        assert sync(store, results, Tracking(wandb="offline", project=project), False, quiet) == (3, 0)
     results[0]["top1"] = 1.0
     assert sync(store, results, OFFLINE, False, quiet) == (1, 2)
     assert sync(store, results, OFFLINE, True, quiet) == (3, 0)
-    assert len(runs(tmp_path)) == 6, "a folder per cell and project, however often it was pushed"
+    assert sync(store, results, OFFLINE, True, quiet) == (3, 0)
+    assert len(runs(tmp_path)) == 9, "a folder per cell and project, however often it was pushed"
 
 
 @pytest.mark.slow
@@ -96,6 +103,140 @@ def test_sample_images_go_along(tmp_path: Path) -> None:
     media = [row["samples/_type"] for row in run["history"] if "samples/_type" in row]
     assert media == ["image-file"]
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))
+
+
+# --- the quantized networks -------------------------------------------------------------------------------------------
+
+STUDENT = "student.safetensors"
+
+
+@pytest.fixture(scope="module")
+def with_students(tmp_path_factory: pytest.TempPathFactory, tiny_teacher: str) -> Path:
+    """Four finished cells with their students."""
+    folder = tmp_path_factory.mktemp("students")
+    content = {"name": "four", "teachers": [tiny_teacher], "evaluate": "digits", "methods": ["round"], "bits": ["w8a8", "w6a6", "w4a4", "w3a3"]}
+    (folder / "four.yaml").write_text(yaml.safe_dump(content))
+    done = dfqbench("run", folder / "four.yaml", "--results", folder / "r", env=os.environ | {"DFQBENCH_CACHE": str(folder / "cache")})
+    assert done.returncode == 0, done.stderr
+    return folder / "r"
+
+
+def copied(with_students: Path, folder: Path) -> tuple[Store, dict[str, dict[str, Any]]]:
+    """Its store, and the results by bits."""
+    shutil.copytree(with_students, folder)
+    return Store(folder), {result["cell"]["bits"]: result for result in read_store(Store(folder)).results}
+
+
+def artifacts(root: Path) -> dict[str, list[dict[str, Any]]]:
+    """Of all offline runs, by cell."""
+    return {run["config"]["cell"]: run["artifacts"] for run in runs(root).values()}
+
+
+@pytest.mark.slow
+def test_a_student_goes_along_once_as_an_artifact(with_students: Path, tmp_path: Path) -> None:
+    store, found = copied(with_students, tmp_path / "r")
+    results, quiet = list(found.values()), Students()
+    assert sync(store, results, OFFLINE, False, lambda line: None) == (4, 0)
+    assert set(map(len, artifacts(store.root).values())) == {0}, "only where they are asked for"
+    assert sync(store, results, OFFLINE, False, lambda line: None, quiet) == (0, 4), "the runs were there"
+    assert str(quiet) == "students: 4 pushed"
+    for bits, result in found.items():
+        (artifact,) = artifacts(store.root)[result["id"]]
+        file = store.folder(result["id"]) / STUDENT
+        digest = base64.b64encode(hashlib.md5(file.read_bytes()).digest()).decode()
+        assert artifact == {
+            "name": f"student-{result['id']}",
+            "type": "model",
+            "metadata": {"cell": result["id"], "method": "round", "bits": bits, "protocol": "lineage", "teacher": "tiny", **result["student"]},
+            "files": {STUDENT: (file.stat().st_size, digest, str(file))},
+        }
+    for again, said, whole in ((False, "students: 0 pushed, 4 already there", (0, 4)), (True, "students: 4 pushed", (4, 0))):
+        assert sync(store, results, OFFLINE, again, lambda line: None, students := Students()) == whole
+        assert str(students) == said
+    assert sync(store, results, OFFLINE, True, lambda line: None) == (4, 0)
+    assert set(map(len, artifacts(store.root).values())) == {1}, "a new folder has what the one had that it replaces"
+
+
+@pytest.mark.slow
+def test_a_student_that_is_missing_or_damaged_is_named_and_costs_nothing_else(with_students: Path, tmp_path: Path) -> None:
+    store, found = copied(with_students, tmp_path / "r")
+    missing, damaged, foreign, off = (found[bits] for bits in ("w8a8", "w6a6", "w4a4", "w3a3"))
+    files = {result["id"]: store.folder(result["id"]) / STUDENT for result in found.values()}
+    files[missing["id"]].rename(tmp_path / "kept")
+    content = bytearray(files[damaged["id"]].read_bytes())
+    content[-1] ^= 1
+    files[damaged["id"]].write_bytes(content)
+    shutil.copy(files[off["id"]], files[foreign["id"]])
+    write_json(store.folder(off["id"]) / "result.json", off | {"student": {}})
+    files[off["id"]].unlink()
+    done = dfqbench("wandb", "sync", "--students", "--offline", "--results", store.root)
+    assert done.returncode == 0, done.stderr
+    assert "4 pushed; students: 0 pushed, 1 not kept, 3 skipped (" in done.stdout
+    said = done.stderr.splitlines()
+    assert len(said) == 3
+    for result, why in ((missing, "does not exist"), (damaged, "is damaged"), (foreign, "is not the student of this cell's result.json")):
+        assert any(line.startswith(f"skipped: {files[result['id']]} {why}") for line in said), said
+    assert [*map(len, artifacts(store.root).values())] == [0] * 4
+    (tmp_path / "kept").rename(files[missing["id"]])
+    before = {path.name for path in (store.root / "wandb").glob("offline-run-*")}
+    done = dfqbench("wandb", "sync", "--students", "--offline", "--results", store.root)
+    assert "0 pushed, 4 already there; students: 1 pushed, 1 not kept, 2 skipped (" in done.stdout
+    assert {cell for cell, its in artifacts(store.root).items() if its} == {missing["id"]}
+    assert len(before & {path.name for path in (store.root / "wandb").glob("offline-run-*")}) == 3, "the others' folders are as they were"
+
+
+class Refused(Exception):
+    """As wandb.Error."""
+
+
+class Online:
+    """Stands in for the module: what is asked of a server that may refuse artifacts."""
+
+    Error, Settings, Image = Refused, dict, str
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses, self.asked = refuses, list[str]()
+        self.summary, self.url, self.dir, self.starting_step = dict[str, Any](), "https://example.org", "/nowhere/run/files", 0
+
+    def init(self, **words: Any) -> Online:
+        return self
+
+    def Artifact(self, name: str, **_: Any) -> Online:
+        self.asked.append(name)
+        return self
+
+    def wait(self, timeout: int) -> None:
+        self.asked.append("wait")
+        if self.refuses:
+            raise ValueError("quota exceeded")
+
+    def log_artifact(self, artifact: Online) -> None:
+        self.asked.append("log_artifact")
+
+    def finish(self) -> None:
+        self.asked.append("finish")
+
+    def nothing(self, *_: Any, **__: Any) -> None:
+        """Of no interest here."""
+
+    define_metric = log = add_file = teardown = nothing
+
+
+@pytest.mark.slow
+def test_online_a_student_counts_as_pushed_when_the_server_has_it(with_students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, found = copied(with_students, tmp_path / "r")
+    result, online = found["w4a4"], Tracking()
+    monkeypatch.setitem(sys.modules, "wandb", Online(refuses=True))
+    with pytest.raises(Refused, match=f"student of {result['id']}: quota exceeded"):
+        sync(store, [result], online, False, lambda line: None, Students())
+    assert not is_pushed(store, result, online)
+    monkeypatch.setitem(sys.modules, "wandb", there := Online())
+    assert sync(store, [result], online, False, lambda line: None, Students()) == (1, 0)
+    assert there.asked == [f"student-{result['id']}", "log_artifact", "wait", "finish"]
+    assert sync(store, [result], online, True, lambda line: None) == (1, 0)
+    assert sync(store, [result], online, False, lambda line: None, students := Students()) == (0, 1)
+    assert str(students) == "students: 0 pushed, 1 already there", "also after the run was pushed again without it"
+    assert len(there.asked) == 5
 
 
 def dfqbench(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
