@@ -63,23 +63,25 @@ def test_a_method_has_one_colour_in_every_plot_and_store(drawn: Drawn, tmp_path:
 
 
 # in figures that were published before others came: neither colour nor marker of these may ever move
-FIRST = ("acq", "ait", "gdfq", "gznq", "intraq", "lrq", "qimera", "round", "zaq", "zeroq")
+FIRST = ("acq", "ait", "gdfq", "gznq", "intraq", "lrq", "qimera", "round", "zaq", "zeroq", "checkpoint")
 
 
 def test_a_new_method_moves_no_others_colour_or_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither another file in methods/ nor a plug-in, wherever their names stand in the alphabet."""
     (tmp_path / "aaa.py").touch()
     monkeypatch.setattr(dfqbench_methods, "__path__", [str(tmp_path), *dfqbench_methods.__path__])
-    methods = ("aardvark", "aaa", *sorted({*FIRST, "checkpoint"}))
+    methods = ("aardvark", "aaa", *sorted(dfqbench_methods.ORDER))
     rows = [SimpleNamespace(method=method, label=method, changed={}) for method in methods]
     look = styles([SimpleNamespace(rows=rows)])  # type: ignore[list-item]
-    places = {method: i for i, method in enumerate((*FIRST, "checkpoint", "aaa", "aardvark"))}
+    assert dfqbench_methods.ORDER[: len(FIRST)] == FIRST
+    places = {method: i for i, method in enumerate((*dfqbench_methods.ORDER, "aaa", "aardvark"))}
     wanted = {method: (COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]) for method, i in places.items()}
     assert {label: (style.color, style.marker) for label, style in look.items()} == wanted
 
 
-def test_every_built_in_method_has_declared_its_place() -> None:
+def test_every_built_in_method_has_a_declared_place_and_a_colour_of_its_own() -> None:
     assert list(dfqbench_methods.ORDER) == built_in_names(), "dfqbench_methods.ORDER: new methods go to its end"
+    assert len(dfqbench_methods.ORDER) <= len(set(COLOURS))
 
 
 @pytest.mark.slow

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette without its yellow (too light on white), then five of Paul Tol's
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#882255", "#999933", "#44AA99", "#332288", "#777777"]
+# Okabe and Ito's palette without its yellow (too light on white), five of Paul Tol's, and two that stay apart from all of these for every kind of eye
+COLOURS = [
+    *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#882255", "#999933", "#44AA99", "#332288", "#777777"),
+    *("#5D3A00", "#8A2BE2"),
+]
 MARKERS = "osD^vPX*<>h"
 DASHES: list[Any] = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (7, 2))]
 HIGH, LOW = 2.25, 1.2  # inches
