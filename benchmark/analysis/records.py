@@ -8,7 +8,8 @@ import math
 import os
 import re
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dfqbench.errors import UserError
 from dfqbench.files import read_json
 from dfqbench.store import Store
 from dfqbench.sweep.cell import canonical_json, fingerprint, without_data
@@ -158,6 +160,25 @@ def read_store(store: Store, wanted: set[str] | None = None) -> Reading:
             skipped.append(f"{folder}: not a cell of this suite")
         skipped += [unreadable[cell_id]] if cell_id in unreadable else []
     return Reading(store, results, skipped, failures, others, unreadable)
+
+
+def name_rows(reading: Reading, names: Mapping[str, Mapping[str, str]] | None, group: str | None = None) -> Reading:
+    """The reading with cells called as their sweep calls them: `names` by cell id, or what the sweep said when they ran.
+
+    What a cell is called (`label`) then stands for its settings in tables and plots, and `settings` keeps those. With `group`, only its cells.
+    """
+
+    def named(record: dict[str, Any]) -> bool:
+        cell = record["cell"]
+        own = cell if names is None else names.get(record["id"], {})
+        cell["settings"], cell["label"] = cell.get("label", ""), own.get("name") or cell.get("label", "")
+        return group is None or own.get("group") == group
+
+    results, others, failures = ([r for r in records if named(r)] for records in (reading.results, reading.without_data, reading.failures))
+    if group is not None and not (results or others or failures):
+        groups = sorted({str(cell["group"]) for r in (*reading.results, *reading.without_data) if (cell := r["cell"]).get("group")})
+        raise UserError(f"--group {group!r}: no cell is of that group" + (f"; there are {', '.join(groups)}" if groups else ""))
+    return replace(reading, results=results, without_data=others, failures=failures)
 
 
 def _folders(store: Store) -> list[tuple[Path, set[str], str]]:

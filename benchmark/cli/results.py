@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dfqbench.store import Store
 
 OnlyConfig = Annotated[str | None, typer.Argument(help="Only this sweep's cells; default: all of the store.")]
+Group = Annotated[str | None, typer.Option("--group", help="Only methods of this group, as the config names it.")]
 RuleOption = Annotated[str, typer.Option("--rule", help="last, or best-on-test (chosen on the test labels).")]
 TABLE_FORMATS = ("text", "markdown", "latex", "html", "csv", "csv-means")
 NAMED = 5  # missing or failed cells that are named; the rest is counted
@@ -39,6 +40,7 @@ def table(
     columns: Annotated[
         str, typer.Option(help="More columns beside each accuracy, with commas between: size (MB), compression, weight-bits, bops.")
     ] = "",
+    group: Group = None,
     plugin: Plugins = None,
 ) -> None:
     """Print the table of finished cells."""
@@ -58,6 +60,7 @@ def table(
 
         frame_of([reading]).to_csv(sys.stdout, index=False)
         return
+    reading = _named(reading, config, plugin, group)
     from dfqbench.analysis.ledger import load_ledger
     from dfqbench.analysis.per_image import PerImage
     from dfqbench.analysis.tables.blocks import blocks
@@ -131,6 +134,26 @@ def _say_not_done(names: list[str], wanted: dict[str, str], what: str, advice: s
         print(f"{len(names)} of {len(wanted)} cells {what}, {advice}:{named}", file=sys.stderr)
 
 
+def _named(reading: Reading, config: str | None, plugins: list[str] | None, group: str | None = None) -> Reading:
+    """With the labels of the config as it is now; without a config, with those that cells had when they ran."""
+    from dfqbench.analysis.records import name_rows
+
+    return name_rows(reading, names_of(config, reading.store, plugins) if config else None, group)
+
+
+def names_of(config: str, store: Store, plugins: list[str] | None) -> dict[str, dict[str, str]]:
+    """`name` and `group` by cell id as the config gives them: noted by its last run, or worked out anew."""
+    from dfqbench.sweep.config_file import find_config, noted_names
+
+    noted = noted_names(config, store.root)
+    if noted is not None:
+        return noted
+    from dfqbench.store.cache import cache_folder
+    from dfqbench.sweep.load import load_sweep
+
+    return {cell.id: {"name": cell.name, "group": cell.group} for cell in load_sweep(find_config(config), cache_folder(), plugins).cells}
+
+
 def cells_of(config: str, store: Store, plugins: list[str] | None) -> dict[str, str]:
     """The ids of a sweep's cells with their names: as its last run noted them, or, if the config has changed since, worked out anew (needs torch)."""
     from dfqbench.sweep.config_file import find_config, noted_cells
@@ -153,6 +176,7 @@ def plot(
     ] = None,
     output: Annotated[list[str] | None, typer.Option("--format", help="png, pdf or svg; may be given again. Default: all three.")] = None,
     rule: RuleOption = "last",
+    group: Group = None,
     plugin: Plugins = None,
 ) -> None:
     """Draw the plots of finished cells."""
@@ -166,7 +190,7 @@ def plot(
             raise UserError(f"--kind {name!r}: {nearest(name, KINDS)}")
     for name in output or []:
         one_of("--format", name, FORMATS)
-    reading = read_cells(config, results, plugin)
+    reading = _named(read_cells(config, results, plugin), config, plugin, group)
     if reading.without_data:
         why = (
             f"{counted(len(reading.without_data), 'cell')} without data: there is no accuracy, `dfqbench table` shows the agreement with the teacher"
@@ -204,7 +228,7 @@ def report(
     target = out or results / "report.html"
     if target.is_dir():
         raise UserError(f"--out {target}: a folder; name a file, like {target / 'report.html'}")
-    reading = read_cells(config, results, plugin, diverged_will_do=True)
+    reading = _named(read_cells(config, results, plugin, diverged_will_do=True), config, plugin)
     from dfqbench.analysis.report import default_title, write_report
 
     try:

@@ -49,11 +49,22 @@ def sweep_name(path: Path) -> str:
 
 def noted_cells(config: str, results: Path) -> dict[str, str] | None:
     """A sweep's cells, label by id, as its last run or submission noted them; None if the config has changed since (or never ran)."""
+    noted = _noted(config, results)
+    return None if noted is None else {cell: str(noted.get("labels", {}).get(cell, "")) for cell in noted["cells"]}
+
+
+def noted_names(config: str, results: Path) -> dict[str, dict[str, str]] | None:
+    """`name` and `group` by cell id, where the config gives cells any; None as in `noted_cells`."""
+    noted = _noted(config, results)
+    return None if noted is None else {str(cell): named for cell, named in noted.get("names", {}).items()}
+
+
+def _noted(config: str, results: Path) -> dict[str, Any] | None:
     path = find_config(config)
     try:
         noted = json.loads((results / "sweeps" / f"{sweep_name(path)}.json").read_text(encoding="utf-8"))
-        if noted["config"] == text_digest(path):
-            return {cell: str(noted.get("labels", {}).get(cell, "")) for cell in noted["cells"]}
+        if noted["config"] == text_digest(path) and isinstance(noted["cells"], list):
+            return dict(noted)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, UserError):
         pass  # whatever is wrong with it, loading the sweep says so
     return None

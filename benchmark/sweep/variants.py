@@ -130,7 +130,7 @@ def find_variants(
 
 def _variants(key: str, given: Entry, sweep: Sweep, protocol: Protocol | None, problems: Problems) -> list[Configured]:
     """The method of one entry with each of its settings: a list value spans a grid."""
-    named = {k: given[k] for k in NAMING if k in given} if isinstance(given, Mapping) else {}
+    named: dict[str, Any] = {k: given[k] for k in NAMING if k in given} if isinstance(given, Mapping) else {}
     entry = {given: None} if isinstance(given, str) else {k: v for k, v in given.items() if k not in NAMING}
     if len(entry) != 1 or not all(isinstance(v, dict | None) for v in entry.values()) or not all(isinstance(v, str) and v for v in named.values()):
         problems.add(key, f"{given!r}: one method with its settings is expected, like {{gdfq: {{bn_weight: 1.0}}}}, and perhaps a label and a group")

@@ -66,3 +66,32 @@ def test_a_label_changes_no_identity_and_is_kept_beside_it(sweep_file: SweepFile
         assert (record["name"], record["group"], record["label"].partition("(")[0]) == ("GDFQ", "generators", "gdfq")
     (noted,) = (tmp_path / "r" / "sweeps").glob("*.json")
     assert set(json.loads(noted.read_text())["names"]) == {cell.id for cell in labelled}
+
+
+def test_tables_call_rows_as_the_config_does_now(sweep_file: SweepFile, tmp_path: Path, dfqbench: Run) -> None:
+    def config(*entries: Any) -> Path:
+        return sweep_file(methods=list(entries), bits=["w4a4"])
+
+    def table(*words: Any) -> str:
+        code, out, err = dfqbench("table", *words, "--results", tmp_path / "r")
+        assert (code, err) == (0, "")
+        return out
+
+    path = config({"round": None, "label": "plain"}, {"round": {"n": 4.0}, "label": "wide", "group": "ranges"})
+    assert dfqbench("run", path, "--results", tmp_path / "r")[0] == 0
+    for out in (table(path), table(), table(path, "--format", "markdown"), table(path, "--layout", "wide")):
+        assert "plain" in out
+        assert "wide" in out
+        assert "round(n=4)" not in out
+    out = table(path, "--group", "ranges")
+    assert "plain" not in out
+    assert "wide" in out
+    assert "round(n=4)" in table(path, "--format", "csv")
+    code, _, err = dfqbench("table", path, "--group", "none", "--results", tmp_path / "r")
+    assert (code, err.strip()) == (2, "dfqbench: --group 'none': no cell is of that group; there are ranges")
+    path = config("round", {"round": {"n": 4.0}, "label": "broad"})
+    out = table(path)
+    assert "broad" in out
+    assert "plain" not in out
+    path = config({"round": None, "label": "same"}, {"round": {"n": 4.0}, "label": "same"})
+    assert len([line for line in table(path).splitlines() if line.startswith("same")]) == 2  # two settings stay two rows
