@@ -28,7 +28,7 @@ Moments = tuple[Tensor, Tensor]  # mean and variance, C each, float64
 _GRID = torch.linspace(-8, 8, 2001, dtype=torch.float64)
 _DENSITY = torch.exp(-0.5 * _GRID**2) / math.sqrt(2 * math.pi) * (_GRID[1] - _GRID[0])
 _PRODUCTS = {operator.mul, operator.imul, torch.mul, "mul", "mul_"}
-_KEEP_MODULES = (
+KEEP_MODULES = (
     nn.MaxPool2d,
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
@@ -39,10 +39,10 @@ _KEEP_MODULES = (
     nn.ZeroPad2d,
     ActivationQuantizer,
 )
-_KEEP = {
+KEEP = {
     F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.dropout, torch.mean, "mean", "contiguous", torch.clone, "clone",
 }  # fmt: skip
-_FLATTEN = {torch.flatten, torch.reshape, "flatten", "view", "reshape", torch.squeeze, "squeeze"}
+FLATTEN = {torch.flatten, torch.reshape, "flatten", "view", "reshape", torch.squeeze, "squeeze"}
 
 
 def activation_ranges(traced: fx.GraphModule, task: Task, n: float) -> dict[str, tuple[float, float]]:
@@ -65,7 +65,7 @@ def activation_ranges(traced: fx.GraphModule, task: Task, n: float) -> dict[str,
             lows, highs = zip(*task.pixel_range(), strict=True)
             ranges[source.name] = (min(lows), max(highs))
             continue
-        activation, entered = _single_input_function(source, traced) or (None, source)
+        activation, entered = single_input_function(source, traced) or (None, source)
         entering = moments[entered]
         if entering is None:
             raise UserError(f"no batch norm says how {source.name!r} is distributed: ranges from BN statistics need BN layers")
@@ -76,13 +76,31 @@ def activation_ranges(traced: fx.GraphModule, task: Task, n: float) -> dict[str,
     return ranges
 
 
+@torch.no_grad()
+def mean_inputs(traced: fx.GraphModule) -> dict[str, Tensor | None]:
+    """For every layer with a quantized weight, by its name, one input (a batch of 1) that has each channel's mean everywhere.
+
+    None where no BN layer says it, and where a layer is used more than once.
+    """
+    moments: dict[fx.Node, Moments | None] = {}
+    found: dict[str, Tensor | None] = {}
+    for node in traced.graph.nodes:
+        module = traced.get_submodule(node.target) if node.op == "call_module" else None
+        moments[node] = _of_this_shape(_after(node, module, moments, traced), node)
+        if isinstance(module, QuantizedLayer):
+            entering, shape = moments.get(node.args[0]), node.args[0].meta["shape"]
+            known = entering is not None and len(shape) == (4 if isinstance(module.layer, nn.Conv2d) else 2) and node.target not in found
+            found[node.target] = entering[0].view([-1 if d == 1 else 1 for d in range(len(shape))]).expand(shape) if entering and known else None
+    return found
+
+
 def _of_this_shape(moments: Moments | None, node: fx.Node) -> Moments | None:
     """Moments count only where they are those of the second axis' channels (a mean over the channels, say, has none)."""
     shape = node.meta.get("shape", ())
     return moments if moments is not None and len(shape) > 1 and shape[1] == len(moments[0]) else None
 
 
-def _single_input_function(node: fx.Node, traced: fx.GraphModule) -> tuple[Callable[[Tensor], Tensor], fx.Node] | None:
+def single_input_function(node: fx.Node, traced: fx.GraphModule) -> tuple[Callable[[Tensor], Tensor], fx.Node] | None:
     """The activation function that `node` computes, on float64 tensors of any shape C x K, and the node it is computed of.
 
     None if `node` computes something else, or a function with learned parameters that is no module.
@@ -124,7 +142,7 @@ def _after(node: fx.Node, module: nn.Module | None, moments: dict[fx.Node, Momen
     given = [moments.get(a) for a in node.args if isinstance(a, fx.Node)]
     if node.target in (torch.cat, torch.concat):
         return _concatenated(node, moments)
-    activation = _single_input_function(node, traced)
+    activation = single_input_function(node, traced)
     if activation is not None:
         entering = moments[activation[1]]
         return _through(activation[0], entering) if entering is not None else None
@@ -142,11 +160,11 @@ def _after(node: fx.Node, module: nn.Module | None, moments: dict[fx.Node, Momen
             lambda a, b: (a[0] * b[0], a[1] * b[1] + a[1] * b[0] ** 2 + b[1] * a[0] ** 2),
             lambda a, c: (a[0] * c, a[1] * c**2),
         )
-    if isinstance(module, nn.Flatten) or node.target in _FLATTEN:
+    if isinstance(module, nn.Flatten) or node.target in FLATTEN:
         return _flattened(node, first)
     if node.target is F.pad:
         return _padded(node, first)
-    if isinstance(module, _KEEP_MODULES) or node.target in _KEEP:
+    if isinstance(module, KEEP_MODULES) or node.target in KEEP:
         return first
     if node.target is operator.getitem and len(node.meta.get("shape", ())) > 1 and node.meta["shape"][1] == len(first[0]):
         return first

@@ -121,8 +121,8 @@ def _before_layers_and_at_sums(traced: fx.GraphModule, layers: list[fx.Node]) ->
     wanted = {_origin(n.args[0], traced) for n in layers if isinstance(n.args[0], fx.Node)}
     for node in traced.graph.nodes:
         if node.target in SUMS and sum(isinstance(a, fx.Node) and "shape" in a.meta for a in node.args) == 2:
-            readers = _readers(node)
-            only = readers[0] if len(readers) == 1 else None
+            reading = readers(node)
+            only = reading[0] if len(reading) == 1 else None
             wanted.add(only if only is not None and is_activation(only, traced) else node)
     return [n for n in traced.graph.nodes if n in wanted and any(u.op != "output" for u in n.users)]
 
@@ -143,13 +143,13 @@ def keeps_values(node: fx.Node, traced: fx.GraphModule) -> bool:
 
 def _feeds_only(node: fx.Node, target: str, traced: fx.GraphModule) -> bool:
     """Whether the values of `node` enter the layer `target` and no other computation."""
-    users = _readers(node)
+    users = readers(node)
     while len(users) == 1 and keeps_values(users[0], traced):
-        users = _readers(users[0])
+        users = readers(users[0])
     return len(users) == 1 and users[0].target == target
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
+def readers(node: fx.Node) -> list[fx.Node]:
     """What reads the values of `node`; who asks only for its size (`x.view(x.size(0), -1)`) does not."""
     return [user for user in node.users if user.op == "output" or "shape" in user.meta or "several" in user.meta]
 
@@ -168,9 +168,9 @@ def _fold_batch_norms(traced: fx.GraphModule) -> None:
         layer = module_of(layer_node, traced)
         if isinstance(layer, nn.Linear) and len(layer_node.meta["shape"]) != 2:  # the norm's channels are not the layer's
             continue
-        if not isinstance(layer, LAYERS) or len(_readers(layer_node)) > 1 or used.count(str(layer_node.target)) > 1:
+        if not isinstance(layer, LAYERS) or len(readers(layer_node)) > 1 or used.count(str(layer_node.target)) > 1:
             continue
-        if not _weighs_linearly(layer, layer_node.args[0].meta["shape"]):
+        if not weighs_linearly(layer, layer_node.args[0].meta["shape"]):
             continue
         fused = fuse_conv_bn_eval(layer, norm) if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var]
         parent, _, name = str(layer_node.target).rpartition(".")
@@ -187,7 +187,7 @@ def _fold_batch_norms(traced: fx.GraphModule) -> None:
 
 
 @torch.no_grad()
-def _weighs_linearly(layer: nn.Conv2d | nn.Linear, shape: tuple[int, ...]) -> bool:
+def weighs_linearly(layer: nn.Conv2d | nn.Linear, shape: tuple[int, ...]) -> bool:
     """Whether twice the weight gives twice the output: not so in a subclass that standardises its weight, which BN cannot be folded into."""
     if type(layer) in LAYERS:
         return True

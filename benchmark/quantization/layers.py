@@ -59,10 +59,19 @@ class QuantizedLayer(nn.Module):
         )
 
     @torch.no_grad()
+    def _limits(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Lowest and highest value of each grid, with as many axes as the weight."""
+        dims = tuple(range(1, weight.dim())) if self.protocol.weight_granularity == "per-channel" else tuple(range(weight.dim()))
+        low, high = weight.amin(dims, keepdim=True), weight.amax(dims, keepdim=True)
+        if not self.protocol.weight_symmetric:
+            return low, high
+        widest = torch.maximum(low.abs(), high.abs())
+        return -widest, widest
+
+    @torch.no_grad()
     def _grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        p = self.protocol
-        dims = tuple(range(1, weight.dim())) if p.weight_granularity == "per-channel" else tuple(range(weight.dim()))
-        return grid(weight.amin(dims), weight.amax(dims), self.bits, p.weight_symmetric)
+        low, high = (v.flatten() if self.protocol.weight_granularity == "per-channel" else v.view(()) for v in self._limits(weight))
+        return grid(low, high, self.bits, self.protocol.weight_symmetric)
 
     @torch.no_grad()
     def weight_levels(self, weight: Tensor) -> Tensor:
@@ -85,6 +94,28 @@ class QuantizedLayer(nn.Module):
         if not torch.equal(codes.weight(), weight):
             raise ValueError("a weight is not on its grid")
         return codes
+
+    @torch.no_grad()
+    def spans_grid(self) -> Tensor:
+        """Which entries of the weight the grid reaches to, and is found from: bool, the weight's shape. They can be given no other level."""
+        low, high = self._limits(self.layer.weight)
+        return (self.layer.weight == low) | (self.layer.weight == high)
+
+    @torch.no_grad()
+    def set_levels(self, levels: Tensor) -> None:
+        """Rounds otherwise: makes the float weight one that rounds to `levels` (the weight's shape, see `codes`) on the grid as it is now.
+
+        Where the level is the old one, so is the float value. Raises ValueError, and changes nothing, where an entry cannot have its level: it spans
+        the grid (`spans_grid`), the level is outside, or the grid is too narrow for float32.
+        """
+        codes, weight = self.codes(), self.layer.weight
+        before = weight.clone()
+        moved = codes._replace(levels=levels).weight().clamp(*self._limits(weight))
+        weight.copy_(torch.where((levels == codes.levels) | self.spans_grid(), weight, moved))
+        now = self.codes()
+        if not all(map(torch.equal, (now.levels, now.scale, now.zero_point), (levels, codes.scale, codes.zero_point))):
+            weight.copy_(before)
+            raise ValueError("these levels cannot be had on the grid that the weight spans")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.enabled:

@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 from dfqbench.errors import UserError
 from dfqbench.network import Network, Teacher
 from dfqbench.network.frozen_batch_norm import BatchNorm
-from dfqbench.quantization.bn_ranges import activation_ranges
+from dfqbench.quantization.bn_ranges import activation_ranges, mean_inputs
 from dfqbench.quantization.insert import insert_quantizers
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.quantization.pairs import Pair, find_pairs
 from dfqbench.quantization.protocol import Bits, Protocol
 from dfqbench.quantization.tune_mode import tuned
 
@@ -81,23 +82,37 @@ class Student(Network):
         for name, (low, high) in ranges.items():
             quantizers[name].set_range(low, high)
 
-    @torch.no_grad()
-    def correct_biases(self, images: Tensor) -> None:
-        """Takes out of every layer's bias what rounding its weights adds to its mean output on `images`, per output channel.
+    def pairs(self) -> list[Pair]:
+        """Layers between which channels can be scaled and shifted, in the order of the forward pass; residual branches give none."""
+        return find_pairs(self.traced)
 
-        (DFQ, Nagel et al., ICCV 2019, section 4.2, with the inputs' means measured.) Layers without a bias get one.
+    @torch.no_grad()
+    def correct_biases(self, images: Tensor | None = None) -> list[str]:
+        """Takes out of every layer's bias what rounding its weights adds to its mean output, per output channel.
+
+        (DFQ, Nagel et al., ICCV 2019, section 4.2.) The inputs' means are measured on `images`, or, without, those that BN parameters say. Layers
+        without a bias get one. Returns the names of the layers that were left as they are: those whose input no batch norm describes.
         """
         inputs: list[Tensor] = []
-        for quantized in self.layers.values():  # in turn: each sees the inputs that the corrected layers before it give
-            hook = quantized.register_forward_pre_hook(lambda module, given: inputs.append(given[0].clone()))
-            self(images)
-            hook.remove()
-            layer, x = quantized.layer, inputs.pop()
-            inputs.clear()
+        means = mean_inputs(self.traced) if images is None else {}
+        for name, quantized in self.layers.items():  # in turn: each sees the inputs that the corrected layers before it give
+            layer = quantized.layer
+            if images is None:
+                mean = means.get(name)
+                if mean is None:
+                    continue
+                x = mean.to(layer.weight)
+            else:
+                hook = quantized.register_forward_pre_hook(lambda module, given: inputs.append(given[0].clone()))
+                self(images)
+                hook.remove()
+                x = inputs.pop()
+                inputs.clear()
             added = quantized(x) - layer(x)
             channels = 1 if isinstance(layer, nn.Conv2d) else added.dim() - 1
             shift = added.mean([d for d in range(added.dim()) if d != channels])
             layer.bias = nn.Parameter(-shift if layer.bias is None else layer.bias - shift)
+        return [name for name in self.layers if images is None and means.get(name) is None]
 
     def check_ranges(self) -> None:
         """Raises UserError naming the quantizers that never got a range."""

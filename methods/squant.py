@@ -1,0 +1,84 @@
+"""SQuant: On-the-Fly Data-Free Quantization via Diagonal Hessian Approximation. Guo, Qiu, Leng, Gao, Zhang, Liu, Yang, Zhu, Guo. ICLR 2022,
+arXiv:2202.07471.
+
+Rounds a weight so that the errors of rounding cancel: first within each kernel, then within each output channel. No images, no training.
+
+    e = round(x) - x, in steps of the grid                            a flip takes a weight to its other neighbour: e -> e +- 1
+    K: in each kernel     S = sum e;  flip the round(|S|) weights with the largest |e| whose flip lowers |S|
+    C: in each channel    the same over its kernels, each of which offers one weight: the one that K flipped last, back, or its next
+
+so that in the end |S| <= 1/2 in every kernel before C and in every channel after it. 1x1 convolutions and linear layers have no kernels: C alone.
+
+Fidelity: the paper. Rounding follows the authors' code; what differs: the extremes of a weight, which the grid is found from, keep their levels (the
+code flips one of the two), and activation ranges are those of `round`, from BN parameters (the paper says so; its code measures noise). With K
+and C off this is `round`, to the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dfqbench import Field, Method, MethodConfig, Student, register
+
+LARGEST_ZERO_POINT = 2**20  # beyond it float32 hardly tells a grid's levels apart: such a grid is rounded to nearest
+
+
+@register("squant", paper="arXiv:2202.07471", fidelity="paper", shares_synthesis=True)
+class SQuant(Method):
+    """Rounding whose errors cancel within kernels and channels, no images, no training (Guo et al., ICLR 2022)."""
+
+    needs = {"statistics", "ranges"}
+    uses_seed = False
+
+    class Config(MethodConfig):
+        source = "the paper"
+
+        kernel: bool = Field(True, description="errors cancel within each kernel (K)")
+        channel: bool = Field(True, description="errors cancel within each output channel (C)")
+        n: float = Field(3.0, gt=0, unit="standard deviations", description="half-width of activation ranges", source="as `round`")
+
+    def finish(self, student: Student) -> None:
+        student.set_ranges_from_bn(self.config.n)
+        for layer in student.layers.values():
+            codes, weight = layer.codes(), layer.layer.weight.detach()
+            along = [-1, *[1] * (weight.dim() - 1)] if codes.scale.dim() else []
+            scale, zero_point = codes.scale.double().view(along), codes.zero_point.double().view(along)
+            free = ~layer.spans_grid() & (zero_point.abs() < LARGEST_ZERO_POINT)
+            error = codes.levels - (weight.double() / scale + zero_point)
+            flip = -error.sign()
+            free &= (codes.levels + flip >= codes.lowest) & (codes.levels + flip <= codes.highest)
+            kernels = *weight.shape[:2], -1
+            steps = flips(error.reshape(kernels), free.reshape(kernels), self.config.kernel, self.config.channel)
+            layer.set_levels(codes.levels + steps.view_as(weight))
+
+
+def flips(error: Tensor, free: Tensor, kernel: bool = True, channel: bool = True) -> Tensor:
+    """By how many levels (-1, 0 or 1) to round otherwise than to nearest: O x I x K, float32.
+
+    error: rounding errors in steps, float64; free: what may be flipped; both O x I x K.
+    """
+    direction, priority = -error.sign(), error.abs() * free
+    moved = torch.zeros_like(error)
+    if kernel and error.shape[2] > 1:
+        chosen, offered = cancelling(error, direction, priority)
+        moved = chosen * direction
+        direction = torch.where(chosen, -direction, direction)
+        priority = (error + moved).abs() * offered
+    if channel:
+        chosen, _ = cancelling(*((t.flatten(1)) for t in (error + moved, direction, priority)))
+        moved = moved + chosen.view_as(moved) * direction
+    return moved.float()
+
+
+def cancelling(error: Tensor, direction: Tensor, priority: Tensor) -> tuple[Tensor, Tensor]:
+    """Which entries to flip (bool) so that each row's sum of errors comes within 1/2, and the one entry of each row to offer to the next stage.
+
+    All three: rows along the last axis; direction: by what a flip changes the error, priority: 0 where there must be no flip.
+    """
+    total = error.sum(-1, keepdim=True)
+    count = total.abs().round()
+    able = (priority > 0) & (direction == -total.sign())
+    rank = (priority * able).argsort(stable=True, dim=-1, descending=True).argsort(-1)
+    offered = torch.where(count >= total.abs(), count - 1, count)  # too far: the last flip back; not far enough: one more
+    return able & (rank < count), able & (rank == offered)
