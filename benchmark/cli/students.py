@@ -46,7 +46,6 @@ def quantize(
 
         check_extra()
     given = {"model": network, "weights": weights, "size": size, "classes": classes, "mean": _numbers("--mean", mean), "std": _numbers("--std", std)}
-    selection = {"images": {"zeroq": {"images": images, "synthesis_iterations": 200}}, "count": images}
     teacher = {key: value for key, value in given.items() if value is not None}
     console = console_of()
     import torch
@@ -58,9 +57,9 @@ def quantize(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    content = content_of(teacher, method, bits, protocol, seed, selection, _settings(settings or []))
+    content = content_of(teacher, method, bits, protocol, seed, None, _settings(settings or []))
     progress = make_progress(console)
-    student = quantized(spanned(content, progress.say, plugin), Store(results, writable=True), device, progress)
+    student = quantized(spanned(content, progress.say, plugin, images=images), Store(results, writable=True), device, progress)
     if to.suffix == ".safetensors":
         student.save(to)
     else:

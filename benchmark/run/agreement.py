@@ -47,7 +47,7 @@ def agreement(student: Network, teacher: Network, images: Tensor, autocast: Any)
 
 
 def made_images(cell: Cell, teacher: Teacher, device: torch.device, count: int, stop: StopFlag) -> Tensor:
-    """At least one batch, at most `count` images (N x C x H x W) of the cell's method after its whole plan, without any student.
+    """At most `count` images (N x C x H x W), each once, of the cell's method after its whole plan, without any student.
 
     Raises Interrupted at the next step after a signal; nothing is saved.
     """
@@ -64,7 +64,9 @@ def made_images(cell: Cell, teacher: Teacher, device: torch.device, count: int, 
         made: list[Tensor] = []
         while sum(map(len, made)) < count:
             made.append(method.synthesize().images.detach().float())
-    return torch.cat(made)[:count]
+    images = torch.cat(made)[:count]
+    first = {image.numpy().tobytes(): i for i, image in reversed([*enumerate(images.cpu())])}  # a method with few images gives them again and again
+    return images[sorted(first.values())]
 
 
 def kept_images(path: Path, maker: Cell, teacher: Teacher, device: torch.device, count: int, say: Callable[[str], None], stop: StopFlag) -> Tensor:

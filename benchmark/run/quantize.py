@@ -19,6 +19,7 @@ from dfqbench.run.runner import run_sweep
 from dfqbench.store import Store
 from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.load import LoadedSweep, span_sweep
+from dfqbench.sweep.schema import unseen_images
 from dfqbench.teachers.in_memory import in_memory
 
 if TYPE_CHECKING:
@@ -93,13 +94,26 @@ def content_of(
 
 
 def spanned(
-    content: dict[str, Any], say: Callable[[str], None], plugins: list[str] | None = None, networks: Mapping[str, InMemory] | None = None
+    content: dict[str, Any],
+    say: Callable[[str], None],
+    plugins: list[str] | None = None,
+    networks: Mapping[str, InMemory] | None = None,
+    images: int = 64,
 ) -> LoadedSweep:
-    """The sweep of `content_of`. Of the methods that `auto` tries, those that the network is not made for are left out, and told."""
+    """The sweep of `content_of`. Of the methods that `auto` tries, those that the network is not made for are left out, and told.
 
-    def span(methods: list[Any]) -> LoadedSweep:
-        return span_sweep({**content, "methods": methods}, Path("quantize"), "", cache_folder(), plugins, networks)
+    images: how many to score on, where the content does not say which.
+    """
 
+    def span(methods: list[Any], **changes: Any) -> LoadedSweep:
+        return span_sweep({**content, "methods": methods, **changes}, Path("quantize"), "", cache_folder(), plugins, networks)
+
+    if "selection" not in content:
+        try:  # images of asked classes say most about a student, but not every network has what they are made with
+            span(["round"], selection=unseen_images(images))
+            content = {**content, "selection": unseen_images(images)}
+        except UserError:
+            content = {**content, "selection": unseen_images(images, "zeroq")}
     if content["methods"] is not AUTO:
         return span(content["methods"])
     fit, refused = [], []

@@ -61,10 +61,15 @@ class Selection(BaseModel):
 
 
 WITHOUT_DATA = "none"  # for `evaluate`
-UNSEEN_IMAGES = {
-    "images": {"zeroq": {"images": 64, "synthesis_iterations": 200}},
-    "count": 64,
-}  # `selection` of a sweep without data that has none of its own
+
+
+def unseen_images(count: int = 64, method: str = "gznq") -> dict[str, Any]:
+    """`selection` of a sweep without data that has none of its own: images of asked classes (gznq), all kept, or of any kind (zeroq)."""
+    few = {
+        "gznq": {"images": count, "synthesis_batch": count, "synthesis_iterations": 150, "confidence": 0.0},
+        "zeroq": {"images": count, "synthesis_iterations": 200},
+    }
+    return {"images": {method: few[method]}, "count": count}
 
 
 class Sweep(BaseModel):
@@ -94,7 +99,7 @@ class Sweep(BaseModel):
     def _images_without_data(cls, given: Any) -> Any:
         """Where there is no evaluation set, students are compared with their teacher on images that somebody has to make."""
         without = isinstance(given, dict) and given.get("evaluate") == WITHOUT_DATA
-        return {**given, "selection": given.get("selection") or UNSEEN_IMAGES} if without else given
+        return {**given, "selection": given.get("selection") or unseen_images()} if without else given
 
     @field_validator("evaluate", mode="before")
     @classmethod
