@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dfqbench import Field, Method, MethodConfig, Student, register
 
+LARGEST_PART = 2**22  # weights that are sorted at once
 LARGEST_ZERO_POINT = 2**20  # beyond it float32 hardly tells a grid's levels apart: such a grid is rounded to nearest
 
 
@@ -42,15 +43,16 @@ class SQuant(Method):
         student.set_ranges_from_bn(self.config.n)
         for layer in student.layers.values():
             codes, weight = layer.codes(), layer.layer.weight.detach()
-            along = [-1, *[1] * (weight.dim() - 1)] if codes.scale.dim() else []
-            scale, zero_point = codes.scale.double().view(along), codes.zero_point.double().view(along)
-            free = ~layer.spans_grid() & (zero_point.abs() < LARGEST_ZERO_POINT)
-            error = codes.levels - (weight.double() / scale + zero_point)
-            flip = -error.sign()
-            free &= (codes.levels + flip >= codes.lowest) & (codes.levels + flip <= codes.highest)
             kernels = *weight.shape[:2], -1
-            steps = flips(error.reshape(kernels), free.reshape(kernels), self.config.kernel, self.config.channel)
-            layer.set_levels(codes.levels + steps.view_as(weight))
+            scale, zero_point = (v.double().expand(len(weight))[:, None, None] for v in (codes.scale, codes.zero_point))
+            parts = (weight.reshape(kernels), codes.levels.reshape(kernels), layer.spans_grid().reshape(kernels), scale, zero_point)
+            chosen, rows = [], max(1, LARGEST_PART // weight[0].numel())
+            for w, levels, spans, step, zero in zip(*(part.split(rows) for part in parts), strict=True):
+                error = levels - (w.double() / step + zero)
+                wanted = levels - error.sign()
+                free = ~spans & (wanted >= codes.lowest) & (wanted <= codes.highest) & (zero.abs() < LARGEST_ZERO_POINT)
+                chosen.append(levels + flips(error, free, self.config.kernel, self.config.channel))
+            layer.set_levels(torch.cat(chosen).view_as(weight))
 
 
 def flips(error: Tensor, free: Tensor, kernel: bool = True, channel: bool = True) -> Tensor:
