@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dfqbench.analysis.records import Reading, read_store, said_of
-from dfqbench.analysis.stats import Bootstrap, Estimate, McNemar, mcnemar
+from dfqbench.analysis.stats import Bootstrap, Column, Estimate, McNemar, mcnemar
 from dfqbench.errors import UserError, counted
 from dfqbench.store import Store
 from dfqbench.sweep.cell import leaves, without_data
@@ -64,7 +64,7 @@ def compare(store: Store, first: str, second: str, measured: Mapping[str, Side] 
     return Pair(
         first=ours,
         second=theirs,
-        difference=Bootstrap(np.stack([right, theirs_right]), ours["images"]).difference([0], [1]),
+        difference=Column(Bootstrap(np.stack([right, theirs_right]), ours["images"]), [[0], [1]]).difference(0, 1),
         test=test,
         both=both,
         neither=ours["images"] - both - test.only_first - test.only_second,

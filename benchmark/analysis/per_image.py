@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dfqbench.analysis.records import Reading
-from dfqbench.analysis.stats import Bootstrap, Estimate, McNemar, mcnemar
+from dfqbench.analysis.seeds import Basis
+from dfqbench.analysis.stats import Bootstrap, Column, Estimate, McNemar, mcnemar
 
 
 class PerImage:
@@ -26,32 +28,51 @@ class PerImage:
             else:
                 groups.setdefault(_set_of(result), []).append((result["id"], packed))
         self._place: dict[str, tuple[tuple[str, int], int]] = {}
+        self._rows: dict[tuple[str, ...], tuple[Column, int]] = {}
         self._packed: dict[tuple[str, int], NDArray[np.uint8]] = {}
         self._bootstraps: dict[tuple[str, int], Bootstrap] = {}
         for key, group in groups.items():
             self._packed[key] = np.stack([packed for _, packed in group])
             self._place.update({cell_id: (key, i) for i, (cell_id, _) in enumerate(group)})
 
-    def mean(self, ids: list[str]) -> Estimate | None:
-        """Over cells of one row, sorted by seed; None where one of them has no per-image results."""
-        if any(cell_id not in self._place for cell_id in ids):
-            return None
-        return self._bootstrap(ids[0]).mean([self._place[cell_id][1] for cell_id in ids])
+    def column(self, rows: Sequence[list[str]]) -> list[tuple[Estimate, Basis] | None]:
+        """Means of a column's rows, cells sorted by seed; None where one has no per-image results. What seeds scatter is learned from all of them.
+
+        ValueError for rows of several evaluation sets.
+        """
+        known = [ids for ids in rows if all(cell_id in self._place for cell_id in ids)]
+        if not known:
+            return [None] * len(rows)
+        key = self._set([cell_id for ids in known for cell_id in ids])
+        column = Column(self._bootstrap(key), [[self._place[cell_id][1] for cell_id in ids] for ids in known])
+        self._rows |= {tuple(ids): (column, row) for row, ids in enumerate(known)}
+        found = {tuple(ids): (column.mean(row), column.seeds.bases[row]) for row, ids in enumerate(known)}
+        return [found.get(tuple(ids)) for ids in rows]
+
+    def against_best(self, rows: Sequence[list[str]]) -> list[tuple[Estimate | None, bool]]:
+        """Of rows of one column, best first: the difference to the best (None for itself), p after Holm's correction, and whether it is as good."""
+        column, places = self._rows[tuple(rows[0])][0], [self._rows[tuple(ids)][1] for ids in rows]
+        differences, good = column.against_best(places)
+        return [(differences.get(place), place in good) for place in places]
 
     def difference(self, ours: list[str], theirs: list[str]) -> Estimate:
-        """Mean of `ours` minus mean of `theirs`; all must have per-image results on one evaluation set (KeyError, ValueError)."""
-        if len({self._place[cell_id][0] for cell_id in (*ours, *theirs)}) > 1:
-            raise ValueError("cells of different evaluation sets cannot be compared image by image")
-        return self._bootstrap(ours[0]).difference([self._place[i][1] for i in ours], [self._place[i][1] for i in theirs])
+        """Mean of `ours` minus mean of `theirs`, rows of one column (KeyError, ValueError)."""
+        (column, row), (other, base) = self._rows[tuple(ours)], self._rows[tuple(theirs)]
+        if column is not other:
+            raise ValueError("rows of different columns cannot be compared image by image")
+        return column.difference(row, base)
 
     def mcnemar(self, first: str, second: str) -> McNemar:
-        (key, a), (other, b) = self._place[first], self._place[second]
-        if key != other:
-            raise ValueError("cells of different evaluation sets cannot be compared image by image")
+        key, (a, b) = self._set([first, second]), (self._place[first][1], self._place[second][1])
         return mcnemar(self._packed[key][a], self._packed[key][b])
 
-    def _bootstrap(self, cell_id: str) -> Bootstrap:
-        key = self._place[cell_id][0]
+    def _set(self, ids: Sequence[str]) -> tuple[str, int]:
+        keys = {self._place[cell_id][0] for cell_id in ids}
+        if len(keys) > 1:
+            raise ValueError("cells of different evaluation sets cannot be compared image by image")
+        return keys.pop()
+
+    def _bootstrap(self, key: tuple[str, int]) -> Bootstrap:
         if key not in self._bootstraps:
             self._bootstraps[key] = Bootstrap(self._packed[key], key[1])
         return self._bootstraps[key]

@@ -1,4 +1,4 @@
-"""How sure a number is: bootstrap over test images and seeds, exact McNemar, average ranks, Holm. No torch here.
+"""How sure a number is: paired over test images, with the variance of seeds; exact McNemar, average ranks, Holm. No torch here.
 
 Accuracies are in percent everywhere, probabilities between 0 and 1.
 """
@@ -6,81 +6,135 @@ Accuracies are in percent everywhere, probabilities between 0 and 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.floating]
+from dfqbench.analysis.seeds import Floats, degrees_of_freedom, moderated
+
 Packed = NDArray[np.uint8]
 RESAMPLES = 1000
 LEVEL = 0.95
+Z = 1.959963984540054  # of the normal distribution, two-sided at LEVEL
+TESTABLE = 5.0  # degrees of freedom; with fewer, a row that scatters widely is never told from the best of many, however bad it is
+FAR = 3.0  # spreads between seeds, or standard errors where these are larger
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean accuracy or a difference of two, with its standard error, confidence interval and (for a difference) two-sided p-value."""
+    """A mean accuracy or a difference of two, with its standard error, confidence interval and (for a difference) two-sided p-value.
+
+    degrees: of freedom, that are left of seeds and test images.
+    """
 
     value: float
     error: float
     low: float
     high: float
     p: float
+    degrees: float = np.inf
 
 
 class Bootstrap:
-    """Resampled accuracies of cells that were tested on the same images.
+    """Accuracies of cells on the same test images, as they are and resampled.
 
-    Every resample draws as many images as there are, with replacement, the same for all cells: that makes comparisons paired. Seeds are drawn
-    n - 1 of n with replacement (Rao & Wu, JASA 1988), which makes the variance between few seeds unbiased, and the same for all rows with n
-    seeds. Intervals and p-values use Student's t with the degrees of freedom of Welch and Satterthwaite: two seeds say little about a third.
+    Every resample draws as many images as there are, with replacement, the same for all cells: that makes comparisons paired.
 
     packed: one row of packed bits (images + 7) // 8 per cell, a bit per image.
     """
 
     def __init__(self, packed: Packed, images: int, resamples: int = RESAMPLES):
-        self.images, self.resamples = images, resamples
+        self.packed, self.images = packed, images
         self.values = np.bitwise_count(packed).sum(1, dtype=np.int64) / images * 100
         self.samples = _resampled(packed, images, resamples)
-        self._draws: dict[int, NDArray[np.int64]] = {}
 
-    def mean(self, cells: Sequence[int]) -> Estimate:
-        """The mean over seeds: `cells` are the indices of one row's cells, sorted by seed."""
-        return self._estimate(float(self.values[cells].mean()), *self._series(cells), len(cells))
+    def covariance(self, rows: Sequence[Sequence[int]]) -> Floats:
+        """Of the rows' means over seeds, over test images: rows x rows, squared points."""
+        return np.atleast_2d(np.cov([self.samples[:, list(cells)].mean(1, dtype=np.float64) for cells in rows], ddof=0))
 
-    def difference(self, ours: Sequence[int], theirs: Sequence[int]) -> Estimate:
-        """Mean of `ours` minus mean of `theirs`, over the same images."""
-        value = float(self.values[ours].mean() - self.values[theirs].mean())
-        images_a, both_a = self._series(ours)
-        images_b, both_b = self._series(theirs)
-        counts = [n for n in (len(ours), len(theirs)) if n > 1]
-        return self._estimate(value, images_a - images_b, both_a - both_b, min(counts, default=1))
+    def scatter(self, cells: Sequence[int]) -> float:
+        """How much of the variance between one row's seeds is due to their differing on single images, as on other images they would on others.
 
-    def _series(self, cells: Sequence[int]) -> tuple[Floats, Floats]:
-        """Resampled means (resamples): over images alone, and over images and seeds."""
-        chosen = self.samples[:, list(cells)].astype(np.float64)
-        if len(cells) == 1:
-            return chosen[:, 0], chosen[:, 0]
-        return chosen.mean(1), np.take_along_axis(chosen, self._drawn(len(cells)), axis=1).mean(1)
+        The residual of the two-way layout of seeds by images: it is in the variance over images, too, and counts once. Squared points, of one seed.
+        """
+        n, packed = len(cells), self.packed[list(cells)]
+        differing = sum(int(np.bitwise_count(packed[i] ^ packed[i + 1 :]).sum()) for i in range(n - 1)) / n
+        residual = max(differing - self.images * float(np.var(self.values[list(cells)] / 100)) * n, 0.0)
+        return 1e4 * residual / ((self.images - 1) * (n - 1) * self.images)
 
-    def _drawn(self, n: int) -> NDArray[np.int64]:
-        if n not in self._draws:
-            self._draws[n] = np.random.default_rng(n).integers(0, n, (self.resamples, n - 1))
-        return self._draws[n]
 
-    def _estimate(self, value: float, over_images: Floats, over_both: Floats, seeds: int) -> Estimate:
+class Column:
+    """The rows of one column of a table, each with the indices of its cells, a cell per seed.
+
+    The variance of a difference is that over test images, paired, and on top what seeds scatter beyond it (`moderated`). Intervals and p-values use
+    Student's t with the degrees of freedom of Satterthwaite (1946).
+    """
+
+    def __init__(self, bootstrap: Bootstrap, rows: Sequence[Sequence[int]]):
+        values, several = [bootstrap.values[list(cells)] for cells in rows], [len(cells) > 1 for cells in rows]
+        self.images, self.sizes = bootstrap.images, np.array([len(cells) for cells in rows])
+        self.means, self.covariance = np.array([its.mean() for its in values]), bootstrap.covariance(rows)
+        self.seeds = moderated([float(its.var(ddof=1)) if more else 0.0 for its, more in zip(values, several, strict=True)], self.sizes - 1)
+        scatter = [bootstrap.scatter(cells) if more else np.nan for cells, more in zip(rows, several, strict=True)]
+        usual = float(np.nanmedian(scatter)) if any(several) else 0.0
+        self.between = np.maximum(self.seeds.variances - np.nan_to_num(np.array(scatter), nan=usual), 0) / self.sizes
+
+    def mean(self, row: int) -> Estimate:
+        return self._estimate(np.eye(len(self.means))[row])
+
+    def difference(self, ours: int, theirs: int) -> Estimate:
+        """Mean of row `ours` minus mean of row `theirs`, over the same images."""
+        return self._estimate(np.eye(len(self.means))[ours] - np.eye(len(self.means))[theirs])
+
+    def _estimate(self, signs: Floats) -> Estimate:
         from scipy.special import stdtr, stdtrit
 
-        total, images = float(over_both.var()), float(over_images.var())
-        between = max(total - images, 0.0)
-        if total <= 1e-18:
-            return Estimate(value, 0.0, value, value, 1.0 if abs(value) < 1e-12 else 0.0)
-        degrees = (seeds - 1) * (total / between) ** 2 if seeds > 1 and between > 0 else 1e9
-        degrees = min(degrees, 1e9)
-        error = total**0.5
-        reach = float(stdtrit(degrees, 0.5 + LEVEL / 2)) * error
-        return Estimate(value, error, value - reach, value + reach, float(2 * stdtr(degrees, -abs(value) / error)))
+        value, used = float(signs @ self.means), np.abs(signs)
+        total = float(signs @ self.covariance @ signs + used @ self.between)
+        if total <= 1e-12:
+            error, degrees = 0.0, np.inf
+        else:
+            seeds = used * self.seeds.variances / self.sizes
+            error, degrees = total**0.5, degrees_of_freedom(float(seeds @ self.seeds.doubt @ seeds) / total**2)
+        p = float(2 * stdtr(degrees, -abs(value) / error)) if error else float(abs(value) < 1e-12)
+        quantile = float(stdtrit(min(degrees, 1e9), 0.5 + LEVEL / 2))
+        if signs.sum() > 0.5:
+            return Estimate(value, error, *interval(value, error, quantile, self.images), p, degrees)
+        return Estimate(value, error, max(value - quantile * error, -100.0), min(value + quantile * error, 100.0), p, degrees)
+
+    def against_best(self, rows: Sequence[int]) -> tuple[dict[int, Estimate], set[int]]:
+        """Of rows, best first: the others' differences to the best, p after Holm's correction, and which are as good: from the best down to the
+        first that can be told from it.
+
+        A row with so few degrees of freedom that no test can tell it from anything is told from the best where it is below it by FAR times its
+        spread or more.
+        """
+        best, *others = rows
+        found = [self.difference(row, best) for row in others]
+        adjusted = holm([each.p for each in found])
+        good = {best}
+        for row, each, p in zip(others, found, adjusted, strict=True):
+            spread = max(self.seeds.variances[row], self.seeds.variances[best], each.error**2) ** 0.5
+            if p < 1 - LEVEL or (each.degrees < TESTABLE and -each.value >= FAR * spread):
+                break
+            good.add(row)
+        return {row: replace(each, p=p) for row, each, p in zip(others, found, adjusted, strict=True)}, good
+
+
+def interval(value: float, error: float, quantile: float = Z, images: int | None = None) -> tuple[float, float]:
+    """Of a percentage, within [0, 100]: Wilson's score interval (1927) for as many images as would give this standard error.
+
+    quantile: of the error's distribution. images: how many there were, for a percentage of 0 or 100, whose error says nothing.
+    """
+    share = value / 100
+    count = share * (1 - share) / (error / 100) ** 2 if error > 0 and 0 < share < 1 else images
+    if not count or (not error and 0 < share < 1):
+        return value, value
+    middle, reach = share + quantile**2 / (2 * count), quantile * (share * (1 - share) / count + (quantile / (2 * count)) ** 2) ** 0.5
+    low, high = ((middle + sign * reach) / (1 + quantile**2 / count) * 100 for sign in (-1, 1))
+    return min(max(low, 0.0), value), max(min(high, 100.0), value)
 
 
 def _resampled(packed: Packed, images: int, resamples: int) -> NDArray[np.float32]:

@@ -10,6 +10,7 @@ import numpy as np
 from dfqbench.analysis.cost import SECONDS, Cost, cost_of
 from dfqbench.analysis.plots.drawn import FEWER, LOST, Drawn, NothingToDraw, entries_of, fill, panels_of
 from dfqbench.analysis.plots.style import COLUMN, HIGH, SETTINGS, add_legend, leave_out_failures, pages, panel_title, wrapped
+from dfqbench.analysis.stats import interval
 from dfqbench.analysis.tables.blocks import Block, Entry, Row
 
 if TYPE_CHECKING:
@@ -75,10 +76,9 @@ def _dodge(i: int, n: int) -> float:
 
 
 def _reach(entries: list[Entry]) -> list[list[float]]:
-    """Below and above the mean: the interval where per-image results are known, two standard errors elsewhere."""
-    low = [e.mean - e.estimate.low if e.estimate else 2 * e.error for e in entries]
-    high = [e.estimate.high - e.mean if e.estimate else 2 * e.error for e in entries]
-    return [low, high]
+    """Below and above the mean: its 95 % interval, of standard errors alone where there are no per-image results."""
+    ends = [(e.estimate.low, e.estimate.high) if e.estimate else interval(e.mean, e.error) for e in entries]
+    return [[e.mean - low for e, (low, _) in zip(entries, ends, strict=True)], [high - e.mean for e, (_, high) in zip(entries, ends, strict=True)]]
 
 
 def published(drawn: Drawn) -> list[Figure]:

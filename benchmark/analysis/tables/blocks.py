@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
@@ -14,13 +14,13 @@ import pandas as pd
 from dfqbench.analysis.cost import Cost, cost_of, processor_seconds
 from dfqbench.analysis.ledger import METHODS_OWN, Ledger, Published
 from dfqbench.analysis.per_image import PerImage
+from dfqbench.analysis.seeds import Basis
 from dfqbench.analysis.size import Sizes, common_sizes
-from dfqbench.analysis.stats import Estimate, binomial_error, holm
+from dfqbench.analysis.stats import Estimate, binomial_error
 from dfqbench.sweep.cell import fingerprint, without_data
 
 Rule = Literal["last", "best-on-test"]
 Cell = dict[str, Any]  # a line of `load_frame` with what `blocks` adds
-ALPHA = 0.05
 NOT_OF_A_ROW = ("bits", "seed", "teacher", "evaluation", "precision")  # of a cell's identity: they say which column, seed or table it is in
 KEYS = ("evaluation", "digest", "teacher", "teacher_key", "protocol", "shared_rules", "precision")  # what a block's cells agree in
 SHARED = ("teacher", "teacher_top1", "evaluation", "protocol", "shared_rules", "precision")  # what a block has of its cells
@@ -30,9 +30,9 @@ SHARED = ("teacher", "teacher_top1", "evaluation", "protocol", "shared_rules", "
 class Entry:
     """The finished cells of one row at one bit width. Accuracies in percent; sd: over seeds, None for one; error: one standard error.
 
-    estimate: the mean with its interval over test images and seeds, None where per-image results are missing. best: the best of its column, or not
-    distinguishable from it. against_best: the difference to the best (p Holm-adjusted in the column); pair: both cells' ids at their lowest seed.
-    sizes: None where no cell knows it.
+    estimate: the mean with its interval over test images and seeds, None where per-image results are missing; basis: where it has the variance of
+    seeds from. best: the best of its column, or not below any row that can be told from it. against_best: the difference to the best (p Holm-adjusted
+    in the column); pair: both cells' ids at their lowest seed. sizes: None where no cell knows it.
     """
 
     ids: list[str]
@@ -49,6 +49,7 @@ class Entry:
     best: bool = False
     against_best: Estimate | None = None
     pair: tuple[str, str] | None = None
+    basis: Basis = "unknown"
 
     def __str__(self) -> str:
         return f"{self.mean:.2f}" if self.sd is None else f"{self.mean:.2f} ± {self.sd:.2f}"
@@ -247,9 +248,13 @@ def _block(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerI
     # what a method declares about ranges or BN changes the protocol's rules for its own rows: they are marked, not mixed silently
     done, marks = [cell for cell in cells if cell["status"] == "done"], marks_of([cell["rules"] for cell in cells])
     first = (done or cells)[0]
-    rows, widths = rows_of(cells, marks, lambda there: _entry(there, rule, ledger, per_image))
+    rows, widths = rows_of(cells, marks, lambda there: _entry(there, rule, ledger))
     for width in widths:
-        _compare([entry for row in rows if (entry := row.complete(width))], per_image)
+        _compare(
+            [e for row in rows if (e := row.complete(width))],
+            [row.entries[width] for row in rows if {width} <= row.lost.keys() & row.entries.keys()],
+            per_image,
+        )
     top1 = "accuracy not measured" if np.isnan(first["teacher_top1"]) else f"{first['teacher_top1']:.2f} %"
     where = f"on {first['evaluation']} ({first['images']} images)"
     title = f"{first['teacher']} {where}: teacher {top1}, protocol {first['protocol']}, {first['precision']}"
@@ -275,29 +280,29 @@ def rows_of(cells: list[Cell], marks: dict[str, str], entry_of: Callable[[list[C
     return worst_first(rows), widths
 
 
-def _entry(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerImage | None) -> Entry:
+def _entry(cells: list[Cell], rule: Rule, ledger: Ledger | None) -> Entry:
     first, ids, seeds = cells[0], [cell["id"] for cell in cells], [int(cell["seed"]) for cell in cells]
     values = np.array([cell["top1" if rule == "last" else "best"] for cell in cells], float)
     mean, sd = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
-    estimate = per_image.mean(ids) if per_image else None
-    error = estimate.error if estimate else (binomial_error(mean, first["images"]) ** 2 + (sd or 0.0) ** 2 / len(values)) ** 0.5
+    error = (binomial_error(mean, first["images"]) ** 2 + (sd or 0.0) ** 2 / len(values)) ** 0.5
     claims = ledger.published(first["result"]) if ledger else ()
     results = [cell["result"] for cell in cells]
-    return Entry(ids, seeds, mean, sd, first["teacher_top1"] - mean, error, cost_of(results), common_sizes(results), estimate, *claims)
+    return Entry(ids, seeds, mean, sd, first["teacher_top1"] - mean, error, cost_of(results), common_sizes(results), None, *claims)
 
 
-def _compare(column: list[Entry], per_image: PerImage | None) -> None:
-    """Marks the best of a column and all that cannot be told from it."""
-    top = max(column, key=lambda entry: entry.mean, default=None)
-    others = [entry for entry in column if entry.estimate and entry is not top]
-    if per_image is None or top is None or not top.estimate or not others:
+def _compare(complete: list[Entry], partial: list[Entry], per_image: PerImage | None) -> None:
+    """Estimates of a column, and which of its complete rows are the best or as good. partial: what is left of rows, each on its own."""
+    for together in (complete, *([entry] for entry in partial)):
+        for entry, found in zip(together, per_image.column([entry.ids for entry in together]) if per_image else (), strict=False):
+            if found:
+                entry.estimate, entry.basis, entry.error = *found, found[0].error
+    compared = sorted((entry for entry in complete if entry.estimate), key=lambda entry: -entry.mean)
+    if per_image is None or len(compared) < 2 or compared[0].mean < max(entry.mean for entry in complete):
         return
-    top.best = True
-    differences = [per_image.difference(entry.ids, top.ids) for entry in others]
-    for entry, difference, p in zip(others, differences, holm([d.p for d in differences]), strict=True):
-        entry.best, entry.against_best = p >= ALPHA, replace(difference, p=p)
-        if common := set(entry.seeds) & set(top.seeds):
-            entry.pair = entry.ids[entry.seeds.index(min(common))], top.ids[top.seeds.index(min(common))]
+    for entry, (against, good) in zip(compared, per_image.against_best([entry.ids for entry in compared]), strict=True):
+        entry.best, entry.against_best = good, against
+        if against and (common := set(entry.seeds) & set(compared[0].seeds)):
+            entry.pair = entry.ids[entry.seeds.index(min(common))], compared[0].ids[compared[0].seeds.index(min(common))]
 
 
 def worst_first(rows: Sequence[Row]) -> list[Row]:

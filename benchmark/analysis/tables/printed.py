@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dfqbench.analysis import size
+from dfqbench.analysis import seeds, size
 from dfqbench.analysis.cost import in_column, in_words
 from dfqbench.analysis.stats import average_ranks
 from dfqbench.analysis.tables.blocks import Block, Entry, Row
@@ -134,7 +134,10 @@ def notes_of(table: Block | WideTable | Written) -> list[str]:
     rule, error, best = parts[0].rule, max(block.error for block in parts), any(entry.best for entry in entries)
     uncompared = sum(block.uncompared for block in parts)
     of_images = "one standard error from the test set's size"
-    once = "; where there is one seed, over test images alone" if any(entry.sd is None for entry in entries) else ""
+    bases: dict[seeds.Basis, list[str]] = {"column": [], "outlying": [], "own": [], "unknown": []}
+    for row in rows:
+        for width, entry in row.entries.items():
+            bases[entry.basis if entry.estimate else "own"].append(f"{row.label} ({width if isinstance(width, str) else width[1]})")
     if isinstance(table, WideTable):
         differs = "is not the same everywhere, it differs in"
         own = [f"{JOINED} {row.label} ({row.budget}) {differs} {', '.join(row.differing)}" for row in rows if row.differing]
@@ -149,7 +152,9 @@ def notes_of(table: Block | WideTable | Written) -> list[str]:
         "top-1 in %, rule 'best-on-test': the best of all evaluated epochs, chosen on the test labels "
         "(optimistic; at most as many choices as evaluations)": rule == "best-on-test",
         f"± is the standard deviation over seeds; drop: below the teacher; {of_images} is at most {error:.2f}": bool(entries),
-        "bold: the best of a column with all that cannot be told from it (paired bootstrap over test images and seeds, Holm, 5 %)" + once: best,
+        "bold: the best of a column and those next to it, down to the first that can be told from it (paired over test images, with the variance "
+        "between seeds; Holm, 5 %; or three spreads below it, where seeds are too few for a test)": best,
+        **dict.fromkeys(seeds.in_words(bases, any(entry.sd is None for entry in entries)) if best else [], True),
         **dict.fromkeys(notes_on_lost(rows), True),
         "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
         f"{uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged": uncompared > 0,
