@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from dfqbench import Field, Method, MethodConfig, Student, register
 
@@ -64,7 +63,7 @@ def equalise(student: Student, raise_ceilings: bool = True) -> None:
     for _ in range(SWEEPS):
         moved = 0.0
         for pair in pairs:
-            one, other = (ranges(w, student.protocol.weight_symmetric) for w in pair.weights())
+            one, other = pair.ranges()
             alive = (one > DEAD * one.max()) & (other > DEAD * other.max())
             s = torch.where(alive, (one / other).sqrt(), 1.0)
             pair.divide(s)
@@ -76,11 +75,6 @@ def equalise(student: Student, raise_ceilings: bool = True) -> None:
             mean, deviation = pair.distribution
             reach = float((mean + REACH * deviation).max()) / pair.ceiling
             pair.divide(torch.full_like(mean, max(reach, 1.0)))
-
-
-def ranges(weights: Tensor, symmetric: bool) -> Tensor:
-    """What a grid for each row alone would span: twice the largest absolute value, or largest less smallest."""
-    return 2 * weights.abs().amax(1) if symmetric else weights.amax(1) - weights.amin(1)
 
 
 def absorb(student: Student) -> None:

@@ -40,14 +40,21 @@ class Pair:
         moments = self._node.meta.get("folded") if self.norm is None else bn_distribution(self.norm)
         return (moments[0], moments[1].sqrt()) if moments is not None else None
 
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """What weighs into and out of each channel, with the norm's scale: two tensors of C x (all weights of the channel), float64."""
-        first, second = self.first.layer.weight.detach().double().flatten(1), self.second.layer.weight.detach().double()
-        if self.norm is not None:
-            first = first * self._scale()[:, None]
+    @torch.no_grad()
+    def ranges(self) -> tuple[Tensor, Tensor]:
+        """The range of the weights into and out of each channel, the norm's scale included: C each, float64.
+
+        Largest less smallest, or twice the largest absolute value where grids are symmetric.
+        """
+        into, second = self.first.layer.weight.flatten(1), self.second.layer.weight
         groups = self.second.layer.groups if isinstance(self.second.layer, nn.Conv2d) else 1
-        grouped = second.view(groups, -1, *second.shape[1:]).transpose(1, 2)  # G x I/G x O/G x ...
-        return first, grouped.flatten(0, 1).flatten(1)
+        out = second.reshape(groups, second.shape[0] // groups, second.shape[1], -1)  # G x O/G x I/G x taps
+        one, other = self._range(into.amin(1), into.amax(1)), self._range(out.amin((1, 3)).flatten(), out.amax((1, 3)).flatten())
+        return one if self.norm is None else one * self._scale().abs(), other
+
+    def _range(self, low: Tensor, high: Tensor) -> Tensor:
+        low, high = low.double(), high.double()
+        return 2 * torch.maximum(low.abs(), high.abs()) if self.first.protocol.weight_symmetric else high - low
 
     def _scale(self) -> Tensor:
         """By what the norm multiplies the layer's output: gamma / sqrt(variance + eps)."""
@@ -76,12 +83,12 @@ class Pair:
         elif "folded" in self._node.meta:
             mean, variance = self._node.meta["folded"]
             self._node.meta["folded"] = mean / s.to(mean.device), variance / s.to(mean.device) ** 2
-        first.weight.copy_(first.weight.double() * _along(factor, first.weight, 0))
+        first.weight.mul_(factor.to(first.weight).view(-1, *[1] * (first.weight.dim() - 1)))
         if first.bias is not None:
             first.bias.copy_(first.bias.double() * factor)
         groups = second.groups if isinstance(second, nn.Conv2d) else 1
         per_input = s.view(groups, 1, -1).expand(-1, second.weight.shape[0] // groups, -1).flatten(0, 1)  # O x I/G
-        second.weight.copy_(second.weight.double() * per_input.view(*per_input.shape, *[1] * (second.weight.dim() - 2)))
+        second.weight.mul_(per_input.to(second.weight).view(*per_input.shape, *[1] * (second.weight.dim() - 2)))
 
     @torch.no_grad()
     def absorb(self, c: Tensor) -> None:
@@ -100,10 +107,6 @@ class Pair:
         groups = second.groups if isinstance(second, nn.Conv2d) else 1
         added = torch.einsum("goi,gi->go", taps.view(groups, -1, taps.shape[1]), c.view(groups, -1)).flatten().to(second.weight)
         second.bias = nn.Parameter(added if second.bias is None else second.bias + added)
-
-
-def _along(values: Tensor, like: Tensor, axis: int) -> Tensor:
-    return values.view([-1 if d == axis else 1 for d in range(like.dim())])
 
 
 def find_pairs(traced: fx.GraphModule) -> list[Pair]:
