@@ -30,7 +30,7 @@ class Seeds:
     bases: list[Basis]
 
 
-def moderated(variances: Sequence[float], degrees: Sequence[int] | NDArray[np.integer]) -> Seeds:
+def moderated(variances: Sequence[float] | Floats, degrees: Sequence[int] | NDArray[np.integer]) -> Seeds:
     """Sample variances over seeds and their degrees of freedom, 0 for a row with one seed, whose variance is then that of the others.
 
     Empirical Bayes as in limma (Smyth 2004): true variances are d0 s0^2 / chi^2_d0, so a row's becomes (d0 s0^2 + d s^2) / (d0 + d). With so few
@@ -62,6 +62,8 @@ def moderated(variances: Sequence[float], degrees: Sequence[int] | NDArray[np.in
     kept = np.ones(len(v))
     kept[counted] = weights
     values = (likely * np.exp(log)).sum((0, 1))
+    if rows < FEW:  # the grid's end, and not the rows, would say how wide they may be
+        values = np.minimum(values, np.maximum(v, v[counted].mean()))
     values = kept * values + (1 - kept) * np.maximum(v, values)
     return Seeds(values, doubt, ["outlying" if share < 1 else "column" for share in kept])
 
@@ -98,7 +100,8 @@ def in_words(bases: Mapping[Basis, Iterable[str]], singles: bool) -> list[str]:
         said.append(f"the variance between seeds is estimated over all rows of a column (empirical Bayes){one}")
     if "outlying" in known:
         said.append(
-            f"far more scatter between seeds than in the rest of the column: {', '.join(bases['outlying'])}: on their own, nobody else's bars widen"
+            f"far more scatter between seeds than in the rest of the column: {', '.join(bases['outlying'])}; "
+            "their variance is their own and widens no other bar"
         )
     if "unknown" in known:
         where = "; rows with one seed: no other rows" if known - {"unknown"} else "one seed each: no rows"

@@ -108,8 +108,8 @@ class Column:
         """Of rows, best first: the others' differences to the best, p after Holm's correction, and which are as good: from the best down to the
         first that can be told from it.
 
-        A row with so few degrees of freedom that no test can tell it from anything is told from the best where it is below it by FAR times its
-        spread or more.
+        A row with so few degrees of freedom that no test can tell it from anything, or with a variance of its own, is told from the best where it is
+        below it by FAR times its spread or more.
         """
         best, *others = rows
         found = [self.difference(row, best) for row in others]
@@ -117,7 +117,8 @@ class Column:
         good = {best}
         for row, each, p in zip(others, found, adjusted, strict=True):
             spread = max(self.seeds.variances[row], self.seeds.variances[best], each.error**2) ** 0.5
-            if p < 1 - LEVEL or (each.degrees < TESTABLE and -each.value >= FAR * spread):
+            untestable = each.degrees < TESTABLE or self.seeds.bases[row] == "outlying"
+            if p < 1 - LEVEL or (untestable and -each.value > FAR * spread - 1e-9):
                 break
             good.add(row)
         return {row: replace(each, p=p) for row, each, p in zip(others, found, adjusted, strict=True)}, good

@@ -91,9 +91,13 @@ def _comparisons(drawn: Drawn) -> Iterator[str]:
     """Each row against the best of its column."""
     if any(e.against_best for b in drawn.blocks for row in b.rows for e in row.entries.values()):
         yield (
-            "<p>Each row against the best of its column: difference with its 95 % interval (paired bootstrap over test images and seeds), p after "
-            "Holm's correction within the column; and for the lowest common seed McNemar's exact test, with the images that only the one and "
-            "only the other got right.</p>"
+            "<p>Each row against the best of its column: difference with its 95 % interval (paired over test images, with the variance between "
+            "seeds), p after Holm's correction within the column; and for the lowest common seed McNemar's exact test, with the images that only "
+            "the one and only the other got right.</p>"
+            "<p>Bold is the best row of a column, and each next one down to the first that can be told from it: p below 5 %, or three spreads "
+            "below it where seeds are too few for a test. The variance between seeds is estimated over all rows of the column (empirical Bayes), "
+            "so that two seeds are enough; a row that scatters far more than the others keeps its own. With 95 % confidence the truly best row is "
+            "among the bold ones; not every row that equals it need be.</p>"
         )
     for block in drawn.blocks:
         parts = [part for width in block.widths if (part := _against_best(drawn, block, width))]
