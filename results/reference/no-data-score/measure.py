@@ -33,8 +33,7 @@ SWEEP = HERE / "sweep.yaml"
 CPU = torch.device("cpu")
 GZNQ: dict[str, Any] = {"images": {"gznq": {"images": 64, "synthesis_batch": 64, "synthesis_iterations": 150}}, "count": 64}
 ZEROQ = {"images": {"zeroq": {"images": 64, "synthesis_iterations": 200}}, "count": 64}
-MAKERS = {  # as a sweep's `selection`; the first is the default of `evaluate: none`, the others drop images of which the teacher is not sure
-    "gznq, any": {"images": {"gznq": {**GZNQ["images"]["gznq"], "confidence": 0.0}}, "count": 64},
+MAKERS = {  # as a sweep's `selection`; the first makes the images of `evaluate: none` (its confidence of 0 changes none here)
     "gznq": GZNQ,
     "gznq, seed 1001": {**GZNQ, "seed": 1001},
     "zeroq": ZEROQ,
@@ -55,7 +54,6 @@ def image_sets(loaded: LoadedSweep, teacher: Teacher, folder: Path) -> dict[str,
     pixels, _ = next(loaded.evaluation.decode(card.task).batches(10_000))
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (card.task.mean, card.task.std))
     return {
-        "gznq, 64, any confidence": made["gznq, any"],
         "gznq, 64": made["gznq"],
         "gznq, 64, seed 1001": made["gznq, seed 1001"],
         "gznq, 32": made["gznq"][:32],
