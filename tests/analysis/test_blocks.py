@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,19 @@ def test_bold_are_the_best_and_all_that_cannot_be_told_from_it(tmp_path: Path) -
 def test_nothing_is_bold_where_there_is_nothing_to_compare(tmp_path: Path) -> None:
     block = compared(tmp_path, {"gdfq": 80.0})
     assert not any(row.entries["w4a4"].best for row in block.rows)
+
+
+def test_it_is_said_where_the_variance_of_seeds_is_from_and_no_bar_leaves_the_scale(tmp_path: Path) -> None:
+    block = compared(tmp_path, {"gdfq": 99.9, "acq": 99.8, "zaq": 0.2})
+    assert "the variance between seeds is estimated over all rows of a column (empirical Bayes)" in notes_of(block)
+    for row in block.rows:
+        estimate = row.entries["w4a4"].estimate
+        assert estimate is not None
+        assert 0 <= estimate.low < estimate.value < estimate.high <= 100
+    singles = [replace(row, entries={w: replace(e, basis="unknown", sd=None) for w, e in row.entries.items()}) for row in block.rows]
+    assert any("test images alone count" in note for note in notes_of(replace(block, rows=singles)))
+    wide = [replace(row, entries={w: replace(e, basis="outlying") for w, e in row.entries.items()}) for row in block.rows[:1]] + block.rows[1:]
+    assert any("far more scatter between seeds than in the rest of the column: zaq (w4a4);" in note for note in notes_of(replace(block, rows=wide)))
 
 
 def test_without_per_image_results_a_cell_is_in_no_comparison_and_that_is_said(tmp_path: Path) -> None:
