@@ -14,7 +14,9 @@ where a protocol does not, a norm's scale goes into the weights of the pairs nev
 shrunk as a whole until 20 standard deviations stay below 6, which computes the same; with `raise_ceilings` off it is left alone. A channel with a
 millionth of the largest range counts as dead and is not scaled. E[x] goes through sums, poolings and activation functions, and counts padded zeros; a
 layer whose input no batch norm describes (the first) is not corrected. Absorbing counts no padding, as in the paper: where a layer pads and
-something is absorbed, its border is off by it.
+something is absorbed, its border is off by it. Reached here (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 / W3A3): 85.38 / 79.17 %; without
+correction 84.63 / 64.61, without equalising 85.19 / 78.42; with one grid for each tensor 84.09 / 71.56 (`round`: 83.96 / 68.68,
+per tensor 81.32 / 46.05).
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ so that in the end |S| <= 1/2 in every kernel before C and in every channel afte
 
 Fidelity: the paper. Rounding follows the authors' code; what differs: the extremes of a weight, which the grid is found from, keep their levels (the
 code flips one of the two), and activation ranges are those of `round`, from BN parameters (the paper says so; its code measures noise). With K
-and C off this is `round`, to the bit.
+and C off this is `round`, to the bit. Reached here (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 / W3A3): 85.61 / 80.56 %; K alone 85.54 / 80.37,
+C alone 85.34 / 79.08; with one grid for each tensor 85.05 / 77.68 (`round`: 83.96 / 68.68, per tensor 81.32 / 46.05).
 """
 
 from __future__ import annotations
