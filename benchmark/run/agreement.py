@@ -65,6 +65,8 @@ def made_images(cell: Cell, teacher: Teacher, device: torch.device, count: int, 
         while sum(map(len, made)) < count:
             made.append(method.synthesize().images.detach().float())
     images = torch.cat(made)[:count]
+    low, high = (images.new_tensor(limit).view(1, -1, 1, 1) for limit in zip(*teacher.task.pixel_range(), strict=True))
+    images = images.clamp(low, high)  # as every real image is; what a protocol does to an input's range must not decide
     first = {image.numpy().tobytes(): i for i, image in reversed([*enumerate(images.cpu())])}  # a method with few images gives them again and again
     return images[sorted(first.values())]
 
