@@ -29,8 +29,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        if isinstance(error, OSError) and error.filename == str(temporary):
-            error.filename = str(path)  # what the user knows of
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # what the user knows of; a write that fails does not say where
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise

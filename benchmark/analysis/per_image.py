@@ -27,6 +27,7 @@ class PerImage:
                 )
             else:
                 groups.setdefault(_set_of(result), []).append((result["id"], packed))
+        self._seedless = {r["id"] for r in reading.results if not r["last_epoch"]}  # no epoch, so nothing was made or trained: nothing was drawn
         self._place: dict[str, tuple[tuple[str, int], int]] = {}
         self._rows: dict[tuple[str, ...], tuple[Column, int]] = {}
         self._packed: dict[tuple[str, int], NDArray[np.uint8]] = {}
@@ -44,7 +45,8 @@ class PerImage:
         if not known:
             return [None] * len(rows)
         key = self._set([cell_id for ids in known for cell_id in ids])
-        column = Column(self._bootstrap(key), [[self._place[cell_id][1] for cell_id in ids] for ids in known])
+        places = [[self._place[cell_id][1] for cell_id in ids] for ids in known]
+        column = Column(self._bootstrap(key), places, [self._seedless >= set(ids) for ids in known])
         self._rows |= {tuple(ids): (column, row) for row, ids in enumerate(known)}
         found = {tuple(ids): (column.mean(row), column.seeds.bases[row]) for row, ids in enumerate(known)}
         return [found.get(tuple(ids)) for ids in rows]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
-Basis = Literal["column", "outlying", "own", "unknown"]  # what a row's variance was taken from
+Basis = Literal["column", "outlying", "own", "unknown", "none"]  # what a row's variance was taken from; none: it has no seeds
 PRIOR_DEGREES = 2.0 ** np.arange(2, 8)[:, None, None]  # d0: how alike rows are, from variances of a factor of four either way to all the same
 SCALES = np.exp(np.linspace(-5, 5, 81))[None, :, None]  # s0^2, in mean variances of all rows but the widest
 CENSORED = 0.2  # of the rows that the first fit does not look at closely, if there are FEW or more
@@ -28,6 +28,12 @@ class Seeds:
     variances: Floats
     doubt: Floats
     bases: list[Basis]
+
+    def without(self, seedless: Sequence[bool]) -> Seeds:
+        """With no variance for the rows that draw nothing at random."""
+        some = ~np.asarray(seedless, bool)
+        bases: list[Basis] = [basis if draws else "none" for basis, draws in zip(self.bases, some, strict=True)]
+        return Seeds(self.variances * some, self.doubt * np.outer(some, some), bases)
 
 
 def moderated(variances: Sequence[float] | Floats, degrees: Sequence[int] | NDArray[np.integer]) -> Seeds:

@@ -69,14 +69,15 @@ class Column:
     """The rows of one column of a table, each with the indices of its cells, a cell per seed.
 
     The variance of a difference is that over test images, paired, and on top what seeds scatter beyond it (`moderated`). Intervals and p-values use
-    Student's t with the degrees of freedom of Satterthwaite (1946).
+    Student's t with the degrees of freedom of Satterthwaite (1946). seedless: the rows whose methods draw nothing at random.
     """
 
-    def __init__(self, bootstrap: Bootstrap, rows: Sequence[Sequence[int]]):
+    def __init__(self, bootstrap: Bootstrap, rows: Sequence[Sequence[int]], seedless: Sequence[bool] | None = None):
         values, several = [bootstrap.values[list(cells)] for cells in rows], [len(cells) > 1 for cells in rows]
         self.images, self.sizes = bootstrap.images, np.array([len(cells) for cells in rows])
         self.means, self.covariance = np.array([its.mean() for its in values]), bootstrap.covariance(rows)
         self.seeds = moderated([float(its.var(ddof=1)) if more else 0.0 for its, more in zip(values, several, strict=True)], self.sizes - 1)
+        self.seeds = self.seeds.without(seedless) if seedless is not None else self.seeds
         scatter = [bootstrap.scatter(cells) if more else np.nan for cells, more in zip(rows, several, strict=True)]
         usual = float(np.nanmedian(scatter)) if any(several) else 0.0
         self.between = np.maximum(self.seeds.variances - np.nan_to_num(np.array(scatter), nan=usual), 0) / self.sizes

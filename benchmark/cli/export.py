@@ -42,6 +42,8 @@ def export(
         check_extra()
     elif time:
         raise UserError("--time is of --to onnx: what is timed runs in onnxruntime")
+    if out is not None and out.suffix in set(ENDINGS.values()) - {ENDINGS[to]}:  # type: ignore[index]
+        raise UserError(f"--out {out}: a file of --to {to} ends with {ENDINGS[to]}")  # type: ignore[index]
     if images is not None and on is None:
         raise UserError("--images is of --on: it says how many images of the set are looked at")
     import torch

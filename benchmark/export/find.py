@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dfqbench.errors import UserError
+from dfqbench.files import read_json
 from dfqbench.store import Store
 
 if TYPE_CHECKING:
@@ -29,9 +30,15 @@ def student_path(given: str | Path, results: str | Path = "results") -> Path:
         folder = store.folder(store.find(str(given)))
     if (folder / NAME).is_file():
         return folder / NAME
-    if not (folder / "result.json").is_file():
-        raise UserError(f"{folder} holds no student: the cell is not finished")
-    raise UserError(f"{folder} holds no student: it was not kept (`store: {{students: off}}`), or an earlier version ran the cell")
+    try:
+        result = read_json(folder / "result.json")
+    except (ValueError, OSError) as error:
+        raise UserError(f"{folder / 'result.json'}: {error}") from None
+    if not isinstance(result, dict):
+        what = "the cell is not finished" if (folder / "cell.json").is_file() else "it is no cell's folder"
+        raise UserError(f"{folder} holds no student: {what}")
+    why = (result.get("student") or {}).get("not_kept") or "it was not kept (`store: {students: off}`), or an earlier version ran the cell"
+    raise UserError(f"{folder} holds no student: {why}")
 
 
 def load_student(given: str | Path, results: str | Path = "results") -> StoredStudent:

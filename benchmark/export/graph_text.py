@@ -153,6 +153,8 @@ def module_of(text: dict[str, Any], tensors: Mapping[str, Tensor], prefix: str) 
     for key, tensor in tensors_under(tensors, prefix):
         if "." not in key:
             attach(module, key, tensor)
+    if isinstance(module, nn.modules.batchnorm._NormBase) and "num_batches_tracked" not in module._buffers:
+        module.register_buffer("num_batches_tracked", torch.tensor(0) if module.track_running_stats else None)
     return module.eval()
 
 
@@ -184,6 +186,8 @@ def _functions() -> dict[str, Callable[..., Any]]:
             name = getattr(function, "__name__", "")
             if getattr(place, name, None) is function:
                 known[f"{prefix}.{name}"] = function
+                in_place = getattr(place, f"{name}_", None)  # torch does not list these
+                known |= {f"{prefix}.{name}_": in_place} if callable(in_place) else {}
     return known | {f"torch.{name}": getattr(torch, name) for name in _MAKERS} | _OPERATORS | _OWN
 
 

@@ -76,7 +76,9 @@ class StoredStudent(Student):
         self.eval()
 
     def save(self, path: str | Path) -> None:
-        """Writes the student as a file for `dfqbench.load_student`."""
+        """Writes the student as a file for `dfqbench.load_student`; the name must end with .safetensors. Raises UserError."""
+        if Path(path).suffix != ".safetensors" or not Path(path).parent.is_dir():
+            raise UserError(f"{path}: a name that ends with .safetensors, in a folder that is there")
         save_student(self, Path(path), {key: value for key, value in self.about.items() if key != "sha256"})
 
     def export(self, path: str | Path) -> list[Agreement]:

@@ -22,6 +22,10 @@ _FUNCTIONS = {getattr(place, name) for place in (F, torch) for name in _NAMES if
 _CLASS_NAMES = {"swish", "hswish", "hardswish", "hsigmoid", "hardsigmoid", "mish", "hardmish", "quickgelu", "geluact", "gelutanh", "sigmoid", "tanh"}
 
 
+_CLAMP_NAMES = {"clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_"}
+_CLAMPS = {getattr(torch, name) for name in _CLAMP_NAMES}
+
+
 def is_activation_module(module: nn.Module | None) -> bool:
     if isinstance(module, _MODULES):
         return True
@@ -41,8 +45,14 @@ def _is_named_activation(node: fx.Node, traced: fx.GraphModule) -> bool:
     if node.op == "call_module":
         return is_activation_module(traced.get_submodule(str(node.target)))
     if node.op == "call_function":
-        return node.target in _FUNCTIONS
-    return node.op == "call_method" and node.target in _NAMES
+        return node.target in _FUNCTIONS or (node.target in _CLAMPS and _rectifies(node))
+    return node.op == "call_method" and (node.target in _NAMES or (node.target in _CLAMP_NAMES and _rectifies(node)))
+
+
+def _rectifies(node: fx.Node) -> bool:
+    """Whether a clamp is a ReLU written otherwise: `x.clamp(min=0)`, `torch.clamp(x, 0, 6)`."""
+    low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min")
+    return isinstance(low, int | float) and low == 0
 
 
 def _gated_product(gate: fx.Node) -> fx.Node | None:

@@ -157,6 +157,8 @@ class Worker:
                 f"{method.info.name}: learning-rate milestones {', '.join(map(str, beyond))} lie beyond the last epoch and are not reached "
                 "(they are never rescaled)"
             )
+        if any(phase.distill for phase in lockstep.phases) and not lockstep.student_steps:
+            remarks.append(f"{method.info.name}: no epoch of this budget trains the student: what comes before training takes all of them")
         if student.left_float:
             teacher = lockstep.bundle.cells[0].teacher.label
             remarks.append(f"{teacher}: kept in float, no quantizer is known for them: {', '.join(student.left_float)}")

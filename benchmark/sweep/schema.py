@@ -40,6 +40,12 @@ class Kept(BaseModel):
     """The `store` key of a config: what a finished cell leaves behind beside its numbers. Never part of a cell's identity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("students", mode="before")
+    @classmethod
+    def _off_in_other_words(cls, given: Any) -> Any:
+        return "off" if given is False or given in ("no", "none") else given
+
     students: Literal["last", "off"] = Field(default="last", description="the quantized network after its last epoch as student.safetensors, or off")
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from string import Formatter
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, get_origin
 
@@ -179,6 +180,8 @@ def _variants(key: str, given: Entry, sweep: Sweep, protocol: Protocol | None, p
 def _label(text: str, config: MethodConfig) -> str:
     """With the values of settings that it names in braces. Raises UserError."""
     try:
+        if not all(field is None or field.isidentifier() for _, field, *_ in Formatter().parse(text)):
+            raise ValueError("a name alone, or a name with a format like {epochs:d}")
         return text.format_map(config.model_dump(mode="json"))
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{text!r}: braces name settings, like {{epochs}} ({error})") from None

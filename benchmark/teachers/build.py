@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dfqbench.errors import UserError
 from dfqbench.task import Task
@@ -21,6 +21,9 @@ def build(spec: TeacherSpec) -> Built:
     place, name = spec.source
     with torch.random.fork_rng(devices=[]):
         built = BUILDERS[place](name, spec) if place in ZOOS else from_file(name, spec)
+    lazy = next((name for name, p in built.network.named_parameters() if isinstance(p, nn.parameter.UninitializedParameter)), None)
+    if lazy is not None:
+        raise UserError(f"teacher {spec.model!r}: {lazy} has no shape yet (a lazy module): let the factory run the network once")
     network = built.network.float().eval()
     bake(network)
     network.requires_grad_(False)

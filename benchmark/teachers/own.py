@@ -58,12 +58,15 @@ def task_of(where: str, shells: Sequence[nn.Module], settings: Mapping[str, Any]
         known[key] = given if given is not None else next((getattr(shell, key) for shell in shells if hasattr(shell, key)), None)
     missing = [key for key, value in known.items() if value is None]
     if missing:
-        raise UserError(f"{where}: {', '.join(missing)} missing: give them in the config, or as attributes of the network")
+        how = "give them in the config, or as attributes of the network (`dfqbench quantize` has --classes, --size, --mean, --std)"
+        raise UserError(f"{where}: {', '.join(missing)} missing: {how}")
     try:
         mean, std = (tuple(float(value) for value in known[key]) for key in ("mean", "std"))
         task = Task(int(known["classes"]), len(mean), int(known["size"]), mean, std)
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: classes and size must be whole numbers, mean and std one number per channel ({error})") from None
+    if max(mean, default=0) > 1:
+        raise UserError(f"{where}: mean {mean} is of images scaled to [0, 1]: divide mean and std by 255")
     if len(mean) != len(std) or min(std, default=0) <= 0:
         raise UserError(f"{where}: mean {mean} and std {std} must have a number per channel each, and std must be above 0")
     return task

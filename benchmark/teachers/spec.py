@@ -40,6 +40,8 @@ class TeacherSpec(BaseModel):
     def _normalisation_is_possible(self) -> TeacherSpec:
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise ValueError(f"mean has {len(self.mean)} channels, std has {len(self.std)}")
+        if self.mean is not None and max(self.mean) > 1:
+            raise ValueError("mean is of images scaled to [0, 1]: divide mean and std by 255")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError("std must be above 0")
         return self

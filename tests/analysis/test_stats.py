@@ -260,3 +260,15 @@ def test_what_is_drawn_does_not_depend_on_which_other_cells_there_are() -> None:
     packed = np.packbits(random.random((7, 900)) < 0.6, axis=1)
     few, many = alone(packed[:2], 900), alone(packed, 900)
     assert few.difference(0, 1).error == pytest.approx(many.difference(0, 1).error, rel=1e-5)
+
+
+def test_a_method_that_draws_nothing_has_no_variance_of_seeds() -> None:
+    """Rounding's one result is all that there is: only the test images make it unsure."""
+    random = np.random.default_rng(0)
+    packed = np.packbits(random.random((21, 4000)) < 0.8, axis=1)
+    rows = [[0], *([1 + 2 * i, 2 + 2 * i] for i in range(10))]
+    seeded, seedless = (Column(Bootstrap(packed, 4000), rows, given) for given in (None, [True, *[False] * 10]))
+    assert (seeded.seeds.bases[0], seedless.seeds.bases[0]) == ("column", "none")
+    assert seedless.mean(0).error == pytest.approx(float(seedless.covariance[0, 0] ** 0.5))
+    assert seedless.mean(0).error <= seeded.mean(0).error
+    assert seedless.mean(1) == seeded.mean(1)

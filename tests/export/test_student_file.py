@@ -157,6 +157,35 @@ def test_a_network_of_ones_own_needs_none_of_its_code(protocol: str, tmp_path: P
     assert_same(student_of(Teacher(Own(), small_task(size=16)), PROTOCOLS[protocol], "w4a4"), tmp_path / "s.safetensors")
 
 
+class Rectified(nn.Module):
+    """Two activations in one of many spellings."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 10)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        head: Tensor = self.head(self.act(self.b(self.act(self.a(x)))).mean((2, 3)))
+        return head
+
+
+@pytest.mark.parametrize(
+    "act",
+    [F.relu_, torch.relu_, lambda x: x.clamp(min=0), lambda x: x.clamp_(0), lambda x: torch.clamp(x, min=0), lambda x: x.clamp_min(0)],
+    ids=["F.relu_", "torch.relu_", "clamp", "clamp_", "torch.clamp", "clamp_min"],
+)
+def test_a_relu_is_one_however_it_is_written(act: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    students = []
+    for spelling in (F.relu, act):
+        torch.manual_seed(0)
+        students.append(student_of(Teacher(Rectified(spelling), small_task(size=16)), PROTOCOLS["lineage"], "w4a3"))
+    assert len(students[1].quantizers) == len(students[0].quantizers) == 2
+    found = assert_same(students[1], tmp_path / "s.safetensors")
+    images = images_of(students[0].task)
+    assert torch.equal(found(images), students[0](images))
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "torchvision mobilenet_v2": (lambda: torchvision.models.mobilenet_v2(), 64, 1000),
     "torchvision mobilenet_v3_small": (lambda: torchvision.models.mobilenet_v3_small(), 64, 1000),

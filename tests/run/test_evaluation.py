@@ -91,7 +91,7 @@ def test_what_cannot_be_measured_again_is_one_line(dfqbench: Run, ran: tuple[Pat
         ("0" * 12, "digits", "no cell in"),
         (tmp_path / "absent.safetensors", "digits", "does not exist"),
         (result["id"], "nope", "unknown evaluation set"),
-        (results / "runs", "digits", "the cell is not finished"),
+        (results / "runs", "digits", "it is no cell's folder"),
     ):
         code, out, err = dfqbench("evaluate", given, "--on", on, "--results", results)
         assert (code, out, err.count("\n")) == (2, "", 1)
@@ -119,8 +119,10 @@ def test_the_loaded_module_gives_the_evaluated_answers(ran: tuple[Path, dict[str
 
 
 def test_a_store_may_keep_no_students(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path) -> None:
-    code, _, _ = dfqbench("run", sweep_file(store={"students": "off"}), "--results", tmp_path / "r")
+    code, _, _ = dfqbench("run", sweep_file(store={"students": False}), "--results", tmp_path / "r")
     assert code == 0
+    (cell, *_) = [path.name for path in (tmp_path / "r" / "runs").iterdir()]
+    assert "was not kept" in dfqbench("evaluate", cell, "--on", "digits", "--results", tmp_path / "r")[2]
     assert not list((tmp_path / "r").glob(f"runs/*/{NAME}"))
     assert len(list((tmp_path / "r").glob("runs/*/result.json"))) == 2
 
@@ -136,6 +138,10 @@ def test_a_student_that_has_no_form_in_a_file_costs_no_result(
     kept = [json.loads(p.read_text()) for p in (tmp_path / "r").glob("runs/*/result.json")]
     assert [r["student"] for r in kept] == [{"not_kept": "the student cannot be written to a file: no"}] * 2
     assert not list((tmp_path / "r").glob(f"runs/*/{NAME}"))
+    assert (
+        "holds no student: the student cannot be written to a file: no"
+        in dfqbench("evaluate", kept[0]["id"], "--on", "digits", "--results", tmp_path / "r")[2]
+    )
 
 
 def _refuse(*_: object) -> None:

@@ -63,6 +63,9 @@ def test_a_network_in_memory_is_quantized_and_stays_as_it_is(network: nn.Module,
         apart = (student(images()) - network.eval()(images())).abs().max()
     assert 0 < apart < 0.5
     assert (student.score["images"], student.score["plain_rounding"]["kl"]) == (8, pytest.approx(student.score["kl"]))
+    for wrong in (tmp_path, tmp_path / "s.pth", tmp_path / "none" / "s.safetensors"):
+        with pytest.raises(UserError, match="a name that ends with"):
+            student.save(wrong)
     student.save(tmp_path / "s.safetensors")
     assert torch.equal(dfqbench.load_student(tmp_path / "s.safetensors")(images()), student(images()))
     assert capsys.readouterr().out == ""
@@ -122,6 +125,7 @@ def test_auto_keeps_the_student_that_is_nearest_to_the_network(
 def test_what_cannot_be_is_told_in_one_line(network: nn.Module) -> None:
     for changes, why in (
         ({"size": None}, "size missing"),
+        ({"mean": (123.0, 116.0, 103.0)}, "divide mean and std by 255"),
         ({"classes": 7}, r"not with \(1, 7\) logits"),
         ({"bits": "w9a9"}, "is not a bit width"),
         ({"method": "nope"}, "nope"),

@@ -40,6 +40,7 @@ def test_a_label_names_settings_in_braces(sweep_file: SweepFile, tmp_path: Path)
     [
         ({"gdfq": {"bn_weight": [0.5, 2.0]}, "label": "GDFQ"}, "methods[0].gdfq.label: 'GDFQ': 2 variants would have it"),
         ({"gdfq": None, "label": "{no_such}"}, "methods[0].gdfq.label: '{no_such}': braces name settings"),
+        ({"gdfq": None, "label": "{epochs.__class__}"}, "methods[0].gdfq.label: '{epochs.__class__}': braces name settings"),
         ({"gdfq": None, "label": "{"}, "methods[0].gdfq.label: '{': braces name settings"),
         ({"gdfq": None, "label": ""}, "one method with its settings is expected"),
         ({"label": "GDFQ"}, "one method with its settings is expected"),

@@ -134,7 +134,7 @@ def notes_of(table: Block | WideTable | Written) -> list[str]:
     rule, error, best = parts[0].rule, max(block.error for block in parts), any(entry.best for entry in entries)
     uncompared = sum(block.uncompared for block in parts)
     of_images = "one standard error from the test set's size"
-    bases: dict[seeds.Basis, list[str]] = {"column": [], "outlying": [], "own": [], "unknown": []}
+    bases: dict[seeds.Basis, list[str]] = {"column": [], "outlying": [], "own": [], "unknown": [], "none": []}
     for row in rows:
         for width, entry in row.entries.items():
             bases[entry.basis if entry.estimate else "own"].append(f"{row.label} ({width if isinstance(width, str) else width[1]})")
