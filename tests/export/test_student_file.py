@@ -202,9 +202,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_networks_of_the_zoos_come_back_to_the_bit(name: str, protocol: str, tmp_path: Path) -> None:
+def test_networks_of_the_zoos_come_back_to_the_bit(name: str, tmp_path: Path) -> None:
     build, size, classes = NETWORKS[name]
+    protocol = list(PROTOCOLS)[list(NETWORKS).index(name) % 2]  # in turn: each by one is enough
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = build()
