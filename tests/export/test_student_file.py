@@ -33,7 +33,7 @@ from dfqbench.task import Task
 from dfqbench.testing.trial import Trial, small_task, small_teacher
 
 WIDTHS = ("w8a8", "w4a4", "w3a3", "w2a2")
-METHODS = ("round", "squant", "dfq", "gdfq", "acq", "zaq", "lrq", "gznq", "zeroq", "qimera", "intraq", "ait")
+METHODS = ("round", "squant", "dfq", "gdfq", "acq", "zaq", "lrq", "gznq", "zeroq", "qimera", "intraq", "ait", "squant", "dfq")
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
