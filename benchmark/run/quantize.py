@@ -109,11 +109,12 @@ def spanned(
         return span_sweep({**content, "methods": methods, **changes}, Path("quantize"), "", cache_folder(), plugins, networks)
 
     if "selection" not in content:
+        any_kind = unseen_images(images, "zeroq")
         try:  # images of asked classes say most about a student, but not every network has what they are made with
-            span(["round"], selection=unseen_images(images))
+            span([{"gznq": {}}], selection=any_kind)
             content = {**content, "selection": unseen_images(images)}
         except UserError:
-            content = {**content, "selection": unseen_images(images, "zeroq")}
+            content = {**content, "selection": any_kind}
     if content["methods"] is not AUTO:
         return span(content["methods"])
     fit, refused = [], []

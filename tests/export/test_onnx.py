@@ -18,6 +18,7 @@ import torch
 import torchvision
 from PIL import Image
 from pytorchcv.model_provider import get_model
+from random_networks import randomised
 from torch import Tensor, nn
 
 from dfqbench.data import find_set
@@ -52,22 +53,6 @@ def student_of(teacher: Teacher, protocol: Protocol, bits: Bits, images: Tensor 
         student(images)
     student.track_ranges(False)
     return student
-
-
-def randomised(network: nn.Module) -> nn.Module:
-    """Batch norms as after training; in depthwise layers a channel of each sign alone."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for m in network.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                m.running_mean.normal_(0, 0.1, generator=generator)  # type: ignore[union-attr]
-                m.running_var.uniform_(0.5, 2, generator=generator)  # type: ignore[union-attr]
-                m.weight.uniform_(0.5, 1.5, generator=generator)
-                m.bias.normal_(0, 0.1, generator=generator)
-            if isinstance(m, nn.Conv2d) and 1 < m.groups == m.in_channels:
-                m.weight[0].abs_().add_(0.05)
-                m.weight[1].abs_().add_(0.05).neg_()
-    return network.eval()
 
 
 # --- a network that knows something, on real images -------------------------------------------------------------------

@@ -122,6 +122,20 @@ def test_auto_keeps_the_student_that_is_nearest_to_the_network(
     assert "gznq" in left_out[0]
 
 
+def test_images_to_score_on_are_of_asked_classes_where_the_network_has_what_they_need(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where plain rounding has no ranges: what makes the images is asked, not rounding."""
+    small = {"images": 8, "synthesis_iterations": 2}
+    few = {"zeroq": small, "gznq": {**small, "synthesis_batch": 8, "confidence": 0.0}}
+    monkeypatch.setattr("dfqbench.run.quantize.unseen_images", lambda count, method="gznq": {"images": {method: few[method]}, "count": count})
+    network.norm0 = nn.Identity()  # type: ignore[assignment]
+    network.norm2 = nn.GroupNorm(1, 16)  # type: ignore[assignment]
+    with pytest.raises(UserError, match="ranges"):
+        quantize(network)
+    settings = {"method": "zeroq", "selection": None, **small}
+    assert quantize(network, **settings).score["made"].startswith("gznq")
+    assert quantize(plain(), **settings).score["made"].startswith("zeroq")
+
+
 def test_what_cannot_be_is_told_in_one_line(network: nn.Module) -> None:
     for changes, why in (
         ({"size": None}, "size missing"),
