@@ -35,6 +35,7 @@ _SAME_VALUES = {
     torch.transpose, torch.permute, torch.reshape, torch.chunk, torch.split, operator.getitem,
     "flatten", "squeeze", "unsqueeze", "transpose", "permute", "reshape", "view", "chunk", "split", "contiguous",
 }  # fmt: skip
+_MAY_ACTIVATE = {"where", "maximum", "minimum", "max", "min", "fmax", "threshold", "clamp", "clamp_max", "clip", "gt", "ge", "lt", "le"}
 
 
 def module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
@@ -45,7 +46,8 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
     """Quantizes `traced` in place; new modules are `quantizers.<name of the node they follow>`.
 
     Returns what keeps float weights because no quantizer is known for it (attention modules, transposed convolutions), to be said to the
-    user: nothing is left out silently. Under a protocol that folds, also batch norms without running statistics, which nothing can fold.
+    user: nothing is left out silently. Under a protocol that folds, also batch norms without running statistics, which nothing can fold; where
+    activation functions are quantized, also what may be one that is written otherwise.
 
     Raises UserError where there is no weight, or the protocol finds no activation, to quantize: one of the two would stay in full precision,
     whatever `bits` says.
@@ -60,6 +62,7 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
     widths[targets[0]] = protocol.first_bits or widths[targets[0]]
     widths[targets[-1]] = protocol.last_bits or widths[targets[-1]]
     left_float = _layers_left_float(traced, set(targets)) + (_norms_left_float(traced) if protocol.batch_norm == "folded" else [])
+    left_float += _may_be_activations(traced) if protocol.placement == "activations" else []
 
     traced.add_submodule("quantizers", nn.Module())
     at_layers = protocol.placement == "layer-inputs"
@@ -209,6 +212,17 @@ def _norms_left_float(traced: fx.GraphModule) -> list[str]:
     return [
         f"{name} ({type(m).__name__} without running statistics)" for name, m in norms.items() if isinstance(m, BatchNorm) and m.running_mean is None
     ]
+
+
+def _may_be_activations(traced: fx.GraphModule) -> list[str]:
+    """Operations by which people write activation functions of their own (`torch.where(x > 0, x, 0)`, `F.threshold`): their output stays float."""
+    found = []
+    for node in traced.graph.nodes:
+        module = module_of(node, traced)
+        name = type(module).__name__ if module is not None else node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if len(node.meta.get("shape", ())) > 1 and name.lower().strip("_") in _MAY_ACTIVATE and not is_activation(node, traced):
+            found.append(f"{node.name} ({name}: an activation function?)")
+    return found
 
 
 def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]:

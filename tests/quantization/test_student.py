@@ -381,3 +381,31 @@ def test_layers_are_joined_only_where_nothing_can_be_told_from_two() -> None:
         assert torch.equal(student(x), student.observe(x).logits)
     with torch.no_grad(), student.batch_statistics():
         assert torch.equal(student(x), student.observe(x).logits)
+
+
+@pytest.mark.parametrize(
+    ("act", "name"),
+    [
+        (lambda x: torch.where(x > 0, x, torch.zeros_like(x)), "where"),
+        (lambda x: torch.maximum(x, torch.zeros_like(x)), "maximum"),
+        (lambda x: F.threshold(x, 0.0, 0.0), "threshold"),
+        (lambda x: x * (x > 0), "gt"),
+        (lambda x: x.clamp(min=-0.1), "clamp"),
+        (F.relu, ""),
+        (lambda x: x.clamp(min=0), ""),
+    ],
+)
+def test_what_may_be_an_activation_and_stays_float_beside_a_known_one_is_named(act: Callable[[Tensor], Tensor], name: str) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            head: Tensor = self.head(act(self.b(F.relu(self.a(x)))).mean((2, 3)))
+            return head
+
+    teacher = Teacher(Own(), task_of(16))
+    left = Student(teacher, LINEAGE, W4A4).left_float
+    assert any(name in each and each.endswith("an activation function?)") for each in left) if name else left == []
+    assert Student(teacher, HARDWARE, W4A4).left_float == []
