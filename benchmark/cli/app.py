@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from dfqbench.cli import cluster, export, lists, methods, results, run, speed, students
+from dfqbench.cli import cluster, export, lists, methods, report, results, run, speed, students
 from dfqbench.errors import Notice, UserError
 
 app = typer.Typer(
@@ -25,7 +25,7 @@ app = typer.Typer(
 for command in (
     *(run.run, run.plan, run.select),
     *(cluster.submit, cluster.status, cluster.cancel),
-    *(results.table, results.compare, results.plot, results.report, results.merge),
+    *(results.table, results.compare, results.plot, report.report, results.merge),
     *(students.quantize, students.evaluate, export.export),
     *(speed.speed, run.pretrain),
     *(lists.models, lists.sets, lists.protocols),

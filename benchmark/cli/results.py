@@ -1,4 +1,4 @@
-"""The commands that read a store: table, compare, plot, report; merge, which brings stores together; wandb sync.
+"""The commands that read a store: table, compare, plot; merge, which brings stores together; wandb sync.
 
 None of them needs torch, unless a sweep has changed since it ran and has to be loaded.
 """
@@ -47,7 +47,7 @@ def table(
     from dfqbench.analysis.size import columns_of
 
     beside = columns_of(columns)
-    checked = _rule(rule)
+    checked = rule_of(rule)
     one_of("--format", output, TABLE_FORMATS)
     one_of("--layout", layout, ("blocks", "wide"))
     if layout == "wide" and output.startswith("csv"):
@@ -60,7 +60,7 @@ def table(
 
         frame_of([reading]).to_csv(sys.stdout, index=False)
         return
-    reading = _named(reading, config, plugin, group)
+    reading = named(reading, config, plugin, group)
     from dfqbench.analysis.ledger import load_ledger
     from dfqbench.analysis.per_image import PerImage
     from dfqbench.analysis.tables.blocks import blocks
@@ -87,7 +87,8 @@ def table(
         print(formats[output](tables, ranks), end="")
 
 
-def _rule(given: str) -> Rule:
+def rule_of(given: str) -> Rule:
+    """The rule of `--rule`; UserError where there is no such rule."""
     one_of("--rule", given, ("last", "best-on-test"))
     return given  # type: ignore[return-value]
 
@@ -134,7 +135,7 @@ def _say_not_done(names: list[str], wanted: dict[str, str], what: str, advice: s
         print(f"{len(names)} of {len(wanted)} cells {what}, {advice}:{named}", file=sys.stderr)
 
 
-def _named(reading: Reading, config: str | None, plugins: list[str] | None, group: str | None = None) -> Reading:
+def named(reading: Reading, config: str | None, plugins: list[str] | None, group: str | None = None) -> Reading:
     """With the labels of the config as it is now; without a config, with those that cells had when they ran."""
     from dfqbench.analysis.records import name_rows
 
@@ -184,13 +185,13 @@ def plot(
     from dfqbench.analysis.plots.kinds import KINDS
     from dfqbench.analysis.plots.style import FORMATS
 
-    checked = _rule(rule)
+    checked = rule_of(rule)
     for name in kind or []:
         if name not in KINDS:
             raise UserError(f"--kind {name!r}: {nearest(name, KINDS)}")
     for name in output or []:
         one_of("--format", name, FORMATS)
-    reading = _named(read_cells(config, results, plugin), config, plugin, group)
+    reading = named(read_cells(config, results, plugin), config, plugin, group)
     if reading.without_data:
         why = (
             f"{counted(len(reading.without_data), 'cell')} without data: there is no accuracy, `dfqbench table` shows the agreement with the teacher"
@@ -214,28 +215,6 @@ def plot(
                 print(folder / file)
         except OSError as error:
             raise UserError(f"{folder}: {error.strerror}") from None
-
-
-def report(
-    config: OnlyConfig = None,
-    results: Results = DEFAULT_RESULTS,
-    out: Annotated[Path | None, typer.Option(readable=False, help="The HTML file to write; default: report.html in the results folder.")] = None,
-    rule: RuleOption = "last",
-    plugin: Plugins = None,
-) -> None:
-    """Write one HTML file with tables, plots, synthetic images and everything about every cell; it needs no network."""
-    checked = _rule(rule)
-    target = out or results / "report.html"
-    if target.is_dir():
-        raise UserError(f"--out {target}: a folder; name a file, like {target / 'report.html'}")
-    reading = _named(read_cells(config, results, plugin, diverged_will_do=True), config, plugin)
-    from dfqbench.analysis.report import default_title, write_report
-
-    try:
-        write_report(reading, target, default_title(reading.store) if config is None else f"dfqbench: {Path(config).stem}", checked)
-    except OSError as error:
-        raise UserError(f"{target}: {error.strerror}") from None
-    print(target)
 
 
 def compare(
