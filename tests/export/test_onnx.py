@@ -37,7 +37,7 @@ from dfqbench.teachers.build import build
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 
-from dfqbench.export import onnx_ops  # noqa: E402
+from dfqbench.export import onnx_ops, onnx_run  # noqa: E402
 from dfqbench.export.onnx_file import SESSION_OPTIONS, export_onnx  # noqa: E402
 from dfqbench.export.onnx_run import OFF, SHIPPED, metadata, options_of, runner, session, speed_ratio, verified  # noqa: E402
 
@@ -104,6 +104,12 @@ def test_the_file_answers_as_the_student_on_all_test_images(
         if not whole_biases:
             assert not (agreement.differs & (agreement.margins > CLOSE)).any(), str(agreement)
         assert float(agreement.moved.median()) < (1e-2 if whole_biases else 1e-4) * agreement.largest
+        if whole_biases:  # the same file without them
+            floats = {**options_of(tmp_path / "a.onnx"), "session.disable_quant_qdq": "1"}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(onnx_run, "options_of", lambda path, options=floats: options)
+                (in_floats,) = agreements(student, {"in floats": runner(session(tmp_path / "a.onnx"))}, digits)
+            assert in_floats.holds, str(in_floats)
     found = export(student, tmp_path / "a.pt2", "torch", digits)
     assert all(a.holds for a in found), str(found[0])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.onnx", "a.pt2"]
