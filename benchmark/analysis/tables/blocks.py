@@ -57,11 +57,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Lost:
-    """Cells of one row at one bit width that have no result: how many diverged, how many ended with an error, of how many that were tried."""
+    """Cells of one row at one bit width that have no result: how many diverged, how many ended with an error, of how many that were tried; which."""
 
     diverged: int
     failed: int
     tried: int
+    ids: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -271,8 +272,8 @@ def rows_of(cells: list[Cell], marks: dict[str, str], entry_of: Callable[[list[C
     for _, (own, *more) in groupby(sorted(cells, key=lambda cell: (cell["settings"], int(cell["seed"]))), key=lambda cell: cell["settings"]):
         at = {w: [cell for cell in (own, *more) if cell["bits"] == w] for w in widths}
         entries = {w: entry_of(there) for w in widths if (there := [cell for cell in at[w] if cell["status"] == "done"])}
-        states = [(w, Counter(cell["status"] for cell in there)) for w, there in at.items()]
-        lost = {w: Lost(n["diverged"], n["failed"], n.total()) for w, n in states if n.total() > n["done"]}
+        states = [(w, Counter(cell["status"] for cell in there), [c["id"] for c in there if c["status"] != "done"]) for w, there in at.items()]
+        lost = {w: Lost(n["diverged"], n["failed"], n.total(), tuple(ids)) for w, n, ids in states if ids}
         settings = {k: v for k, v in own["result"]["cell"]["identity"].items() if k not in NOT_OF_A_ROW}
         cost, changed = cost_of([cell["result"] for cell in (own, *more) if cell["status"] == "done"]), own["result"]["cell"].get("changed", {})
         label, fidelity, steps, batch = (own[key] for key in ("method", "fidelity", "steps", "batch"))
