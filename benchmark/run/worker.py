@@ -31,7 +31,7 @@ from dfqbench.export.student_file import save_student
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
-from dfqbench.run.agreement import agreement, kept_images, plain_rounding
+from dfqbench.run.agreement import agreement, kept_images, plain_rounding, rounded
 from dfqbench.run.class_order import doubt_about_classes
 from dfqbench.run.options import Options, StopFlag, Summary
 from dfqbench.run.progress import Progress
@@ -117,7 +117,8 @@ class Worker:
 
         work = self.store.bundle_folder(bundle.id)
         watcher = Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop, self.watching)
-        lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, self.loaded.sweep.evaluate_every, work)
+        every = self.loaded.sweep.evaluate_every
+        lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, every, work, lambda cell: rounded(cell, teacher, self.device))
         if self.options.graphs:
             lockstep.replay_steps(lambda line: self._log(bundle, line))
         made = SynthesisCache(self.store.images_folder, work, lockstep)
