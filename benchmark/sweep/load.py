@@ -122,6 +122,7 @@ class _Parts:
     evaluation: EvaluationSet | None
     evaluation_card: EvaluationCard | None
     teachers: dict[TeacherCard, TeacherSpec | InMemory]
+    presets: dict[TeacherCard, str]
     variants: list[Variant]
     image_makers: list[Variant]
 
@@ -135,6 +136,7 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
     card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate.name, cache)) if evaluation else None
     teachers: dict[TeacherCard, TeacherSpec | InMemory] = {}
     found: list[tuple[int, TeacherCard, dict[str, str | None]]] = []
+    presets: dict[TeacherCard, str] = {}
     question = student_of(protocol) if protocol else None
     for i, given in enumerate(sweep.teachers):
         held = networks.get(given) if networks and isinstance(given, str) else None
@@ -144,6 +146,9 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
             continue
         teacher, student = examined
         teachers[teacher] = spec
+        preset = (spec.preset if isinstance(spec, TeacherSpec) else None) or sweep.preset or ""
+        if presets.setdefault(teacher, preset) != preset:
+            problems.add(f"teachers[{i}].preset", f"{preset!r}: the same network stands above with {presets[teacher]!r}: a network has one preset")
         found.append((i, teacher, student or {}))
         if student and student["refused"]:
             problems.add(f"teachers[{i}]", f"{teacher.label}: {student['refused']}")
@@ -151,12 +156,16 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
             problems.add(f"teachers[{i}]", f"{teacher.label} has {teacher.task.classes} classes, evaluation set {card.name} has {card.classes}")
         elif card and evaluation:
             problems.catch(f"teachers[{i}]", partial(evaluation.check, teacher.task))
-    variants, makers = find_variants(sweep, protocol, {teacher.task for teacher in teachers}, problems, cache)
-    if len(makers) > 1:
+    variants, makers = find_variants(
+        sweep, protocol, {teacher.task for teacher in teachers}, {*presets.values()} or {sweep.preset or ""}, problems, cache
+    )
+    if len(makers) > len({v.asked for v in makers}):
         problems.add("selection.images", f"{len(makers)} variants, exactly one is expected: no lists of values here")
     if not has_data and sweep.selection and sweep.selection.seed in sweep.seeds and {v.method for v in makers} & {v.method for v in variants}:
         problems.add("selection.seed", f"{sweep.selection.seed} is also a seed of the sweep: students would be scored on images that they have seen")
     for (i, teacher, student), variant in itertools.product(found, [*variants, *makers]):
+        if variant.asked != presets[teacher]:
+            continue
         lacks = lacking(variant.needs, teacher.offers)
         if "ranges" in variant.needs and student.get("ranges"):
             lacks.append(f"ranges ({student['ranges']})")
@@ -164,7 +173,7 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
             problems.add(f"teachers[{i}]", f"{teacher.label} does not have what method {variant.method} needs: {lack}")
     if problems.lines or protocol is None or (has_data and card is None):
         return None
-    return _Parts(protocol, bits, evaluation, card, teachers, variants, makers)
+    return _Parts(protocol, bits, evaluation, card, teachers, presets, variants, makers)
 
 
 def _selection(sweep: Sweep, parts: _Parts) -> LoadedSelection | None:
@@ -179,6 +188,8 @@ def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None) ->
     """unseen: the images on which cells are scored where there is no evaluation set."""
     cells = []
     for teacher, variant in itertools.product(parts.teachers, parts.variants):
+        if variant.asked != parts.presets[teacher]:
+            continue
         widths = [width for width in parts.bits if str(width) in variant.widths]
         first = Cell(
             method=variant.method,
@@ -198,6 +209,7 @@ def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None) ->
             files=variant.files,
             name=variant.name,
             group=variant.group,
+            preset=variant.preset,
             steps=variant.steps.get(str(teacher.task)),
         )
         cells += [first.at(width, seed if variant.uses_seed else 0) for seed, width in itertools.product(sweep.seeds, widths)]
