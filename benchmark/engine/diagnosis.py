@@ -17,11 +17,18 @@ from dfqbench.network import Network
 from dfqbench.quantization.student import Student
 
 
-def clipped(student: Student, batch: Batch, autocast: AbstractContextManager[Any]) -> dict[str, float]:
-    """`clipped`: percent of the activations beyond their grid, in the layer where it is most; nothing where no layer has a range."""
+def look(student: Student, batch: Batch, autocast: AbstractContextManager[Any]) -> dict[str, float]:
+    """`clipped`: percent of the activations beyond their grid, in the layer where it is most; nothing where no layer has a range.
+
+    `student_agrees`: percent of the images to which the student gives the teacher's answer.
+    """
     with torch.no_grad(), autocast:
-        _, shares = student.clipped_shares(batch.images)
-    return {"clipped": 100 * float(shares.max()), "clipped_mean": 100 * float(shares.mean())} if len(shares) else {}
+        logits, shares = student.clipped_shares(batch.images)
+    if not len(shares):
+        return {}
+    agrees = logits.argmax(1) == batch.teacher_logits.argmax(1)
+    found = {"clipped": 100 * shares.max(), "clipped_mean": 100 * shares.mean(), "student_agrees": 100 * agrees.float().mean()}
+    return {name: float(value) for name, value in found.items()}
 
 
 def widths(student: Student) -> Tensor:
@@ -38,7 +45,7 @@ def range_change(before: Tensor | None, now: Tensor) -> dict[str, float]:
 
 
 def agreements(student: Network, plain: Network | None, batch: Batch, autocast: AbstractContextManager[Any]) -> dict[str, float]:
-    """Percent of a batch on which the teacher's answer is given: `student_agrees`, and `rounding_agrees` by the plainly rounded teacher.
+    """`student_agrees` as in `look`, and `rounding_agrees`, the same of the plainly rounded teacher.
 
     agreement_error: one standard error of their difference, in points, paired over the images. Nothing without a rounded teacher.
     """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dfqbench.engine.device import Stopwatch, autocast_of
-from dfqbench.engine.diagnosis import agreements, clipped, range_change, widths
+from dfqbench.engine.diagnosis import agreements, look, range_change, widths
 from dfqbench.engine.evaluate import Evaluation
 from dfqbench.engine.learning_rate import is_fused, learning_rate, place_rates, rate_of, set_rate
 from dfqbench.engine.method_state import optimizers_of, restorable_of, restore_state, set_up, state_of
@@ -262,7 +262,7 @@ class Lockstep:
 
     def _diagnosis(self, trainee: Trainee, calibrating: bool) -> dict[str, float]:
         """What the epoch's last batch says of a student at rest."""
-        found = clipped(trainee.student, self.last_batch, self.autocast) if self.last_batch is not None else {}
+        found = look(trainee.student, self.last_batch, self.autocast) if self.last_batch is not None else {}
         if calibrating:
             before, trainee.widths = trainee.widths, widths(trainee.student)
             found |= range_change(before, trainee.widths)
