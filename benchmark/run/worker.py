@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dfqbench.data import EvaluationSet, Images
+from dfqbench.analysis.warning_signs import signs
 from dfqbench.engine.checkpoint import load_checkpoint
 from dfqbench.engine.device import autocast_of
 from dfqbench.engine.evaluate import Evaluation, evaluate, state_hash
@@ -148,6 +149,7 @@ class Worker:
         if resumed:
             self._log(lockstep.bundle, f"resumed at step {lockstep.steps_done} of {lockstep.steps}")
         else:
+        watcher.warn(lockstep)
             self._log(lockstep.bundle, f"started, {lockstep.steps} steps", told=False)
         for line in filter(None, (f"starting again from the beginning: {why_not}" if why_not else "", about_images)):
             self._log(lockstep.bundle, line)
@@ -297,6 +299,7 @@ class Worker:
             self._log(lockstep.bundle, f"no size: {type(error).__name__}: {error}")
             return {}
 
+            "warnings": [sign.as_dict() for sign in signs(trainee.history)],
     def _kept_student(self, trainee: Trainee, lockstep: Lockstep) -> dict[str, Any]:
         """Writes student.safetensors: its `sha256` and `bytes`. A student that has no form in a file is told, and costs no result."""
         cell = trainee.cell
