@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from dfqbench.method.registry import load_plugin
 from dfqbench.quantization import Bits, Protocol, find_protocol
 from dfqbench.sweep.cell import Cell, EvaluationCard, fingerprint
 from dfqbench.sweep.config_file import VARIABLE, text_digest
+from dfqbench.sweep.presets import about_presets
 from dfqbench.sweep.problems import Problems, described
 from dfqbench.sweep.schema import WITHOUT_DATA, Sweep
 from dfqbench.sweep.students import student_of
@@ -29,7 +30,7 @@ from dfqbench.yaml_file import read_yaml
 
 @dataclass(frozen=True)
 class LoadedSweep:
-    """A sweep with the cells it spans. evaluation: None where it has no evaluation set (`evaluate: none`)."""
+    """A sweep with the cells it spans. evaluation: None where it has no evaluation set (`evaluate: none`). presets: what is to be said of them."""
 
     sweep: Sweep
     path: Path
@@ -38,6 +39,7 @@ class LoadedSweep:
     teachers: dict[TeacherCard, TeacherSpec | InMemory]
     cells: list[Cell]
     selection: LoadedSelection | None = None
+    presets: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def span_sweep(
     assert sweep is not None
     assert found is not None
     selection = _selection(sweep, found)
-    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, _span(sweep, found, selection), selection)
+    presets = about_presets([(teacher, [v for v in found.variants if v.asked == asked and v.widths]) for teacher, asked in found.presets.items()])
+    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, _span(sweep, found, selection), selection, presets)
 
 
 def _validate(content: Any, problems: Problems) -> Sweep | None:

@@ -53,7 +53,7 @@ class Variant:
     """A method with complete settings; all of it JSON. changed: settings that differ from the method's own; needs: with those of the method that it
     wraps; widths: those of the sweep's bit widths at which it has cells; files: paths by setting; steps: by phase, by the teacher's task as text;
     none where nobody asked; name, group: what tables are to call it and where it belongs, empty where the sweep does not say; asked: the preset of
-    the teachers that it is for, preset: that of the method which it starts from; empty where there is none."""
+    the teachers that it is for, preset: that of the method which it starts from; empty where there is none; presets: all that the method has."""
 
     method: str
     version: int
@@ -74,6 +74,7 @@ class Variant:
     group: str
     asked: str
     preset: str
+    presets: list[str]
 
     @classmethod
     def of(cls, found: Configured, tasks: Collection[Task]) -> Variant:
@@ -101,6 +102,7 @@ class Variant:
             group=found.group,
             asked=found.asked,
             preset=found.preset,
+            presets=list(method.Config.presets),
         )
 
 
