@@ -67,8 +67,8 @@ class Watcher:
             self.watching.epoch(trainee.cell.id)
         if lockstep.epoch == lockstep.making_epochs:
             self.when_made()
-        self.progress.epoch(lockstep.epoch, len(lockstep.epochs), {t.name: t.history[-1] for t in lockstep.trainees})
         self.warn(lockstep)
+        self.progress.epoch(lockstep.epoch, len(lockstep.epochs), {t.name: t.history[-1] for t in lockstep.trainees})
 
     def warn(self, lockstep: Lockstep) -> None:
         """Says what the newest row of each history shows of a failing run, once for each kind and cell."""

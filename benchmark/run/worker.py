@@ -138,6 +138,7 @@ class Worker:
         except Interrupted:
             self._log(bundle, f"stopped by {signal.Signals(self.stop.signal or 0).name} after step {lockstep.steps_done}, saved")
             raise
+        watcher.warn(lockstep)
         return lockstep
 
     def _keep(self, made: SynthesisCache, bundle: Bundle) -> None:
@@ -149,7 +150,6 @@ class Worker:
         if resumed:
             self._log(lockstep.bundle, f"resumed at step {lockstep.steps_done} of {lockstep.steps}")
         else:
-        watcher.warn(lockstep)
             self._log(lockstep.bundle, f"started, {lockstep.steps} steps", told=False)
         for line in filter(None, (f"starting again from the beginning: {why_not}" if why_not else "", about_images)):
             self._log(lockstep.bundle, line)
@@ -275,6 +275,7 @@ class Worker:
             "student_state": state_hash(trainee.student),
             "student": kept,
             "left_float": trainee.student.left_float,
+            "warnings": [sign.as_dict() for sign in signs(trainee.history)],
             "seconds": {"own": round(own, 3), "shared": round(shared, 3), "bundle": [c.id for c in lockstep.bundle.cells]},
             **_cpu_seconds(trainee, lockstep),
             **self._size(trainee, lockstep),
@@ -299,7 +300,6 @@ class Worker:
             self._log(lockstep.bundle, f"no size: {type(error).__name__}: {error}")
             return {}
 
-            "warnings": [sign.as_dict() for sign in signs(trainee.history)],
     def _kept_student(self, trainee: Trainee, lockstep: Lockstep) -> dict[str, Any]:
         """Writes student.safetensors: its `sha256` and `bytes`. A student that has no form in a file is told, and costs no result."""
         cell = trainee.cell
