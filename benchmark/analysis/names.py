@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,9 @@ def unknown_in(names: Names, reading: Reading) -> str:
     return f"no cell or row is called {', '.join(unknown[:NAMED])}{more}" if unknown else ""
 
 
-def name_rows(reading: Reading, names: Names | None = None, over: Names | None = None, group: str | None = None) -> Reading:
-    """The reading with cells called as their sweep calls them: `names` by cell id, or what the sweep said when they ran; `over` counts before both.
+def name_rows(reading: Reading, names: Names | None = None, over: Sequence[Names] = (), group: str | None = None) -> Reading:
+    """The reading with cells called as their sweep calls them: `names` by cell id, or what the sweep said when they ran. Each of `over` counts before
+    that and those before it.
 
     What a cell is called (`label`) stands for its settings in tables and plots. `settings` keeps what it calls itself, and `left_out` has the
     settings that all rows of its method share. With `group`, only its cells.
@@ -56,8 +57,8 @@ def name_rows(reading: Reading, names: Names | None = None, over: Names | None =
         cell, itself = record["cell"], _own_name(record["cell"])
         said = cell if names is None else names.get(record["id"], {})
         said = {key: said.get(key) or "" for key in ("name", "group")}
-        for key in (itself, said["name"], record["id"]):
-            said |= {what: text for what, text in (over or {}).get(key, {}).items() if text}
+        for given, key in ((given, key) for given in over for key in (said["name"], itself, record["id"])):
+            said |= {what: text for what, text in given.get(key, {}).items() if text}
         cell["settings"], cell["group"] = itself, said["group"]
         cell["label"], shared, together = short.get(itself, (itself, [], []))
         cell["left_out"] = ", ".join(shared if said["name"] else [*shared, *together])

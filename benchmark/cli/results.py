@@ -174,11 +174,12 @@ def named(reading: Reading, config: str | None, plugins: list[str] | None, group
     """With the labels of the config as it is now; without a config, with those that cells had when they ran. What `names_from` says counts first;
     without it and without a config, the store's own names.csv."""
     from dfqbench.analysis.names import FILE, name_rows, read_names, unknown_in
+    from dfqbench.sweep.config_file import labels_of
 
     path = names_from or (None if config else reading.store.root / FILE)
     over = read_names(path) if path and (names_from or path.is_file()) else {}
     names = names_of(config, reading.store, plugins) if config else None
-    found = name_rows(reading, names, over, group)
+    found = name_rows(reading, names, [labels_of(config) if config else {}, over], group)
     if unknown := unknown_in(over, reading):
         print(f"{path}: {unknown}", file=sys.stderr)
     return found

@@ -80,7 +80,22 @@ def span_sweep(
     assert found is not None
     selection = _selection(sweep, found)
     presets = about_presets([(teacher, [v for v in found.variants if v.asked == asked and v.widths]) for teacher, asked in found.presets.items()])
-    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, _span(sweep, found, selection), selection, presets)
+    cells = _span(sweep, found, selection)
+    _check_labels(sweep, cells, found.variants, problems)
+    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, cells, selection, presets)
+
+
+def _check_labels(sweep: Sweep, cells: list[Cell], variants: list[Variant], problems: Problems) -> None:
+    """Raises UserErrors for labels of rows that the sweep does not have, or that have one beside their settings."""
+    rows = {cell.label for cell in cells} if sweep.labels else set()
+    with_labels = [(variant.method, variant.changed) for variant in variants if variant.name and sweep.labels]
+    named = {cell.label for cell in cells if (cell.method, cell.changed) in with_labels}
+    for row in sweep.labels:
+        if row not in rows:
+            problems.add("labels", f"{row!r}: no row is called that; {nearest(row, rows)}")
+        elif row in named:
+            problems.add("labels", f"{row!r}: it has a label among `methods` already")
+    problems.raise_all()
 
 
 def _validate(content: Any, problems: Problems) -> Sweep | None:
@@ -215,6 +230,8 @@ def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None) ->
             preset=variant.preset,
             steps=variant.steps.get(str(teacher.task)),
         )
+        if called := sweep.labels.get(first.label):
+            first = replace(first, name=called.label or first.name, group=called.group or first.group)
         cells += [first.at(width, seed if variant.uses_seed else 0) for seed, width in itertools.product(sweep.seeds, widths)]
     return list({cell.id: cell for cell in cells}.values())
 
