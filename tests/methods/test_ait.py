@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch.optim import SGD
 
 from dfqbench import Batch
+from dfqbench.cli import app as cli
 from dfqbench.errors import UserErrors
 from dfqbench.method.registry import find_method
 from dfqbench.quantization import PROTOCOLS, Bits
@@ -256,3 +257,33 @@ def test_the_hosts_settings_are_part_of_the_identity_and_short_in_the_label(swee
     complete = cells[0].config["host_identity"]
     assert (complete["version"], complete["bn_weight"], complete["epochs"]) == (1, 0.1, 3)
     assert AIT.Config(**cells[1].config).host_identity == cells[1].config["host_identity"], "a stored config is valid as it stands"
+
+
+def test_its_authors_ran_qimera_with_other_settings_than_qimeras_authors(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def host(preset: str, name: str = "qimera", **settings: Any) -> dict[str, Any]:
+        return AIT.Config(**{**AIT.Config.presets.get(preset, {}), "host": name, **settings}).host_identity
+
+    def mixed(preset: str, **settings: Any) -> tuple[Any, ...]:
+        return tuple(host(preset, **settings)[key] for key in ("mixed_classes", "embedding", "mixing", "warmup_epochs", "conditioning"))
+
+    assert mixed("") == (2, "teacher", 0.4, 4, "embedding")
+    assert mixed("cifar100") == (25, "teacher", 0.4, 4, "embedding")
+    for preset in ("imagenet-resnet18", "imagenet-mobilenetv2", "imagenet"):
+        assert mixed(preset) == (250, "random", 0.4, 50, "batch-norm")
+    assert mixed("imagenet-resnet50") == (100, "teacher", 0.4, 50, "batch-norm")
+    assert mixed("imagenet-resnet50", host_settings={"mixing": 0.7}) == (100, "teacher", 0.7, 50, "batch-norm"), "what is asked for comes last"
+    assert (host("imagenet", "gdfq")["warmup_epochs"], host("imagenet", "gdfq")["batch_size"]) == (50, 16)
+    assert host("cifar100", "intraq")["farthest"] == 1.0, "the host's own preset"
+    monkeypatch.setattr("sys.argv", ["dfqbench", "methods", "show", "ait"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert "host qimera, cifar100: mixed_classes=25, embedding=teacher" in capsys.readouterr().out
+
+
+def test_a_setting_that_came_later_is_no_part_of_the_identity_at_its_default(sweep_file: SweepFile) -> None:
+    assert "host_preset" not in AIT.Config().model_dump(mode="json")
+    methods = [{"ait": {"host_preset": ["", "imagenet"]}, "label": "host of {host_preset}"}]
+    cells = load_sweep(sweep_file(methods=methods, bits=["w4a4"]), cache_folder()).cells
+    assert [cell.config.get("host_preset") for cell in cells] == [None, "imagenet"]
+    assert [cell.label for cell in cells] == ["ait", "ait(host_preset=imagenet)"]
+    assert [cell.name for cell in cells] == ["host of ", "host of imagenet"]
