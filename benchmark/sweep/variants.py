@@ -123,7 +123,7 @@ def find_variants(
     def ask() -> dict[str, Any]:
         from dfqbench.method.hosting import methods_of
 
-        entries = [("methods", f"methods[{i}]", given, sweep) for i, given in enumerate(sweep.methods)]
+        entries: list[tuple[str, str, Entry, Sweep]] = [("methods", f"methods[{i}]", given, sweep) for i, given in enumerate(sweep.methods)]
         entries += [("images", "selection.images", given, sweep.model_copy(update={"bits": sweep.bits[:1]})) for given in images]
         found: dict[str, list[Configured]] = {"methods": [], "images": []}
         for preset, (part, key, given, asking) in itertools.product(sorted(presets), entries):
