@@ -110,20 +110,24 @@ def _grid_bytes(module: QuantizedLayer) -> int:
 def _work_of(network: Network) -> list[Work]:
     """Counted while it runs, one node after the other: whatever multiplies tensors is found, in layers or not."""
     device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), None)
-    counter, work = FlopCounterMode(display=False), list[Work]()
+    counting = _Counting(network.traced)
+    with torch.no_grad(), _plain_attention(), counting.counter:
+        counting.run(torch.zeros(1, *network.task.image_shape, device=device))
+    return counting.work
 
-    class Counting(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            before = counter.get_total_flops()
-            answer = super().run_node(n)
-            macs = (counter.get_total_flops() - before) // 2
-            if macs:
-                work.append(Work(str(n.target) if n.op == "call_module" else n.name, macs, *_bits_of(n, network.traced)))
-            return answer
 
-    with torch.no_grad(), _plain_attention(), counter:
-        Counting(network.traced).run(torch.zeros(1, *network.task.image_shape, device=device))
-    return work
+class _Counting(fx.Interpreter):
+    def __init__(self, traced: fx.GraphModule):
+        super().__init__(traced)
+        self.traced, self.counter, self.work = traced, FlopCounterMode(display=False), list[Work]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        answer = super().run_node(n)
+        macs = (self.counter.get_total_flops() - before) // 2
+        if macs:
+            self.work.append(Work(str(n.target) if n.op == "call_module" else n.name, macs, *_bits_of(n, self.traced)))
+        return answer
 
 
 @contextlib.contextmanager
