@@ -32,6 +32,7 @@ class OwnSet(EvaluationSet):
     def __init__(self, name: str, place: str | None):
         super().__init__(name, len(self.class_names))
         self.place = place
+        self.source = plugins.origin(type(self), Path(inspect.getfile(type(self)))).as_dict()
 
     @abstractmethod
     def load(self) -> tuple[Pixels, Labels]:

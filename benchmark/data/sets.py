@@ -39,6 +39,7 @@ class EvaluationSet(ABC):
     """Labelled images. `name` says which, never where: two machines that keep the same images in different folders mean the same set."""
 
     other_order: list[str] | None = None  # the class names as others may have sorted them, where that is not `class_names`
+    source: dict[str, str] | None = None  # where a plug-in's code came from, plugins.Origin
 
     def __init__(self, name: str, classes: int):
         self.name = name

@@ -49,7 +49,8 @@ class EvaluationCard:
     """An evaluation set as a cell knows it: by its content's digest, never by its path.
 
     made: with `evaluate: none`, what makes the synthetic images on which student and teacher are compared; the digest is of its settings then.
-    selection: the same as the `selection` of a config that makes these images.
+    selection: the same as the `selection` of a config that makes these images. set: as a config names it, `digits` or `imagefolder:`, whose place is
+    nobody's business. source: of a plug-in's code, as a method's.
     """
 
     name: str
@@ -58,6 +59,8 @@ class EvaluationCard:
     images: int
     made: str = ""
     selection: dict[str, Any] | None = field(default=None, compare=False)
+    set: str = field(default="", compare=False)
+    source: dict[str, str] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

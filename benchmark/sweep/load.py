@@ -21,7 +21,7 @@ from dfqbench.sweep.cell import Cell, EvaluationCard, fingerprint
 from dfqbench.sweep.config_file import VARIABLE, text_digest
 from dfqbench.sweep.presets import about_presets
 from dfqbench.sweep.problems import Problems, described
-from dfqbench.sweep.schema import WITHOUT_DATA, Sweep
+from dfqbench.sweep.schema import WITHOUT_DATA, NamedSet, Sweep
 from dfqbench.sweep.students import student_of
 from dfqbench.sweep.variants import Variant, find_variants
 from dfqbench.teachers import InMemory, TeacherCard, TeacherSpec, examine, parse_teacher
@@ -151,7 +151,7 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
     bits = [problems.catch(f"bits[{i}]", partial(Bits.parse, b)) for i, b in enumerate(sweep.bits)]
     has_data = sweep.evaluate.set != WITHOUT_DATA
     evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate.set)) if has_data else None
-    card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate.name, cache)) if evaluation else None
+    card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate, cache)) if evaluation else None
     teachers: dict[TeacherCard, TeacherSpec | InMemory] = {}
     found: list[tuple[int, TeacherCard, dict[str, str | None]]] = []
     presets: dict[TeacherCard, str] = {}
@@ -244,6 +244,7 @@ def _without_data(teacher: TeacherCard, unseen: LoadedSelection | None) -> Evalu
     return EvaluationCard(WITHOUT_DATA, f"{WITHOUT_DATA} {unseen.digest(teacher)}", teacher.task.classes, unseen.count, made, selection)
 
 
-def _evaluation_card(found: EvaluationSet, name: str | None, cache: Path) -> EvaluationCard:
+def _evaluation_card(found: EvaluationSet, named: NamedSet, cache: Path) -> EvaluationCard:
     found.check_files(cache)
-    return EvaluationCard(name or found.name, found.digest(cache), found.classes, len(found))
+    kind, colon, _ = named.set.partition(":")
+    return EvaluationCard(named.name or found.name, found.digest(cache), found.classes, len(found), set=kind + colon, source=found.source)

@@ -17,8 +17,8 @@ def config_of(record: dict[str, Any]) -> dict[str, Any]:
     if card["weights"] not in ("zoo", "factory"):
         teacher["weights"] = "${TEACHER_WEIGHTS}"
     teacher |= {key: task[key] for key in ("classes", "size", "mean", "std", "crop_ratio", "interpolation")}
-    name, selection = record["evaluation"]["name"], record["evaluation"].get("selection")
-    on = {"evaluate": name if name in BY_NAME else {"set": "imagefolder:${EVALUATION_SET}", "name": name}}
+    selection = record["evaluation"].get("selection")
+    on = {"evaluate": _evaluation_set(record["evaluation"])}
     if without_data(record):
         on = {"evaluate": "none"} | ({"selection": selection} if selection else {})
     return {
@@ -31,6 +31,30 @@ def config_of(record: dict[str, Any]) -> dict[str, Any]:
         "protocol": {"name": record["protocol"], **record["identity"]["protocol"]},
         "precision": record["precision"],
     }
+
+
+def _evaluation_set(card: dict[str, Any]) -> str | dict[str, str]:
+    """As a config names it. ${EVALUATION_SET} stands for its place; for kind and place where an earlier version noted no more than a name."""
+    name, given = card["name"], card.get("set", "")
+    if not given:
+        given = next((known for known in (*BY_NAME, "imagefolder:") if name == known or (known.endswith(":") and name.startswith(known))), "")
+    given = given.removesuffix(":") if given.removesuffix(":") in BY_NAME else given
+    text = given if given and not given.endswith(":") else given + "${EVALUATION_SET}"
+    return text if text == name else {"set": text, "name": name}
+
+
+def _code_of_others(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """(a line that says what is needed besides this suite, the plug-in's file or "" for an installed package), each once."""
+    needed: dict[str, tuple[str, str]] = {}
+    for what, source in (("method", record.get("source")), ("evaluation set", record["evaluation"].get("source"))):
+        if source and source["package"] not in ("", "dfqbench"):
+            needed.setdefault(source["package"], (f"pip install {source['package']}=={source['version']}   # has the {what}", ""))
+        elif source and not source["package"]:
+            needed.setdefault(source["sha256"], (f"# {source['file']} has the {what}, sha256 {source['sha256'][:16]}", source["file"]))
+    plugin = str(record.get("plugin", ""))
+    if not record.get("source") and plugin and not plugin.startswith("built in"):
+        needed[plugin] = f"# FILE has the method, which came from {plugin}", "FILE"
+    return list(needed.values())
 
 
 def recipe(result: dict[str, Any]) -> str:
@@ -46,12 +70,13 @@ def recipe(result: dict[str, Any]) -> str:
     for name, file in record.get("files", {}).items():
         lines.append(f"export {name.upper()}={file}   # sha256 {record['identity']['config'][name][:16]}")
     if "${EVALUATION_SET}" in str(config):
-        lines.append(
-            f"export EVALUATION_SET=path/to/images   # {record['evaluation']['images']} images, digest {record['identity']['evaluation'][:16]}"
-        )
+        place = "path/to/images" if ":${EVALUATION_SET}" in str(config) else "imagefolder:path/to/images"
+        said = f"{record['evaluation']['images']} images, digest {record['identity']['evaluation'][:16]}"
+        lines.append(f"export EVALUATION_SET={place}   # {said}" + ("; or another set's name" if ":" in place else ""))
     text = write_yaml(config, default_flow_style=None, width=150).replace("'{seed}'", "{seed}").replace("'{bits}'", "{bits}")
     lines += ["cat > cell.yaml <<'END'", text.rstrip(), "END"]
-    plugin = str(record.get("plugin", ""))
-    extra = "" if plugin.startswith("built in") or not plugin else f" --plugin FILE   # the method came from {plugin}"
+    code = _code_of_others(record)
+    lines += [line for line, _ in code]
+    extra = "".join(f" --plugin {file}" for _, file in code if file)
     threads = f" --threads {provenance['threads']}" if provenance.get("device") == "cpu" and provenance.get("threads") else ""
     return "\n".join([*lines, f"dfqbench run cell.yaml --device {provenance.get('device', 'auto')}{threads}{extra}"])

@@ -19,6 +19,7 @@ from dfqbench.analysis.records import read_store
 from dfqbench.analysis.report import pictures
 from dfqbench.analysis.report.report import page, root_from
 from dfqbench.analysis.report.site import page_names, site, write_site
+from dfqbench.data import own
 from dfqbench.errors import UserError
 from dfqbench.files import write_json
 from dfqbench.quantization import PROTOCOLS
@@ -245,13 +246,52 @@ def test_pages_have_plain_names_that_are_each_there_once(tmp_path: Path) -> None
     assert len(set(page_names([block, block, block]))) == 3
 
 
+PLUGIN = '''
+import numpy as np
+from dfqbench.data import OwnSet, register_set
+
+@register_set("shades")
+class Shades(OwnSet):
+    """Twenty shades of grey."""
+
+    class_names = [str(i) for i in range(10)]
+
+    def load(self):
+        return np.repeat(np.arange(20, dtype=np.uint8), 256).reshape(20, 16, 16), np.arange(20) % 10
+'''
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the tests' sweeps name: images, and a plug-in with an evaluation set, forgotten afterwards."""
+    from PIL import Image
+
+    for number in range(10):
+        (tmp_path / "photos" / str(number)).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (20 * number, 0, 0)).save(tmp_path / "photos" / str(number) / "one.png")
+    (tmp_path / "shades.py").write_text(PLUGIN)
+    monkeypatch.setattr(own, "_sets", dict(own._sets))
+    return tmp_path
+
+
 @pytest.mark.parametrize(
-    "on", [{"evaluate": "digits"}, {"evaluate": "none"}, {"evaluate": "none", "selection": {"images": "gznq", "seed": 7, "count": 9}}]
+    "on",
+    [
+        {"evaluate": "digits"},
+        {"evaluate": {"set": "digits", "name": "imagefolder:mine"}},
+        {"evaluate": "imagefolder:{places}/photos"},
+        {"evaluate": {"set": "imagefolder:{places}/photos", "name": "digits"}},
+        {"evaluate": "shades", "plugins": ["{places}/shades.py"]},
+        {"evaluate": {"set": "shades:{places}", "name": "grey"}, "plugins": ["{places}/shades.py"]},
+        {"evaluate": "none"},
+        {"evaluate": "none", "selection": {"images": "gznq", "seed": 7, "count": 9}},
+    ],
 )
 def test_the_recipe_of_a_cell_spans_exactly_that_cell(
-    sweep_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on: dict[str, Any]
+    sweep_file: Callable[..., Path], places: Path, monkeypatch: pytest.MonkeyPatch, on: dict[str, Any]
 ) -> None:
     """What the report tells people to run has the same id, so it is the same experiment."""
+    on = json.loads(json.dumps(on).replace("{places}", str(places)))
     config = sweep_file(
         methods=["gdfq", {"acq": {"matching_weight": 0.5}}, "gznq", "round"],
         protocol={"base": "lineage", "first_bits": 8},
@@ -271,11 +311,14 @@ def test_the_recipe_of_a_cell_spans_exactly_that_cell(
             .replace("{bits}", str(cell.bits))
             .replace("{seed}", str(cell.seed))
         )
-        (tmp_path / "cell.yaml").write_text(text.split("<<'END'\n")[1].split("\nEND")[0])
-        (again,) = load_sweep(tmp_path / "cell.yaml", cache_folder()).cells
-        assert again.identity() == cell.identity()
-        assert again.id == cell.id
-        assert text.splitlines()[-1] == "dfqbench run cell.yaml --device cpu --threads 2"
+        assert str(places) not in text, "where things lie on this machine is nobody's business"
+        (places / "cell.yaml").write_text(text.split("<<'END'\n")[1].split("\nEND")[0])
+        monkeypatch.setenv("EVALUATION_SET", str(places / "photos"))  # what the text asks to fill in
+        (again,) = load_sweep(places / "cell.yaml", cache_folder(), [str(places / "shades.py")] if "plugins" in on else []).cells
+        assert (again.identity(), again.id, again.evaluation.name) == (cell.identity(), cell.id, cell.evaluation.name)
+        assert ("export EVALUATION_SET=" in text) == (f":{places}" in str(on))
+        its = " --plugin shades.py" if "plugins" in on else ""
+        assert text.splitlines()[-1] == f"dfqbench run cell.yaml --device cpu --threads 2{its}"
 
 
 def test_a_recipe_names_the_files_that_a_user_must_bring() -> None:
@@ -283,6 +326,9 @@ def test_a_recipe_names_the_files_that_a_user_must_bring() -> None:
     text = recipe(result)
     assert "export TEACHER_WEIGHTS=resnet20_cifar10_jpeg.safetensors" in text
     assert "export EVALUATION_SET=path/to/images   # 10000 images" in text
+    record = result["cell"] | {"evaluation": result["cell"]["evaluation"] | {"name": "cifar10-jpeg"}}
+    assert config_of(record)["evaluate"] == {"set": "${EVALUATION_SET}", "name": "cifar10-jpeg"}, "its version did not note which set has this name"
+    assert "export EVALUATION_SET=imagefolder:path/to/images   # 10000 images" in recipe({**result, "cell": record})
     assert config_of(result["cell"])["teachers"][0]["weights"] == "${TEACHER_WEIGHTS}"
 
 
@@ -447,6 +493,7 @@ def complaints(browser: Any) -> list[Any]:
 def test_in_a_browser_nothing_is_wider_than_the_window(browser: Any, many: Path, width: int) -> None:
     with window(browser, width):
         browser.get(f"file://{many}")
+        press(browser, "for (const folded of document.querySelectorAll('details')) folded.open = true")
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
         assert many_rows(browser) > 0
         # a name stays where it is when the figures are scrolled, and so do the headings
