@@ -52,6 +52,8 @@ def _against_best(drawn: Drawn, block: Block, width: str) -> Comparison | None:
             continue
         test = drawn.per_image.mcnemar(*entry.pair) if entry.pair else None
         figures = [f"{against.value:+.2f}", f"{against.low:+.2f} to {against.high:+.2f}", f"{against.p:.2g}"]
-        lines.append((row.label, figures + ([f"{test.p:.2g}", f"{test.only_first} / {test.only_second}"] if test else ["-", "-"])))
+        lines.append(
+            (row.label, figures + ([f"{test.p:.2g}" if test.p else "<1e-300", f"{test.only_first} / {test.only_second}"] if test else ["-", "-"]))
+        )
     lines += [(row.label, [str(row.lost[width]), *"----"]) for row in block.rows if width in row.lost]
     return Comparison(block.title, width, there[0][0].label, lines)
