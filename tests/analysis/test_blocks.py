@@ -218,7 +218,7 @@ def test_average_ranks_are_over_every_width_of_every_block(tmp_path: Path) -> No
     found = blocks(reading.results)
     ranked = ranking(found)
     assert ranked[0].startswith("average rank over 10 columns (1 is best): acq ")
-    label, ranks = ranked[0].split()[-2], [float(rank) for rank in re.findall(r" (\d+\.\d\d)(?:,|$)", ranked[0])]
+    label, ranks = ranked[0].split()[-2], [float(rank) for rank in re.findall(r" (\d+\.\d\d)(?:;|$)", ranked[0])]
     assert (label, len(ranks), ranks) == ("round", 10, sorted(ranks))
     assert sum(ranks) == pytest.approx(55, abs=0.05), "ten rows share the ranks 1 to 10"
     assert ranking(found[:1][:0]) == []

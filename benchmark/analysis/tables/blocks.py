@@ -64,8 +64,11 @@ class Entry:
 
     @property
     def decimals(self) -> int:
-        """As far as the first digit of the standard error, and no further than DECIMALS: one for an error of 0.7, none for one of 3."""
-        return min(DECIMALS, max(0, -int(np.floor(np.log10(self.error))))) if self.error > 0 else DECIMALS
+        """As far as the first digit of the standard error, or the second where the first is 1, and no further than DECIMALS.
+
+        Two for an error of 0.15, one for 0.7 and 1.2, none for 3.
+        """
+        return min(DECIMALS, max(0, -int(np.floor(np.log10(self.error / 2))))) if self.error > 0 else DECIMALS
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dfqbench.analysis.tables.choice import WIDTH
 from dfqbench.analysis.tables.papers import papers
 from dfqbench.analysis.tables.printed import (
     LEFT,
+    WARNED,
     Table,
     Tables,
     entries_of,
@@ -42,9 +43,10 @@ OTHERS = {
     "≈": r"$\approx$", "→": r"$\rightarrow$", "∞": r"$\infty$", "–": "--", "—": "---", "’": "'", "‘": "`", "“": "``", "”": "''", "…": r"\dots{}",
     "°": r"\textdegree{}", "\u00a0": "~", "²": "$^2$", "³": "$^3$", "ς": r"$\varsigma$", "ο": "o",
 }  # fmt: skip
-PLAIN = re.compile(r"(\d+)(\.\d+)?( \$\\pm\$ \d+)?(\.\d+)?")  # an accuracy that is nothing but numbers
+PLAIN = re.compile(r"(\d+)(\.\d+)?( \$\\pm\$ \d+)?(\.\d+)?( !)?")  # an accuracy that is nothing but numbers, perhaps with a warning
+WARNING = r"\textsuperscript{!}"
 SECOND = "underlined: the best of the others"
-DIGITS = "accuracies have as many decimals as their standard error has to its first digit, at most two"
+DIGITS = "accuracies have the decimals of their standard error's first digit, or of its second where the first is 1, at most two"
 
 
 def escaped(text: object) -> str:
@@ -119,7 +121,8 @@ def _written(table: Table, texts: pd.DataFrame, bold: pd.DataFrame) -> pd.DataFr
         return written
     entries = entries_of(table).reindex(index=texts.index, columns=texts.columns)
     for column in entries.columns[entries.notna().any()]:
-        written[column] = _aligned(written[column])
+        marks = written[column].str.endswith(WARNED).map({True: r"\rlap{\,!}", False: ""})  # in no number's way
+        written[column] = _aligned(written[column].str.removesuffix(WARNED)) + marks
     second = entries.map(lambda entry: bool(entry is not None and entry == entry and entry.second))
     written = written.mask(bold, r"\textbf{" + written + "}").mask(second, r"\underline{" + written + "}")
     cited = _cited(table)
@@ -141,18 +144,19 @@ def _cited(table: Block | WideTable) -> dict[int, str]:
 
 
 def _aligned(column: pd.Series[str]) -> pd.Series[str]:
-    """With room where a number has fewer decimals than others of its column, or no standard deviation, so that points stand below points."""
+    """With room where a number has fewer decimals than others of its column, no standard deviation or no warning: points stand below points."""
     parts = [match.groups(default="") if (match := PLAIN.fullmatch(text)) else None for text in column]
-    longest = [max((part[i] for part in parts if part), key=len, default="") for i in range(4)]
+    longest = [max((part[i] for part in parts if part), key=len, default="") for i in range(5)]
 
     def padded(text: str, part: tuple[str, ...] | None) -> str:
         if part is None:
             return text
-        whole, decimals, deviation, more = part
+        whole, decimals, deviation, more, warning = part
         room = [longest[1][len(decimals) :], longest[2][len(deviation) :] if deviation else longest[2] + longest[3]]
         tail = longest[3][len(more) :] if deviation else ""
         shown = [whole, decimals, _phantom(room[0]), deviation, more, _phantom(tail)]
-        return "".join(shown) + (_phantom(room[1]) if not deviation else "")
+        mark = WARNING if warning else rf"\phantom{{{WARNING}}}" if longest[4] else ""
+        return "".join(shown) + (_phantom(room[1]) if not deviation else "") + mark
 
     return pd.Series([padded(text, part) for text, part in zip(column, parts, strict=True)], column.index)
 

@@ -263,10 +263,10 @@ def ranking(found: Sequence[Block]) -> list[str]:
         return []
     ranks = average_ranks(np.array([[column[name] for name in common] for column in columns]))
     average = sorted(zip(ranks.average, common, strict=True), key=lambda pair: pair[0])
-    left_out = ", ".join(sorted({label for label, _ in every.difference(common)}))
+    left_out = "; ".join(sorted({label for label, _ in every.difference(common)}))  # labels have commas
     told = f"ranks further apart than {ranks.critical_difference:.2f} differ (Nemenyi, 5 %)"
     told += f"; Friedman's p that all are equal: {ranks.p:.2g}" if len(common) > 2 else ""
-    lines = [f"average rank over {len(columns)} columns (1 is best): {', '.join(f'{label} {rank:.2f}' for rank, (label, _) in average)}", told]
+    lines = [f"average rank over {len(columns)} columns (1 is best): {'; '.join(f'{label} {rank:.2f}' for rank, (label, _) in average)}", told]
     return lines + [f"not ranked, as they are not in every column with all their seeds: {left_out}"] * bool(left_out)
 
 
