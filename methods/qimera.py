@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.optim import Adam
 
-from dfqbench import Batch, Field, Student, Teacher, register
+from dfqbench import Batch, Field, Student, register
 from dfqbench_methods.gdfq import GDFQ
+from dfqbench_methods.parts.attention import classifier_weight
 from dfqbench_methods.parts.generators import Generator
 from dfqbench_methods.parts.losses import batch_norm_loss, distillation_loss
 
@@ -42,12 +43,6 @@ class SoftBatch(Batch):
     """A batch with soft labels (targets: N x classes); `labels` are the heaviest classes."""
 
     targets: Tensor
-
-
-def classifier_weight(teacher: Teacher) -> Tensor:
-    """The weight of the teacher's last layer, classes x width of its input (a 1x1 convolution's too)."""
-    layers = [m for m in teacher.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[0] == teacher.task.classes]
-    return layers[-1].weight.detach().flatten(1)
 
 
 def normalised(latents: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -115,7 +110,7 @@ class Qimera(GDFQ):
 
     def synthesize(self) -> SoftBatch:
         c = self.config
-        mixes = torch.rand((), generator=self.random("mixing"), device=self.device).item() < c.mixing
+        mixes = torch.rand((), generator=self.random("mixing", on_cpu=True)).item() < c.mixing
         latents, targets, classes = self.mixed() if mixes else self.plain()
         images = self.generator(latents, classes)
         answer = self.teacher.observe(images)

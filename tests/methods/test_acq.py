@@ -20,8 +20,21 @@ from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.cell import Bundle, Cell
 from dfqbench.sweep.load import load_sweep
 from dfqbench.teachers import load
-from dfqbench.testing import StopAfter
-from dfqbench_methods.parts.attention import attention_center, attention_distance, attention_map, correlation, spread_within
+from dfqbench.teachers.cifar import CifarResNet
+from dfqbench.testing import StopAfter, small_task
+from dfqbench_methods.acq import ACQ
+from dfqbench_methods.parts.attention import (
+    attention_center,
+    attention_distance,
+    attention_map,
+    cell_loss,
+    cell_mass,
+    class_activation_map,
+    classifier_weight,
+    correlation,
+    has_class_activation_maps,
+    spread_within,
+)
 from dfqbench_methods.parts.generators import relative_coordinates
 from dfqbench_methods.parts.losses import divergence_loss
 from dfqbench_methods.parts.pictures import CAPTION, GAP, HEAT, MARGIN, SIDE, attention_sheet, heat
@@ -75,6 +88,39 @@ def test_the_centre_follows_its_gradient() -> None:
         (attention_center(features) - wanted).square().sum().backward()
         optimizer.step()
     assert torch.allclose(attention_center(features), wanted, atol=0.02)
+
+
+def test_class_activation_maps_add_up_to_the_logits_and_are_those_of_the_asked_class() -> None:
+    torch.manual_seed(0)
+    teacher = Teacher(CifarResNet(1), small_task(size=16))
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([3, 0, 9, 3])
+    answer, weight = teacher.observe(images), classifier_weight(teacher)
+    maps = class_activation_map(answer.features[-1], weight, labels)
+    expected = np.einsum("nkij,nk->nij", answer.features[-1].detach().double().numpy(), weight[labels].double().numpy())
+    assert maps.detach().numpy() == pytest.approx(expected, abs=1e-4)
+    bias = teacher.traced.get_submodule("linear").bias
+    assert torch.allclose(maps.mean((1, 2)) + bias[labels], answer.logits.gather(1, labels[:, None])[:, 0], atol=1e-4)
+    assert has_class_activation_maps(teacher, images[:2])
+
+
+def test_a_network_with_more_behind_its_last_stage_has_no_class_activation_maps() -> None:
+    class Deeper(CifarResNet):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))
+            return self.linear(torch.tanh(self.pool(x).flatten(1)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    assert not has_class_activation_maps(Teacher(Deeper(1), small_task(size=16)), torch.randn(2, 3, 16, 16))
+
+
+def test_cells_share_a_mass_out_by_area_and_lose_nothing() -> None:
+    mass = torch.zeros(1, 3, 3, dtype=torch.float64)
+    mass[0, 0, 0], mass[0, 1, 2] = 0.6, 0.4
+    assert cell_mass(mass, 2)[0].tolist() == [pytest.approx([0.6, 0.2]), pytest.approx([0.0, 0.2])], "the middle row is half above and half below"
+    uneven = torch.rand(2, 7, 5, dtype=torch.float64)
+    assert cell_mass(uneven, 3).sum((1, 2)).tolist() == pytest.approx(uneven.sum((1, 2)).tolist())
+    points = torch.tensor([[0.75, 0.25]], dtype=torch.float64)
+    assert cell_loss(mass, points, 2).item() == pytest.approx(-np.log(0.2)), "x to the right, y above"
 
 
 def test_spread_is_within_classes_and_correlation_over_both_coordinates() -> None:
@@ -169,6 +215,28 @@ def test_matching_makes_the_attention_follow_the_condition(sweep_file: SweepFile
     assert history[-1]["center_error"] < history[0]["center_error"] / 2
     assert history[-1]["center_correlation"] > 0.9
     assert history[-1]["center_error"] < history[0]["center_error"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"center_loss": "cell"}, {"attention": "class", "center_loss": "cell", "cells": 3}], ids=["energy", "class"])
+def test_the_evidence_for_a_class_and_cells_follow_the_condition_too(sweep_file: SweepFile, settings: dict[str, Any]) -> None:
+    budget = {"epochs": 3, "iterations": 20, "batch_size": 24}
+    settings = settings | {"matching_weight": 3.0, "adversarial_weight": 0.0, "consistency_weight": 0.0}
+    lockstep = lockstep_of(sweep_file, {"acq": SHORT | settings}, budget=budget)
+    lockstep.run(StopAfter())
+    history = lockstep.trainees[0].history
+    assert history[-1]["center_error"] < history[0]["center_error"]
+    assert history[-1]["center_correlation"] > max(0.5, history[0]["center_correlation"])
+
+
+def test_conditions_lie_in_the_middle_of_cells(sweep_file: SweepFile) -> None:
+    method = lockstep_of(sweep_file, {"acq": SHORT | {"center_loss": "cell", "cells": 4}}).method
+    _, centers = method.draw_conditions()  # type: ignore[attr-defined]
+    assert set(centers.flatten().tolist()) <= {0.125, 0.375, 0.625, 0.875}
+
+
+def test_settings_that_came_later_leave_cells_what_they_were() -> None:
+    assert not {"attention", "center_loss", "cells"} & ACQ.Config().model_dump(mode="json").keys()
 
 
 def test_the_teacher_gets_no_gradient_and_keeps_its_buffers(sweep_file: SweepFile) -> None:

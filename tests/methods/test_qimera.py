@@ -10,8 +10,9 @@ from torch import nn
 from dfqbench import Task, Teacher
 from dfqbench.method.registry import find_method
 from dfqbench.testing import Trial, small_task, small_teacher
+from dfqbench_methods.parts.attention import classifier_weight
 from dfqbench_methods.parts.generators import ClassConditionalBatchNorm
-from dfqbench_methods.qimera import Qimera, SoftBatch, classifier_weight, normalised
+from dfqbench_methods.qimera import Qimera, SoftBatch, normalised
 
 
 def method(**settings: object) -> Qimera:
