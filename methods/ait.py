@@ -8,12 +8,12 @@ A way to train the student on any host's images (GDFQ's, Qimera's): no cross-ent
              the smallest a >= 1 with  share of integers of w that a step of a lr u changes  >=  rho     (by doubling, then bisection)
              w <- w - a lr u
 
-Fidelity: the authors' code (iamkanghyunchoi/ait): the bisection makes at most five steps and its last midpoint is taken, whichever side it
-lies on; a range is found anew for the moved weight, so a moved extreme re-grids its whole channel and counts. Images, epochs, batch and warm-up
-are the host's; over Qimera their scripts mix other numbers of classes than Qimera's own (`hosts`). Deviations: the host's; where no factor changes
-enough integers (a tensor without gradient) the step stays SGD's own, while theirs doubles without end. Reached here, over
-GDFQ, after 1,500 student steps of 64 images (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 / W3A3,
-means of seeds 0 and 1): 85.67 / 78.64 %.
+Fidelity: the authors' code (iamkanghyunchoi/ait), whose steps it repeats up to rounding: the bisection makes at most five steps and its last
+midpoint is taken, whichever side it lies on; a range is found anew for the moved weight, so a moved extreme re-grids its whole channel and counts.
+Images, epochs, batch and warm-up are the host's; over Qimera their scripts mix other numbers of classes than Qimera's own (`hosts`). Deviations:
+the host's; where no factor changes enough integers (a tensor without gradient) the step stays SGD's own, while theirs doubles without end. Reached
+here, over GDFQ, after 1,500 student steps of 64 images (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 / W3A3, means of seeds 0 and 1): 85.67 /
+78.64 %.
 """
 
 from __future__ import annotations

@@ -9,12 +9,12 @@ the stored images by decoupled distillation.
     4 epochs:   generator on CE + 0.1 L_BNS; its images set the students' ranges
     147 epochs: Q on CE + TCKD + 8 NCKD over crops and flips of the stored images
 
-Fidelity: the authors' code (hfutly66/LRQ, a fork of IntraQ), as far as it is public: there, the stored images train the
-student and the generator only calibrates; `train_on_generator` adds its images. Of their two programs for CIFAR one has the attention block before
-the first convolution (the default), the other has none (`attention: none`). Their CIFAR bounds are unknown: IntraQ's are taken, of which the lower
-one (0.05 or 0.02) never acts, since with the margin of 0.5 even an image in its class's centre is at a distance of 1 - cos 0.5 = 0.122 from it.
-Reached here, after 1,500 student steps of 64 images on 1,280 images of 300 iterations (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 / W3A3,
-means of seeds 0 and 1): 85.76 / 79.76 %.
+Fidelity: the authors' code (hfutly66/LRQ, a fork of IntraQ), as far as it is public, whose steps it repeats up to rounding: there, the stored
+images train the student and the generator only calibrates; `train_on_generator` adds its images. Of their two programs for CIFAR one has the
+attention block before the first convolution (the default), the other has none (`attention: none`). Their CIFAR bounds are unknown: IntraQ's are
+taken, of which the lower one (0.05 or 0.02) never acts, since with the margin of 0.5 even an image in its class's centre is at a distance of 1 -
+cos 0.5 = 0.122 from it. Reached here, after 1,500 student steps of 64 images on 1,280 images of 300 iterations (CIFAR-10 as JPEG, ResNet-20 with
+87.44 %, W4A4 / W3A3, means of seeds 0 and 1): 85.76 / 79.76 %.
 """
 
 from __future__ import annotations

@@ -10,13 +10,12 @@ the mixture as their soft label.
             G:    minimise CE(P(x), t) + 0.1 L_BNS(x)
             Q:    minimise CE(Q(x), t) + T^2 mean KL(P(x) || Q(x))      (after the warm-up)
 
-Fidelity: the authors' code (iamkanghyunchoi/qimera), as its scripts run it: without the mapping of embeddings to 100 dimensions, plain
-batches normalised image by image and mixed ones slot by slot over the batch. The presets are their scripts', each for a network and, where
-5 bits differ, for them; at 3 bits, which no script has, those for 4 are taken, and `imagenet` is MobileNetV2's, for networks without a script. For
-ImageNet their class-conditional BN averages over the K classes
-where a sum is meant, which makes mixed images nearly blank at K = 100: `norm_mixing` "mean" is theirs, "sum" repairs it.
-Deviations: GDFQ's here (right bias correction, last epoch). Reached here, after 1,500 student steps of 64 images (CIFAR-10 as JPEG, ResNet-20 with
-87.44 %, W4A4 / W3A3, means of seeds 0 and 1): 85.00 / 68.93 %.
+Fidelity: the authors' code (iamkanghyunchoi/qimera), whose steps it repeats up to rounding, as its scripts run it: without the mapping of
+embeddings to 100 dimensions, plain batches normalised image by image and mixed ones slot by slot over the batch. The presets are their scripts',
+each for a network and, where 5 bits differ, for them; at 3 bits, which no script has, those for 4 are taken, and `imagenet` is MobileNetV2's, for
+networks without a script. For ImageNet their class-conditional BN averages over the K classes where a sum is meant, which makes mixed images nearly
+blank at K = 100: `norm_mixing` "mean" is theirs, "sum" repairs it. Deviations: GDFQ's here (right bias correction, last epoch). Reached here, after
+1,500 student steps of 64 images (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 / W3A3, means of seeds 0 and 1): 85.00 / 68.93 %.
 """
 
 from __future__ import annotations
