@@ -100,9 +100,7 @@ def test_a_dollar_in_a_name_begins_no_formula(texts: list[Text]) -> None:
     named = [text for text in texts if "net$" in text.get_text() or "=my$" in text.get_text()]
     assert len(named) > 6
     assert not any(text.get_parse_math() for text in named)
-    ticks = [text for text in texts if text.get_text().startswith("$")]
-    assert ticks, "a logarithmic axis has formulas as its ticks"
-    assert all(text.get_parse_math() for text in ticks)
+    assert not any(text.get_text().startswith("$") for text in texts), "ticks of logarithmic axes are plain numbers"
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from synthetic_store import cells, write_cell, write_failure
 
 from dfqbench.analysis.compare import compare
 from dfqbench.analysis.per_image import PerImage
-from dfqbench.analysis.plots.drawn import FEWER, LOST, Drawn
+from dfqbench.analysis.plots.drawn import FEWER, Drawn
 from dfqbench.analysis.plots.figures import prepare
 from dfqbench.analysis.plots.kinds import draw
 from dfqbench.analysis.records import read_store
@@ -92,7 +92,9 @@ def test_what_diverged_or_failed_is_named_where_its_accuracy_would_stand(block: 
     assert said[ACQ][1] == "diverged, epoch 5"
     assert said["gdfq"][1] == "(1 of 3 diverged, epoch 5)"
     texts, _ = texts_of(block)
-    assert next(line for line in texts.to_numpy() if line[0] == "lrq")[names_of(texts).index("w4a4")].endswith(" (1 diverged, 1 failed of 3, epoch 5)")
+    assert next(line for line in texts.to_numpy() if line[0] == "lrq")[names_of(texts).index("w4a4")].endswith(
+        " (1 diverged, 1 failed of 3, epoch 5)"
+    )
     assert next(line for line in texts.to_numpy() if line[0] == "zaq")[2:4].tolist() == ["8000 x 64", "3"]
 
 
@@ -169,25 +171,40 @@ def test_plots_name_it(drawn: Drawn) -> None:
     assert sum(text.endswith("*") for text in texts(figure)) == 2
     assert any(f"*: {FEWER}" in text.replace("\n", " ") for text in texts(figure))
     (figure,) = draw("accuracy", drawn)
-    assert {FEWER, LOST, "zaq"} <= set(texts(figure))
-    crosses = [line for line in figure.axes[0].lines if line.get_marker() == "x" and len(line.get_xdata())]  # type: ignore[arg-type]
-    assert [line.get_color() for line in crosses].count(drawn.look["zaq"].color) == 2
-    assert len(crosses) == 3
+    said = [text.replace("\n", " ") for text in texts(figure)]
+    assert said.count("diverged") == 3, "zaq at both widths, acq without matching at one"
+    assert {"zaq", "1 of 3 diverged", "1 diverged, 1 failed of 3"} <= set(said)
+    assert any("hollow: the seeds that did not diverge or fail" in text for text in said)
+    hollow = [line for ax in figure.axes for line in ax.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]  # type: ignore[arg-type]
+    assert {line.get_markeredgecolor() for line in hollow} == {drawn.look["gdfq"].ink, drawn.look["lrq"].ink}
     (figure,) = draw("ablation", drawn)
-    assert "matching_weight=0\nW3A3: diverged" in texts(figure)
+    assert {"acq(matching_weight=0)", "diverged"} <= set(texts(figure))
     (figure,) = draw("losses", drawn)
-    assert FEWER in texts(figure)
-    assert "zaq" not in texts(figure)
+    assert any(f"faint: {FEWER}" in text.replace("\n", " ") for text in texts(figure))
+    assert "zaq" not in texts(figure), "no history was written"
     (figure,) = draw("cost", drawn)
+    assert any(f"hollow: {FEWER}" in text.replace("\n", " ") for text in texts(figure))
     hollow = [line for ax in figure.axes for line in ax.lines if line.get_markerfacecolor() == "white" and len(line.get_xdata())]  # type: ignore[arg-type]
     assert {line.get_color() for line in hollow} == {drawn.look["gdfq"].color, drawn.look["lrq"].color}
+
+
+def test_the_loss_of_what_diverged_ends_in_a_cross(tmp_path: Path) -> None:
+    store = filled(tmp_path / "r", chosen())
+    (lost,) = [cell for cell in chosen() if cell.method == "zaq" and str(cell.bits) == "w3a3" and cell.seed == 0]
+    lines = ["epoch,phase,loss,student_lr", "1,train,2.0,0.1", "2,train,50.0,0.1", "3,train,nan,0.1", ""]
+    (store.folder(lost.id) / "history.csv").write_text("\n".join(lines))
+    (figure,) = draw("losses", drawn := prepare(read_store(store)))
+    (cross,) = [line for ax in figure.axes for line in ax.lines if line.get_marker() == "x"]
+    assert (list(cross.get_xdata()), list(cross.get_ydata())) == ([400.0], [50.0])  # type: ignore[arg-type]
+    assert cross.get_color() == drawn.look["zaq"].ink
+    assert any("cross: diverged" in text for text in texts(figure))
 
 
 def test_plots_without_anything_lost_say_nothing_of_it(tmp_path: Path) -> None:
     plain = prepare(read_store(filled(tmp_path / "r", [cell for cell in chosen() if not fate(cell)])))
     for kind in ("accuracy", "losses", "cost", "drop"):
         for figure in draw(kind, plain):
-            assert not {FEWER, LOST, "diverged"} & set(texts(figure))
+            assert not any(word in text for text in texts(figure) for word in ("diverge", "fail", "hollow", "faint"))
 
 
 def test_the_report_and_compare_name_it(store: Store) -> None:

@@ -13,20 +13,21 @@ from dfqbench.analysis.per_image import PerImage
 from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
 from dfqbench.analysis.plots.fonts import undrawable
 from dfqbench.analysis.plots.kinds import draw
-from dfqbench.analysis.plots.style import rendered, settings
+from dfqbench.analysis.plots.style import WIDTHS, rendered, settings
 from dfqbench.analysis.records import Reading
 from dfqbench.analysis.tables.blocks import Rule, blocks
+from dfqbench.analysis.tables.choice import Choice
 from dfqbench.errors import Notice
 
 WORKERS = 4  # each takes up to 200 MB more
 _shared: Drawn | None = None
 
 
-def prepare(reading: Reading, rule: Rule = "last") -> Drawn:
-    """The tables of a store with everything that its plots need."""
+def prepare(reading: Reading, rule: Rule = "last", width: str = "page", choice: Choice | None = None) -> Drawn:
+    """The tables of a store with everything that its plots need. width: see WIDTHS; choice: of which rows come first."""
     per_image = PerImage(reading)
     found = blocks([*reading.results, *reading.unfinished], rule, ledger=load_ledger(), per_image=per_image)
-    drawn = Drawn(reading, found, per_image, rule)
+    drawn = Drawn(reading, found, per_image, rule, WIDTHS[width], choice or Choice())
     _say_what_no_font_has(drawn)
     return drawn
 
@@ -45,10 +46,9 @@ def _say_what_no_font_has(drawn: Drawn) -> None:
 
 
 def files(drawn: Drawn, kind: str, formats: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """(file name, content) of every page of one kind in every format. Raises NothingToDraw."""
-    found = draw(kind, drawn)
-    for number, figure in enumerate(found, 1):
-        name = kind if len(found) == 1 else f"{kind}-{number}"
+    """(file name, content) of every page of one kind in every format: `cost.png`, `cost-2.png`. Raises NothingToDraw."""
+    for number, figure in enumerate(draw(kind, drawn), 1):
+        name = kind if number == 1 else f"{kind}-{number}"
         for extension, content in rendered(figure, formats).items():
             yield f"{name}.{extension}", content
 

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from dfqbench.analysis.plots.ablation import ablation
+from dfqbench.analysis.plots.accuracy import accuracy, over_widths
+from dfqbench.analysis.plots.drawn import Drawn
+from dfqbench.analysis.plots.drop import drop
+from dfqbench.analysis.plots.losses import losses
+from dfqbench.analysis.plots.published import published
+from dfqbench.analysis.plots.scatter import cost, size
 from dfqbench.analysis.plots.style import settings
+from dfqbench.analysis.plots.training import curves
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from dfqbench.analysis.plots.ablation import ablation
-from dfqbench.analysis.plots.accuracy import accuracy, cost, drop, published
-from dfqbench.analysis.plots.drawn import Drawn
-from dfqbench.analysis.plots.size import size
-from dfqbench.analysis.plots.training import curves, losses
 
 KINDS: dict[str, tuple[str, Callable[[Drawn], list[Figure]]]] = {
-    "accuracy": ("accuracy against bits", accuracy),
+    "accuracy": ("accuracy of every configuration, by bit width", accuracy),
+    "widths": ("accuracy over bit widths", over_widths),
     "published": ("measured against published", published),
     "cost": ("accuracy against seconds", cost),
     "size": ("accuracy against size and work", size),
-    "curves": ("accuracy while training, last and best epoch", curves),
+    "curves": ("accuracy while training, last and best", curves),
     "losses": ("training loss", losses),
     "drop": ("drop against the teacher", drop),
     "ablation": ("what single settings change", ablation),

@@ -7,7 +7,6 @@ import io
 import logging
 import os
 import sys
-import textwrap
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from dfqbench.errors import UserError
 from dfqbench.method.registry import built_in_names
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette without its yellow (too light on white), five of Paul Tol's, and two that stay apart from all of these for every kind of eye
@@ -31,29 +29,31 @@ COLOURS = [
 ]
 MARKERS = "osD^vPX*<>h"
 DASHES: list[Any] = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (7, 2))]
-HIGH, LOW = 2.25, 1.2  # inches
-COLUMN = 3.4  # inches: one column of a paper; two panels side by side take 2 x that
-PANELS = 6  # on one page
-LEGEND_CHARACTERS = 42  # a column's width of legend text
+LIGHTEST = 0.65  # of the way to white, for the last of a method's variants
+WIDTHS = {"column": 3.3, "page": 7.0}  # inches, as they are printed
+GREY = "#666666"
 FORMATS = ("png", "pdf", "svg")
 DPI = 200
 SETTINGS: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
+    "font.size": 7,
+    "axes.titlesize": 7,
+    "axes.labelsize": 7,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.major.pad": 2,
+    "ytick.major.pad": 2,
+    "axes.labelpad": 2,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "axes.axisbelow": True,
     "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6,
-    "axes.linewidth": 0.7,
-    "lines.linewidth": 1.2,
+    "grid.linewidth": 0.5,
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.1,
     "lines.markersize": 4,
-    "legend.frameon": False,
     "svg.hashsalt": "dfqbench",
     "pdf.fonttype": 42,
 }
@@ -99,13 +99,16 @@ def _imported() -> Any:
 
 @dataclass(frozen=True)
 class Style:
+    """color: the method's, in the variant's shade. ink: the method's, dark enough for text."""
+
     color: str
     marker: str
     dashes: Any
+    ink: str
 
 
 def styles(found: list[Block]) -> dict[str, Style]:
-    """By row label: the colour says which method, marker and dashes which of its settings. Built-in methods come first, in their declared order."""
+    """By row label: the colour says which method, its shade, marker and dashes which of its settings. Built-in methods come first, as declared."""
     known = built_in_names()
     others = sorted({row.method for block in found for row in block.rows} - set(known))
     colour = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate([*known, *others])}
@@ -118,87 +121,30 @@ def styles(found: list[Block]) -> dict[str, Style]:
     chosen = {}
     for method, labels in variants.items():
         for i, label in enumerate(labels):
-            chosen[label] = Style(colour[method], MARKERS[(order.index(method) + i) % len(MARKERS)], DASHES[i % len(DASHES)])
+            shade, ink = mixed(colour[method], "#ffffff", LIGHTEST * i / max(len(labels), 2)), inked(colour[method])
+            chosen[label] = Style(shade, MARKERS[(order.index(method) + i) % len(MARKERS)], DASHES[i % len(DASHES)], ink)
     return chosen
 
 
-def pages(title: str, panels: list[Any], height: float, legend: list[str]) -> list[tuple[Figure, list[tuple[Axes, Any]]]]:
-    """Figures with up to PANELS axes each, in two columns if there is more than one, with room for the legend below."""
-    from matplotlib.figure import Figure
-
-    made = []
-    for first in range(0, len(panels), PANELS):
-        here = panels[first : first + PANELS]
-        columns = 1 if len(here) == 1 else 2
-        rows = -(-len(here) // columns)
-        figure = Figure(figsize=(COLUMN * columns, rows * height + 0.35 + 0.145 * _legend_lines(legend, columns)), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
-        flat = list(axes.flat)
-        for spare in flat[len(here) :]:
-            spare.set_axis_off()
-        if title:
-            figure.suptitle(title, fontsize=8.5, fontweight="bold")
-        made.append((figure, list(zip(flat, here, strict=False))))
-    return made
+def mixed(color: str, other: str, share: float) -> str:
+    """So much of the way from one colour (`#rrggbb`) to another."""
+    ours, theirs = ([int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (color, other))
+    return "#" + "".join(f"{round(a + (b - a) * share):02X}" for a, b in zip(ours, theirs, strict=True))
 
 
-def _legend_columns(labels: list[str], columns: int) -> int:
-    longest = max((len(line) for label in labels for line in wrapped(label).split("\n")), default=1) + 6
-    return max(1, min(len(labels), LEGEND_CHARACTERS * columns // longest))
+def inked(color: str) -> str:
+    """Darkened until text in it can be read on white: a contrast of 4.5, as WCAG 2.1 asks for."""
+    return next(dark for step in range(21) if _contrast(dark := mixed(color, "#000000", step / 20)) >= 4.5)
 
 
-def _legend_lines(labels: list[str], columns: int) -> int:
-    if not labels:
-        return 0
-    across = _legend_columns(labels, columns)
-    tall = [wrapped(label).count("\n") + 1 for label in labels]
-    per_column = -(-len(tall) // across)
-    return max(sum(tall[i : i + per_column]) for i in range(0, len(tall), per_column))
+def _contrast(color: str) -> float:
+    """To white, of WCAG 2.1."""
+    values = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values]
+    return 1.05 / (0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
 
 
-def add_legend(figure: Figure, handles: dict[str, Any], columns: int) -> None:
-    """Below the axes; `handles` by label, drawn once each."""
-    if handles:
-        labels = list(handles)
-        figure.legend(
-            [handles[label] for label in labels],
-            [wrapped(label) for label in labels],
-            loc="outside lower center",
-            ncols=_legend_columns(labels, columns),
-            handlelength=2.2,
-            columnspacing=1.2,
-        )
-
-
-CROWDED = 0.1  # of the axis: values nearer to each other are written above each other
-
-
-def leave_out_failures(ax: Axes, points: list[tuple[float, float, str]]) -> None:
-    """Ends the axis above a few points (x, accuracy, colour) that lie below half of the best, so that the others can be told apart.
-
-    Each of them keeps an arrow at the edge, with its value. Where more than a third of the points are like that, nothing is left out.
-    """
-    best = max((y for _, y, _ in points), default=0.0)
-    failed = [point for point in points if point[1] < best / 2]
-    if not failed or 3 * len(failed) > len(points):
-        return
-    low, high = min(y for _, y, _ in points if y >= best / 2), ax.get_ylim()[1]
-    ax.get_xlim()  # settles the axis, which places are measured along
-    places = [float(ax.transAxes.inverted().transform(ax.transData.transform((x, high)))[0]) for x, _, _ in failed]
-    below = [sum(here < there < here + CROWDED for there in places) for here in places]  # values to the right: no arrow goes through one
-    ax.set_ylim(low - (0.15 + 0.05 * max(below)) * (high - low), high)
-    for (x, y, color), lower in zip(failed, below, strict=True):
-        arrow: dict[str, Any] = {"arrowstyle": "-|>", "color": color, "lw": 0.8, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0)}
-        place: dict[str, Any] = {"xycoords": ax.get_xaxis_transform(), "textcoords": "offset points", "arrowprops": arrow}
-        ax.annotate(f"{y:.1f}", (x, 0.0), (0, 11 + 9 * lower), ha="left", fontsize=6, color=color, **place)
-
-
-def wrapped(label: str, width: int = 36) -> str:
-    """Long settings on several lines, broken at blanks; what has none is broken anywhere."""
-    return "\n".join(textwrap.wrap(label, width)) or label
-
-
-def panel_title(block: Block, found: Iterable[Block]) -> str:
+def block_title(block: Block, found: Iterable[Block]) -> str:
     """What sets a block apart from the others that are drawn, and always its teacher and evaluation set."""
     others = list(found)
     said = f"{block.teacher} on {block.evaluation}"
@@ -206,7 +152,7 @@ def panel_title(block: Block, found: Iterable[Block]) -> str:
         said += f", {block.protocol}"
     if len({b.precision for b in others}) > 1:
         said += f", {block.precision}"
-    return wrapped(said, 46)
+    return said
 
 
 def rendered(figure: Figure, formats: Iterable[str]) -> dict[str, bytes]:
@@ -236,7 +182,7 @@ def _take_names_as_they_are(figure: Figure) -> None:
 
     for text in figure.findobj(Text):
         said = text.get_text()
-        if "$" in said and not said.startswith(r"$\mathdefault"):  # the ticks of a logarithmic axis are formulas
+        if "$" in said:
             text.set_parse_math(False)
         if not said.isascii():
             text.set_fontfamily(families_for(said))

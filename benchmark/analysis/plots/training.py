@@ -2,74 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dfqbench.analysis.plots.style import HIGH, add_legend, pages, panel_title
+from dfqbench.analysis.plots.drawn import FEWER, Drawn, NothingToDraw, panels_of
+from dfqbench.analysis.plots.lines import Curve, Panel, line_panels
+from dfqbench.analysis.plots.style import block_title
 from dfqbench.analysis.records import read_history
-from dfqbench.analysis.tables.blocks import Block
+from dfqbench.analysis.tables.blocks import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from dfqbench.analysis.plots.drawn import FEWER, Drawn, NothingToDraw, panels_of
+
+POINTS = 2000  # epochs of a history that are read, at most
 
 
 def curves(drawn: Drawn) -> list[Figure]:
-    """Accuracy while training: the last epoch is a dot, the best on test a ring, the line between them the gap."""
-    return _curves(
-        drawn, "top1", drawn.top1.split(",")[0], "no cell was evaluated between its epochs: set `evaluate_every` in the config and run it again"
-    )
-
-
-def losses(drawn: Drawn) -> list[Figure]:
-    """The students' training loss."""
-    return _curves(drawn, "loss", "training loss", "no cell has a training loss: nothing was trained")
-
-
-def _curves(drawn: Drawn, column: str, name: str, why_not: str) -> list[Figure]:
-    panels = panels_of(drawn)
-    lines = {(block.title, width): list(_history(drawn, block, width, column)) for block, width in panels}
-    panels = [(block, width) for block, width in panels if lines[block.title, width]]
+    """Accuracy against student steps: the last is where the name is, the best on test a ring."""
+    panels = []
+    for block, width in panels_of(drawn):
+        lines = [curve for row in drawn.best_first(block) if width in row.entries and (curve := _curve(drawn, row, width))]
+        if lines:
+            title = f"{width.upper()}: {block_title(block, drawn.blocks)}"
+            panels.append(Panel(title, lines, block.teacher_top1, "student steps", drawn.top1.split(",")[0]))
     if not panels:
-        raise NothingToDraw(why_not)
-    labels = [row.label for row in drawn.rows() if any(row.label == label for there in lines.values() for label, *_ in there)]
-    labels += [FEWER] * any(fewer for there in lines.values() for *_, fewer in there)
-
-    figures = []
-    for figure, axes in pages("", panels, HIGH, labels):
-        handles: dict[str, Any] = {}
-        for ax, (block, width) in axes:
-            for label, epochs, values, fewer in lines[block.title, width]:
-                style, faint = drawn.look[label], 0.4 if fewer else None
-                line = ax.plot(epochs, values, color=style.color, ls=style.dashes, alpha=faint)[0]
-                if not fewer or label not in handles:
-                    handles[label] = line
-                if column == "top1":
-                    best = int(np.argmax(values))
-                    ax.plot([epochs[-1]] * 2, [values[-1], values[best]], color=style.color, lw=0.6)
-                    ax.plot(epochs[-1], values[-1], color=style.color, marker="o", ms=3)
-                    ax.plot(epochs[best], values[best], color=style.color, marker="o", ms=5, mfc="none", mew=0.8)
-            ax.set(xlabel="epoch", ylabel=name)
-            ax.set_title(f"{panel_title(block, drawn.blocks)}, {width.upper()}")
-        if FEWER in labels:
-            handles[FEWER] = axes[0][0].plot([], [], color="#444444", alpha=0.4)[0]
-        add_legend(figure, {label: handles[label] for label in labels if label in handles}, 1 if len(axes) == 1 else 2)
-        figures.append(figure)
-    return figures
+        raise NothingToDraw("no cell was evaluated between its epochs: set `evaluate_every` in the config and run it again")
+    fewer = any(curve.faint for panel in panels for curve in panel.curves)
+    said = ["means over seeds", "rings: the best on test", f"faint: {FEWER}" if fewer else ""]
+    return line_panels(panels, drawn.width, said)
 
 
-def _history(drawn: Drawn, block: Block, width: str, column: str) -> Iterator[tuple[str, list[float], list[float], bool]]:
-    """(label, epochs, mean over seeds, whether some have no result) of rows whose cells have two values or more, over epochs that all seeds have."""
-    for row in block.rows:
-        if width not in row.entries:
-            continue
-        series = []
-        for cell_id in row.entries[width].ids:
-            found = read_history(drawn.reading.store.folder(cell_id) / "history.csv")
-            pairs = zip(found["epoch"], found[column], strict=True) if {"epoch", column} <= found.keys() else []  # not every method logs a loss
-            series.append({float(e): float(v) for e, v in pairs if isinstance(e, float) and isinstance(v, float)})
-        epochs = sorted(set.intersection(*(set(s) for s in series)))
-        if len(epochs) > 1:
-            yield row.label, epochs, [float(np.mean([s[e] for s in series])) for e in epochs], width in row.lost
+def _curve(drawn: Drawn, row: Row, width: str) -> Curve | None:
+    """None where it has not two values or more, over steps that all seeds have."""
+    series = [over_steps(drawn, cell_id, "top1") for cell_id in row.entries[width].ids]
+    steps = sorted(set.intersection(*(set(one) for one in series)))
+    if len(steps) < 2:
+        return None
+    values = [float(np.mean([one[step] for one in series])) for step in steps]
+    best = int(np.argmax(values))
+    rings = [(steps[best], values[best])]
+    return Curve(drawn.brief[row.label], drawn.look[row.label], steps, values, faint=width in row.lost, rings=rings)
+
+
+def over_steps(drawn: Drawn, cell_id: str, column: str) -> dict[float, float]:
+    """Values of a history's column by the student steps that were made until then; before the first, the last one."""
+    found = read_history(drawn.reading.store.folder(cell_id) / "history.csv", POINTS)
+    if not {"epoch", column} <= found.keys():  # not every method logs a loss
+        return {}
+    epochs = [float(epoch) for epoch in found["epoch"] if isinstance(epoch, float)]
+    trained = [epoch for epoch, rate in zip(epochs, found.get("student_lr", [1.0] * len(epochs)), strict=True) if rate is not None]
+    if not trained:
+        return {}
+    each = drawn.steps_per_epoch(cell_id, int(trained[-1] - trained[0]) + 1)
+    pairs = zip(epochs, found[column], strict=True)
+    return {max(0.0, (epoch - trained[0] + 1) * each): float(value) for epoch, value in pairs if isinstance(value, float)}
