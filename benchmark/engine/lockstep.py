@@ -249,8 +249,11 @@ class Lockstep:
             row: dict[str, Any] = {"epoch": epoch, "phase": phase.name, **shared, **log.averages(trainee.name)}
             if trainee.optimizer is not None and phase.distill:
                 row["student_lr"] = rate_of(trainee.optimizer.param_groups[0])
-            if phase.distill or calibrating:
-                row |= self._diagnosis(trainee, calibrating)
+            if self.last_batch is not None and (phase.distill or calibrating):
+                row |= look(trainee.student, self.last_batch, self.autocast)
+            if calibrating:
+                before, trainee.widths = trainee.widths, widths(trainee.student)
+                row |= range_change(before, trainee.widths)
             if self._evaluates_after(epoch, trainee):
                 trainee.evaluation = self.evaluate(trainee.student)
                 row[trainee.evaluation.metric] = trainee.evaluation.top1
@@ -260,14 +263,6 @@ class Lockstep:
             if not math.isfinite(row.get("loss", 0.0)):
                 trainee.failed = f"diverged: the loss is {row['loss']} in epoch {epoch}"
         log.reset()
-
-    def _diagnosis(self, trainee: Trainee, calibrating: bool) -> dict[str, float]:
-        """What the epoch's last batch says of a student at rest."""
-        found = look(trainee.student, self.last_batch, self.autocast) if self.last_batch is not None else {}
-        if calibrating:
-            before, trainee.widths = trainee.widths, widths(trainee.student)
-            found |= range_change(before, trainee.widths)
-        return found
 
     def _agreements(self, trainee: Trainee) -> dict[str, float]:
         return agreements(trainee.student, self.plain(trainee.cell), self.last_batch, self.autocast) if self.last_batch is not None else {}
@@ -325,5 +320,5 @@ class Lockstep:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
         self.watch.goes_on(state["seconds"], state.get("cpu_seconds"))
         self.images_from = state.get("images_from")
-        batch = state.get("last_batch")
-        self.last_batch = Batch(**{k: v if v is None else v.to(self.device) for k, v in batch.items()}) if batch else None
+        parts: dict[str, Any] = {k: v if v is None else v.to(self.device) for k, v in (state.get("last_batch") or {}).items()}
+        self.last_batch = Batch(**parts) if parts else None
