@@ -216,25 +216,32 @@ def plot(
     results: Results = DEFAULT_RESULTS,
     out: Annotated[Path | None, typer.Option(readable=False, help="Folder to write to; default: figures in the results folder.")] = None,
     kind: Annotated[
-        list[str] | None, typer.Option(help="Only this kind; may be given again. accuracy, published, cost, size, curves, losses, drop, ablation.")
+        list[str] | None,
+        typer.Option(help="Only this kind; may be given again. accuracy, widths, published, cost, size, curves, losses, drop, ablation."),
     ] = None,
     output: Annotated[list[str] | None, typer.Option("--format", help="png, pdf or svg; may be given again. Default: all three.")] = None,
+    width: Annotated[str, typer.Option(help="How wide figures are printed: page (7 in) or column (3.3 in).")] = "page",
     rule: RuleOption = "last",
+    rows: Rows = None,
+    sort: Annotated[str, typer.Option(help="Which rows come first, as in table.")] = "",
     group: Group = None,
+    names_from: NamesFrom = None,
     plugin: Plugins = None,
 ) -> None:
     """Draw the plots of finished cells."""
     from dfqbench.analysis.plots.drawn import NothingToDraw
     from dfqbench.analysis.plots.kinds import KINDS
-    from dfqbench.analysis.plots.style import FORMATS
+    from dfqbench.analysis.plots.style import FORMATS, WIDTHS
+    from dfqbench.analysis.tables.choice import Choice
 
-    checked = rule_of(rule)
+    checked, choice = rule_of(rule), Choice(tuple(rows or ()), sort=sort)
+    one_of("--width", width, WIDTHS)
     for name in kind or []:
         if name not in KINDS:
             raise UserError(f"--kind {name!r}: {nearest(name, KINDS)}")
     for name in output or []:
         one_of("--format", name, FORMATS)
-    reading = named(read_cells(config, results, plugin), config, plugin, group)
+    reading = choice.of(named(read_cells(config, results, plugin), config, plugin, group, names_from))
     if reading.without_data:
         why = (
             f"{counted(len(reading.without_data), 'cell')} without data: there is no accuracy, `dfqbench table` shows the agreement with the teacher"
@@ -246,7 +253,7 @@ def plot(
     from dfqbench.files import write_atomically
 
     folder = out or results / "figures"
-    for name, found in drawn_kinds(prepare(reading, checked), kind or KINDS, output or FORMATS):
+    for name, found in drawn_kinds(prepare(reading, checked, width, choice), kind or KINDS, output or FORMATS):
         if isinstance(found, NothingToDraw):
             if kind:
                 raise UserError(f"{name}: {found}")
