@@ -9,7 +9,7 @@ from jinja2 import Template
 
 from dfqbench.analysis.tables.printed import LEFT, Tables, groups_of, names_of, notes_of, texts_of
 
-MARKDOWN = str.maketrans({letter: f"\\{letter}" for letter in "|*_"})
+MARKDOWN = str.maketrans({letter: f"\\{letter}" for letter in "\\`|*_<[&~$"} | dict.fromkeys("\r\n", " "))  # what GitHub would take for markup
 
 
 def markdown(found: Tables, ranks: Sequence[str] = ()) -> str:
@@ -19,12 +19,16 @@ def markdown(found: Tables, ranks: Sequence[str] = ()) -> str:
         texts, bold = texts_of(table)
         texts = texts.map(lambda text: text.translate(MARKDOWN))
         texts = texts.mask(bold, "**" + texts + "**")
-        above = {i: f"{heading}<br>".translate(MARKDOWN) for heading, places in groups_of(texts) if heading for i in places}
-        heads = [above.get(i, "") + name for i, name in enumerate(names_of(texts))]
+        above = {i: f"{heading.translate(MARKDOWN)}<br>" for heading, places in groups_of(texts) if heading for i in places}
+        heads = [above.get(i, "") + name.translate(MARKDOWN) for i, name in enumerate(names_of(texts))]
         sides = ["left" if name in LEFT else "right" for name in names_of(texts)]
         written = texts.to_markdown(index=False, headers=heads, colalign=sides, disable_numparse=True)
-        parts += [f"**{table.title}**", written, "- " + "\n- ".join(notes_of(table)).translate(MARKDOWN)]
-    return "\n\n".join([*parts, "\n".join(f"- {line}" for line in ranks).translate(MARKDOWN)]).strip() + "\n"
+        parts += [f"**{table.title.translate(MARKDOWN)}**", written, _listed(notes_of(table))]
+    return "\n\n".join([*parts, _listed(ranks)]).strip() + "\n"
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line.translate(MARKDOWN)}" for line in lines)
 
 
 def html(found: Tables, ranks: Sequence[str] = (), page: bool = True) -> str:
