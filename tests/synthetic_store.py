@@ -106,6 +106,7 @@ def write_cell(store: Store, cell: Cell, images: int = 1000, evaluated: bool = T
         "teacher": {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], **scores},
         "student_state": f"{int(cell.id, 16):064x}",
         "left_float": [],
+        "warnings": [],
         "seconds": {"own": 0.1 if cell.method == "round" else 100 + 10 * SKILL[cell.method], "shared": 200 * (cell.method != "round"), "bundle": []},
         "provenance": {
             "git": "0" * 40, "packages": {"torch": "2.14.1"}, "python": "3.11.7", "device": "cuda", "device_name": "a GPU", "threads": 1,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dfqbench.analysis.warning_signs import signs_of
 from dfqbench.files import read_json
 from dfqbench.store import Store
 from dfqbench.sweep.cell import canonical_json, fingerprint, without_data
@@ -147,6 +148,7 @@ def read_store(store: Store, wanted: set[str] | None = None) -> Reading:
             if why:
                 unreadable[cell_id] = f"{folder / 'result.json'}: {why}"
             else:
+                result["warnings"] = signs_of(result, folder / "history.csv")
                 (others if without_data(result["cell"]) else results).append(result)
         elif "failed.json" in names:
             failure, why = _read(folder / "failed.json")

@@ -11,8 +11,9 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,12 @@ EPOCHS = 5  # that a loss is averaged over: the loss of a single one follows its
 ERRORS = 2.0  # standard errors
 CLIPPED = 20.0  # percent
 FACTOR = 2.0  # of a range, in one epoch; of what is clipped, since training began
+REASONS = {  # what a table says, where several cells have one
+    "loss": "the loss rose above that of the first epoch",
+    "agreement": "the student agrees with the teacher on synthetic images less than plain rounding does",
+    "clipped": "a layer clips a large share of its activations",
+    "ranges": "an activation range jumped in training",
+}
 
 Row = Mapping[str, Any]
 
@@ -39,52 +46,57 @@ class Sign:
 
 def signs(history: Sequence[Row]) -> list[Sign]:
     """Of each kind the first. history: rows of history.csv, the newest last; what a row does not hold is not judged."""
-    found: dict[str, Sign] = {}
-    for end in range(1, len(history) + 1):
-        for sign in newest(history[:end]):
-            found.setdefault(sign.kind, sign)
-    return list(found.values())
-
-
-def newest(history: Sequence[Row]) -> list[Sign]:
-    """What the newest row shows, whether or not earlier ones did."""
     first = next((i for i, row in enumerate(history) if "loss" in row), None)
     if first is None:
         return []
-    said = {kind: rule(history, first) for kind, rule in RULES.items()}
-    return [Sign(kind, int(history[-1]["epoch"]), text) for kind, text in said.items() if text]
+    before, training = history[:first], history[first:]
+    return [sign for rule in (_loss, _agreement, _clipped, _ranges) for sign in itertools.islice(rule(before, training), 1)]
 
 
-def _loss(history: Sequence[Row], first: int) -> str:
-    losses = [float(row["loss"]) for row in history[first:] if "loss" in row]
-    mean = sum(losses[-EPOCHS:]) / EPOCHS
-    rises = len(losses) > EPOCHS and mean > losses[0]
-    return f"the loss rises: {mean:.3g} on average over {EPOCHS} epochs, {losses[0]:.3g} in the first" if rises else ""
+def _loss(before: Sequence[Row], training: Sequence[Row]) -> Iterator[Sign]:
+    rows = [row for row in training if "loss" in row]
+    losses = [float(row["loss"]) for row in rows]
+    for i in range(EPOCHS, len(rows)):
+        mean = sum(losses[i + 1 - EPOCHS : i + 1]) / EPOCHS
+        if mean > losses[0]:
+            yield _sign("loss", rows[i], f"the loss rises: {mean:.3g} on average over {EPOCHS} epochs, {losses[0]:.3g} in the first")
 
 
-def _agreement(history: Sequence[Row], first: int) -> str:
-    row = history[-1]
-    if not {"student_agrees", "rounding_agrees", "agreement_error"} <= row.keys():
-        return ""
-    ours, plain = float(row["student_agrees"]), float(row["rounding_agrees"])
-    if plain - ours <= ERRORS * float(row["agreement_error"]):
-        return ""
-    return f"the student agrees with the teacher on {ours:.0f} % of the last synthetic images, plain rounding on {plain:.0f} %"
+def _agreement(before: Sequence[Row], training: Sequence[Row]) -> Iterator[Sign]:
+    for row in training:
+        if {"student_agrees", "rounding_agrees", "agreement_error"} <= row.keys():
+            ours, plain, error = (float(row[name]) for name in ("student_agrees", "rounding_agrees", "agreement_error"))
+            if plain - ours > ERRORS * error:
+                text = f"the student agrees with the teacher on {ours:.0f} % of the last synthetic images, plain rounding on {plain:.0f} %"
+                yield _sign("agreement", row, text)
 
 
-def _clipped(history: Sequence[Row], first: int) -> str:
-    if "clipped" not in history[-1]:
-        return ""
-    now, before = float(history[-1]["clipped"]), max((float(row["clipped"]) for row in history[:first] if "clipped" in row), default=0.0)
-    return f"a layer clips {now:.0f} % of its activations, {before:.2g} % before training" if now > max(CLIPPED, FACTOR * before) else ""
+def _clipped(before: Sequence[Row], training: Sequence[Row]) -> Iterator[Sign]:
+    usual = max((float(row["clipped"]) for row in before if "clipped" in row), default=0.0)
+    for row in training:
+        if float(row.get("clipped", 0.0)) > max(CLIPPED, FACTOR * usual):
+            yield _sign("clipped", row, f"a layer clips {float(row['clipped']):.0f} % of its activations, {usual:.2g} % before training")
 
 
-def _ranges(history: Sequence[Row], first: int) -> str:
-    change = float(history[-1].get("range_change", 1.0))
-    return f"an activation range changed by a factor of {change:.3g} in one epoch" if change > FACTOR else ""
+def _ranges(before: Sequence[Row], training: Sequence[Row]) -> Iterator[Sign]:
+    for row in training:
+        if float(row.get("range_change", 1.0)) > FACTOR:
+            yield _sign("ranges", row, f"an activation range changed by a factor of {float(row['range_change']):.3g} in one epoch")
 
 
-RULES: dict[str, Callable[[Sequence[Row], int], str]] = {"loss": _loss, "agreement": _agreement, "clipped": _clipped, "ranges": _ranges}
+def _sign(kind: str, row: Row, text: str) -> Sign:
+    return Sign(kind, int(row["epoch"]), text)
+
+
+def signs_of(result: Mapping[str, Any], history: Path) -> list[dict[str, Any]]:
+    """Those of a finished cell as its result.json has them; where an earlier version wrote it, what its history.csv shows, none if it is damaged."""
+    if "warnings" in result:
+        known = result["warnings"]
+        return [sign for sign in known if isinstance(sign, dict) and sign.get("kind") in REASONS] if isinstance(known, list) else []
+    try:
+        return [sign.as_dict() for sign in signs(read_rows(history))]
+    except (ValueError, TypeError, csv.Error):
+        return []
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from dfqbench.analysis.tables.choice import USUAL, Columns
 Rule = Literal["last", "best-on-test"]
 NOT_OF_A_ROW = ("bits", "seed", "teacher", "evaluation", "precision")  # of a cell's identity: they say which column, seed or table it is in
 DECIMALS = 2  # of percentages
+BELOW_ROUNDING = "below"  # a warning
 SHARED = ("teacher", "teacher_top1", "evaluation", "protocol", "shared_rules", "precision")  # what a block has of its cells
 
 
@@ -31,7 +32,8 @@ class Entry:
 
     estimate: the mean with its interval over test images and seeds, None where per-image results are missing; basis: where it has the variance of
     seeds from. best: the best of its column, or not below any row that can be told from it; second: the next one. against_best: the difference to
-    the best (p Holm-adjusted in the column); pair: both cells' ids at their lowest seed. sizes: None where no cell knows it.
+    the best (p Holm-adjusted in the column); pair: both cells' ids at their lowest seed. sizes: None where no cell knows it. warnings: kinds of signs
+    that one of its cells fails (warning_signs.py), and whether it is below plain rounding.
     """
 
     ids: list[str]
@@ -50,6 +52,7 @@ class Entry:
     against_best: Estimate | None = None
     pair: tuple[str, str] | None = None
     basis: Basis = "unknown"
+    warnings: Sequence[str] = ()
 
     def __str__(self) -> str:
         return self.text()
@@ -211,6 +214,7 @@ def _block(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerI
             [row.entries[width] for row in rows if {width} <= row.lost.keys() & row.entries.keys()],
             per_image,
         )
+        _mark_below_rounding(rows, width)
     top1 = "accuracy not measured" if np.isnan(first["teacher_top1"]) else f"{first['teacher_top1']:.2f} %"
     where = f"on {first['evaluation']} ({first['images']} images)"
     title = f"{first['teacher']} {where}: teacher {top1}, protocol {first['protocol']}, {first['precision']}"
@@ -251,7 +255,17 @@ def _entry(cells: list[Cell], rule: Rule, ledger: Ledger | None) -> Entry:
     error = (binomial_error(mean, first["images"]) ** 2 + (sd or 0.0) ** 2 / len(values)) ** 0.5
     claims = ledger.published(first["result"]) if ledger else ()
     results = [cell["result"] for cell in cells]
-    return Entry(ids, seeds, mean, sd, first["teacher_top1"] - mean, error, cost_of(results), common_sizes(results), None, *claims)
+    entry = Entry(ids, seeds, mean, sd, first["teacher_top1"] - mean, error, cost_of(results), common_sizes(results), None, *claims)
+    entry.warnings = list(dict.fromkeys(sign["kind"] for result in results for sign in result.get("warnings", ())))
+    return entry
+
+
+def _mark_below_rounding(rows: Sequence[Row], width: str) -> None:
+    """Warns of what is more than its standard error below nearest rounding with its own settings, where that is in the table."""
+    plain = [entry for row in rows if row.method == "round" and not row.changed and (entry := row.entries.get(width))]
+    for entry in [entry for row in rows if (entry := row.entries.get(width))] if plain else ():
+        if max(its.mean for its in plain) - entry.mean > entry.error:
+            entry.warnings = [*entry.warnings, BELOW_ROUNDING]
 
 
 def _compare(complete: list[Entry], partial: list[Entry], per_image: PerImage | None) -> None:

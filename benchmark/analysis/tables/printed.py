@@ -16,9 +16,10 @@ import pandas as pd
 from dfqbench.analysis import seeds, size
 from dfqbench.analysis.cost import in_column, in_words
 from dfqbench.analysis.stats import average_ranks
-from dfqbench.analysis.tables.blocks import Block, Entry, Row
+from dfqbench.analysis.tables.blocks import BELOW_ROUNDING, Block, Entry, Row
 from dfqbench.analysis.tables.choice import Choice, Columns
 from dfqbench.analysis.tables.wide import JOINED, WideTable
+from dfqbench.analysis.warning_signs import REASONS
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ HEADS = {"follows": "follows", "steps": "steps x batch", "seeds": "seeds"}  # of
 NAMING = ("method", *HEADS.values())  # columns that say what a row is
 LEFT = ("method", "follows")  # columns that are set flush left
 GAP = 2  # characters between columns
+WARNED = " !"  # behind an accuracy: see `notes_on_warnings`
 
 
 def arranged(table: T, choice: Choice) -> T:
@@ -116,12 +118,12 @@ def _beside(name: str, significant: bool, entry: Entry) -> str | None:
 
 
 def accuracy_of(row: Row, column: Any, counted: bool, significant: bool = False) -> str | None:
-    """`64.20 ± 1.31 (1 of 3 diverged)`; counted: with the number of seeds. None where nothing was tried."""
+    """`64.20 ± 1.31 (1 of 3 diverged) !`, with what `notes_on_warnings` explains; counted: with the number of seeds. None where nothing was tried."""
     entry, lost = row.entries.get(column), row.lost.get(column)
     if entry is None:
         return lost.told if lost else None
-    text = entry.text(significant)
-    return f"{text} ({lost.told if lost else len(entry.ids)})" if lost or counted else text
+    text = entry.text(significant) + f" ({lost.told if lost else len(entry.ids)})" * bool(lost or counted)
+    return text + WARNED * bool(entry.warnings)
 
 
 def claim_of(entry: Entry) -> str | None:
@@ -199,7 +201,7 @@ def notes_of(table: Table) -> list[str]:
         "bold: the best of a column and those next to it, down to the first that can be told from it (paired over test images, with the variance "
         "between seeds; Holm, 5 %; or three spreads below it, where seeds are too few for a test)": best,
         **dict.fromkeys(seeds.in_words(bases, any(entry.sd is None for entry in entries)) if best else [], True),
-        **dict.fromkeys(notes_on_lost(rows), True),
+        **dict.fromkeys(notes_on_lost(rows) + notes_on_warnings(rows), True),
         "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
         f"{uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged": uncompared > 0,
         table.order: bool(table.order),
@@ -227,6 +229,18 @@ def notes_on_lost(rows: Sequence[Row]) -> list[str]:
         ),
     }
     return [note for note, holds in said.items() if holds]
+
+
+def notes_on_warnings(rows: Sequence[Row]) -> list[str]:
+    """Why accuracies have a `!`, and which."""
+    which: dict[str, dict[str, list[str]]] = {}
+    for row in rows:
+        for width, entry in row.entries.items():
+            for kind in entry.warnings:
+                which.setdefault(kind, {}).setdefault(row.label, []).append(width if isinstance(width, str) else width[1])
+    reasons = REASONS | {BELOW_ROUNDING: "below plain rounding (`round`) by more than a standard error"}
+    said = {kind: "; ".join(f"{label} ({', '.join(dict.fromkeys(widths))})" for label, widths in its.items()) for kind, its in which.items()}
+    return [f"! {reason}: {said[kind]}" for kind, reason in reasons.items() if kind in said]
 
 
 def notes_on_marks(marks: Mapping[str, str]) -> list[str]:
