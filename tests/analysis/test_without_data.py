@@ -344,7 +344,7 @@ def test_the_report_has_a_section_for_them(alone: Store, both: Store, tmp_path: 
     assert '"agreement":' in text
     assert "not in the tables" not in text
     text = page(read_store(alone), "t")
-    assert "No cell has an accuracy to draw." in text
+    assert "No cell has an accuracy." in text
     assert '"top1":' not in text.partition('id="data">')[2].partition("</script>")[0].replace('"curve":', "")
     seeing = Store(tmp_path, writable=True)
     write_cell(seeing, chosen()[0], 400)
