@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dfqbench.method.image_set import ImageSet
 from dfqbench.method.registry import find_method
 from dfqbench.testing import StopAfter, Trial, ends_of, small_task, small_teacher
+from dfqbench_methods.lrq import LRQ
 from dfqbench_methods.parts.augment import crop_and_flip
 from dfqbench_methods.parts.centers import ClassCenters
 from dfqbench_methods.parts.generators import Generator
@@ -228,3 +229,17 @@ def test_the_run_keeps_image_files_beside_the_checkpoint_and_resumes_from_them(s
     (one,), (other,) = store.results()[0], whole.results()[0]
     assert one["student_state"] == other["student_state"]
     assert not list((tmp_path / "r" / "bundles").glob("*"))
+
+
+@pytest.mark.parametrize("preset", ["", "cifar100"])
+def test_the_lower_bound_never_acts_on_cifar(preset: str) -> None:
+    """With the margin, what lies in the centre itself is 0.122 away; the bound is nearer."""
+    config = LRQ.Config(**LRQ.Config.presets.get(preset, {}))
+    centers = ClassCenters(1, 3)
+    feature, label = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([0])
+    centers.add(feature, label)
+    nearest = 1 - math.cos(config.margin)
+    assert nearest == pytest.approx(0.122, abs=1e-3)
+    assert config.closest < nearest
+    assert centers.bound_loss(feature, label, config.closest, 2.0, config.margin).item() == 0.0
+    assert centers.bound_loss(feature, label, 0.3, 2.0, config.margin).item() == pytest.approx(0.3 - nearest, abs=1e-2), "as on ImageNet"
