@@ -94,7 +94,7 @@ class GZNQ(Method):
         for group in self.optimizer.param_groups[1:]:
             group["lr"] = c.image_generator_lr * 0.95 ** (self.iteration // 100)
         images = self.make()
-        answer = self.teacher.observe(jitter(images, c.jitter, self.random("jitter")))
+        answer = self.teacher.observe(jitter(images, c.jitter, self.random("jitter", on_cpu=True)))
         label_loss = self.log("image_ce", cross_entropy(answer.logits, self.labels))
         statistics_loss = self.log("image_bns", self.statistics_loss(answer))
         similarity = self.log("image_similarity", same_class_similarity(answer.features[-1].mean((2, 3)), self.labels))

@@ -21,9 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.optim import Adam
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dfqbench import Batch, Field, Method, MethodConfig, Observation, Phase, register
+from dfqbench_methods.parts.plateau import Plateau
 
 EPS = 1e-6
 
@@ -48,8 +48,8 @@ class ZeroQ(Method):
         shape = (self.config.images, *self.task.image_shape)
         levels = torch.randint(0, 255, shape, generator=self.random("noise"), device=self.device)
         self.images = ((levels - 127.5) / 5418.75).contiguous(memory_format=torch.channels_last).requires_grad_()
-        self.optimizer = Adam([self.images], lr=self.config.image_lr)
-        self.plateau = ReduceLROnPlateau(self.optimizer, factor=0.1, patience=self.config.patience, min_lr=1e-4)
+        self.optimizer = Adam([self.images], lr=self.config.image_lr, fused=self.device.type == "cuda")
+        self.plateau = Plateau(self.optimizer, patience=self.config.patience, min_lr=1e-4)
 
     def phases(self) -> list[Phase]:
         return [
@@ -60,7 +60,7 @@ class ZeroQ(Method):
     def optimise(self) -> None:
         loss = image_statistics_loss(self.teacher.observe(self.images), self.images)
         self.minimise(loss, self.optimizer)
-        self.plateau.step(loss.item())
+        self.plateau.step(loss)
         self.log("statistics_loss", loss)
 
     def synthesize(self) -> Batch:

@@ -16,10 +16,8 @@ tensors of the capture, Python not at all; that a driver would take the capture 
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -30,17 +28,8 @@ from pretended_parts import CPU, CUDA, Autocast, Generator, Graph, RealGenerator
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
-ROOT = Path(__file__).resolve().parents[1]
 _active: list[PretendedCuda] = []
-
-
-def _where() -> str:
-    """The innermost lines of the package, two of them."""
-    frames = [f for f in traceback.extract_stack() if f.filename != __file__ and Path(f.filename).resolve().is_relative_to(ROOT)]
-    named = [f"{Path(f.filename).resolve().relative_to(ROOT)}:{f.lineno}" for f in frames[::-1] if ".venv" not in f.filename]
-    return " < ".join(named[:2]) or "torch"
 
 
 class CudaTensor(Tensor):
@@ -167,7 +156,7 @@ class PretendedCuda(TorchDispatchMode):
         self.capturing: Graph | None = None
 
     def _note(self, found: Counter[str], what: str) -> None:
-        found[f"{self.part}: {what} at {_where()}" if self.part else f"{what} at {_where()}"] += 1
+        found[f"{self.part}: {what} at {parts.where()}" if self.part else f"{what} at {parts.where()}"] += 1
 
     def wait(self, what: str) -> None:
         if self.capturing is not None:
@@ -176,7 +165,7 @@ class PretendedCuda(TorchDispatchMode):
 
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
         """One operation: looked at as a GPU would, and done on the CPU."""
-        given, name = tree_flatten((args, kwargs))[0], function.overloadpacket.__name__
+        given, name = list(parts.leaves((args, kwargs))), function.overloadpacket.__name__
         ours = [v for v in given if isinstance(v, CudaTensor)]
         made_here = kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "cuda"
         if ours or made_here:
@@ -184,7 +173,7 @@ class PretendedCuda(TorchDispatchMode):
             if any(isinstance(v, RealGenerator) for v in given):
                 self._draw(name)
         plain = {k: CPU if k == "device" and v is not None else v for k, v in kwargs.items() if k != "pin_memory"}
-        bare_args, bare_kwargs = tree_map(lambda v: v.held if isinstance(v, CudaTensor) else v, (args, plain))
+        bare_args, bare_kwargs = parts.mapped(lambda v: v.held if isinstance(v, CudaTensor) else v, (args, plain))
         captured = self.capturing if ours or made_here else None
         if captured is not None:
             captured.will_run(function, bare_args, bare_kwargs)
@@ -202,7 +191,7 @@ class PretendedCuda(TorchDispatchMode):
                 return v
             return known[id(v)] if id(v) in known else CudaTensor(v)
 
-        return tree_map(wrapped, result)
+        return parts.mapped(wrapped, result)
 
     def _look(self, name: str, args: Any, given: list[Tensor], made_here: bool) -> None:
         """What a GPU would refuse or wait for in an operation that it takes part in."""

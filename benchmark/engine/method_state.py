@@ -35,6 +35,7 @@ def state_of(method: Method, restorable: set[str] | None = None, name: str = "se
     return {
         "attributes": {attribute: _save(value, f"{name}.{attribute}", restorable) for attribute, value in _own(method)},
         "streams": {stream: generator.get_state() for stream, generator in method._streams.items()},
+        "on_cpu": [stream for stream, generator in method._streams.items() if generator.device.type == "cpu"],
         "log": {scope: {name: list(entry) for name, entry in values.items() if entry[1]} for scope, values in method._log.sums.items()},
     }
 
@@ -44,7 +45,7 @@ def restore_state(method: Method, state: dict[str, Any], name: str = "self") -> 
     for attribute, value in state["attributes"].items():
         setattr(method, attribute, _load(value, getattr(method, attribute, None), f"{name}.{attribute}", method.device))
     for stream, generator in state["streams"].items():
-        method.random(stream).set_state(generator.cpu())
+        method.random(stream, on_cpu=stream in state.get("on_cpu", ())).set_state(generator.cpu())
     method._log.sums = {
         scope: {name: [total.to(method.device), count] for name, (total, count) in values.items()} for scope, values in state["log"].items()
     }

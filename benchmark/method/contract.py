@@ -167,12 +167,16 @@ class Method:
 
     # --- what a method uses -------------------------------------------------------------------------------------------
 
-    def random(self, stream: str) -> torch.Generator:
-        """The random stream of that name, on the method's device; pass it as `generator=` to torch's random functions."""
+    def random(self, stream: str, on_cpu: bool = False) -> torch.Generator:
+        """The random stream of that name, on the method's device; pass it as `generator=` to torch's random functions.
+
+        on_cpu: on the CPU whatever the device, for numbers that Python itself decides by, so that no step waits for the device.
+        """
         if stream not in self._streams:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(f"the random stream {stream!r} is first drawn from in the captured step: the steps before were others")
-            self._streams[stream] = torch.Generator(self.device).manual_seed(stream_seed(self.seed, stream))
+            device = torch.device("cpu") if on_cpu else self.device
+            self._streams[stream] = torch.Generator(device).manual_seed(stream_seed(self.seed, stream))
         return self._streams[stream]
 
     def draw_labels(self, count: int) -> Tensor:

@@ -42,7 +42,7 @@ class Observation:
 
 
 def without_owner(traced: fx.GraphModule) -> fx.GraphModule:
-    """The same module, in which the finished graph does not refer back to it: in a circle, weights outlive a network until Python's collector runs."""
+    """The same module, to which its finished graph does not refer back: in a circle, weights would live until Python's collector runs."""
     traced.graph.owning_module = None
     return traced
 

@@ -86,7 +86,7 @@ class RangeEstimator(nn.Module):
         for share in shares:
             scale, zero_point = grid(low * share, high * share, self.bits, self.symmetric, self.zero_in_range)
             errors.append((fake_quantize(values, scale, zero_point, self.bits, symmetric=self.symmetric) - values).square().mean())
-        best = shares[torch.stack(errors).argmin()]
+        best = shares.index_select(0, torch.stack(errors).argmin().view(1))[0]  # as an index, the number would be waited for
         return low * best, high * best
 
 

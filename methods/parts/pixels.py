@@ -9,7 +9,7 @@ from dfqbench import Task
 
 
 def jitter(images: Tensor, pixels: int, stream: torch.Generator) -> Tensor:
-    """The whole batch shifted by up to `pixels` each way, wrapped around, and flipped half of the time."""
+    """The whole batch shifted by up to `pixels` each way, wrapped around, and flipped half of the time; by a stream of the CPU, nothing waits."""
     draw = torch.rand(3, generator=stream, device=stream.device).tolist()
     down, right = (int((2 * pixels + 1) * d) - pixels for d in draw[:2])
     shifted = torch.roll(images, (down, right), (2, 3))
@@ -25,8 +25,8 @@ def roughness(images: Tensor) -> Tensor:
 @torch.no_grad()
 def clip_to_pixels(images: Tensor, task: Task) -> None:
     """In place: no value that a real pixel cannot have after normalisation."""
-    low, high = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in zip(*task.pixel_range(), strict=True))
-    images.copy_(torch.minimum(torch.maximum(images, low), high))
+    for channel, (low, high) in enumerate(task.pixel_range()):
+        images[:, channel].clamp_(low, high)
 
 
 def same_class_similarity(features: Tensor, labels: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dfqbench import Batch, Field, Method, Phase, TrainingConfig
 from dfqbench_methods.parts.augment import crop_and_flip
 from dfqbench_methods.parts.centers import ClassCenters
 from dfqbench_methods.parts.losses import batch_norm_loss
+from dfqbench_methods.parts.plateau import Plateau
 
 
 class StoredImagesConfig(TrainingConfig):
@@ -62,8 +62,8 @@ class StoredImages(Method):
         self.stored = self.image_set("images")
         self.pixels = torch.zeros(c.synthesis_batch, *self.task.image_shape).contiguous(memory_format=torch.channels_last).requires_grad_()
         self.labels, self.targets = torch.zeros(c.synthesis_batch, dtype=torch.long), torch.zeros(c.synthesis_batch)
-        self.pixel_optimizer = Adam([self.pixels], lr=c.image_lr)
-        self.plateau = ReduceLROnPlateau(self.pixel_optimizer, factor=0.1, patience=50, min_lr=1e-4)
+        self.pixel_optimizer = Adam([self.pixels], lr=c.image_lr, fused=self.device.type == "cuda")
+        self.plateau = Plateau(self.pixel_optimizer, patience=50, min_lr=1e-4)
         self.centers = ClassCenters(self.task.classes, self.features(self.pixels[:1]).shape[1])
         self.iteration = 0
 
@@ -90,14 +90,14 @@ class StoredImages(Method):
         c = self.config
         if self.iteration == 0:
             self.begin_batch()
-        augmented = torch.rand((), generator=self.random("augment"), device=self.device).item() < 0.5
+        augmented = torch.rand((), generator=self.random("augment", on_cpu=True)).item() < 0.5
         seen = crop_and_flip(self.pixels, self.random("crops"), c.smallest_crop) if augmented else self.pixels
         answer = self.teacher.observe(seen)
         probability = answer.logits.softmax(1).gather(1, self.labels[:, None])[:, 0]
         bounds = self.centers.bound_loss(answer.features[-1].mean((2, 3)), self.labels, c.closest, c.farthest, self.margin)
         loss = batch_norm_loss(answer) + (probability - self.targets).square().mean() + bounds
         self.minimise(loss, self.pixel_optimizer)
-        self.plateau.step(loss.item())
+        self.plateau.step(loss)
         self.log("image_loss", loss)
         self.log("bound_loss", bounds)
         self.iteration += 1
@@ -113,8 +113,7 @@ class StoredImages(Method):
             self.targets = torch.where(uniform[0] < 0.5, 1.0, c.target_low + (1 - c.target_low) * uniform[1])
         self.labels = self.draw_labels(c.synthesis_batch)
         self.pixel_optimizer.state.clear()
-        self.pixel_optimizer.param_groups[0]["lr"] = c.image_lr
-        self.plateau = ReduceLROnPlateau(self.pixel_optimizer, factor=0.1, patience=50, min_lr=1e-4)
+        self.plateau.begin(c.image_lr)
 
     @torch.no_grad()
     def finish_batch(self) -> None:

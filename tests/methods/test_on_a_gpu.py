@@ -1,0 +1,187 @@
+"""Every built-in method through every phase on a pretended GPU: no tensors of two devices meet, no step waits, every operation has a deterministic
+kernel, an interrupted run and replayed steps end with the same bits. What such a device cannot show is said in tests/pretended_cuda.py."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+from pretended_cuda import PretendedCuda
+from torch.nn import functional as F
+from torch.optim import Adam
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from dfqbench.engine.lockstep import Interrupted, Lockstep
+from dfqbench.method.contract import Phase
+from dfqbench.method.registry import built_in_names, find_method
+from dfqbench.method.settings import without_default
+from dfqbench.testing import StopAfter, Trial, ends_of, small_task
+from dfqbench_methods.parts.augment import cut
+from dfqbench_methods.parts.plateau import Plateau
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "acq": ("acq", {}),
+    "ait": ("ait", {}),
+    "dfq": ("dfq", {}),
+    "gdfq": ("gdfq", {"conditioning": "batch-norm"}),
+    "gznq": ("gznq", {"finetune": True}),
+    "gznq, by a generator": ("gznq", {"mode": "generator", "finetune": True}),
+    "intraq": ("intraq", {}),
+    "lrq": ("lrq", {"train_on_generator": True}),
+    "qimera": ("qimera", {"mixed_classes": 4, "mixing": 0.5}),
+    "round": ("round", {}),
+    "squant": ("squant", {}),
+    "zaq": ("zaq", {}),
+    "zeroq": ("zeroq", {"patience": 2}),
+}
+BUDGET = {"epochs": 3, "iterations": 5, "batch_size": 8}
+# where a step may wait, by case: what is told of it, and why it stays
+WAITS = {
+    "gznq": ("index: a mask as an index at methods/gznq.py", "once for each batch of images: how many the teacher is sure of decides what is stored"),
+    "gznq, by a generator": ("index: a mask as an index at methods/gznq.py", "as above"),
+    "ait": (
+        "copy to the CPU at methods/ait.py",
+        "a step is lengthened until it suffices, which takes another number of tries each time",
+    ),
+}
+
+
+@pytest.fixture
+def gpu() -> Iterator[PretendedCuda]:
+    """Under deterministic algorithms, as a run has it."""
+    fills, deterministic = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    with PretendedCuda() as device:
+        yield device
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = fills
+
+
+def started(case: str, precision: str, gpu: PretendedCuda) -> Lockstep:
+    """Before its first step; what is noted in steps begins with their phase."""
+    name, settings = CASES[case]
+    fields, method = find_method(name).Config.model_fields, find_method(name)
+    trial = Trial(method, {k: v for k, v in BUDGET.items() if k in fields} | settings)
+    lockstep = trial.start(bits=("w4a4", "w3a3")[: 1 + method.info.shares_synthesis], task=small_task(size=16), device=torch.device("cuda"))
+    lockstep.autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
+    step = lockstep.step
+
+    def noted(phase: Phase, calibrating: bool) -> None:
+        gpu.part = f"in a step of {phase.name}"
+        step(phase, calibrating)
+        gpu.part = ""
+
+    lockstep.step = noted  # type: ignore[method-assign]
+    return lockstep
+
+
+def through_a_file(state: dict[str, Any]) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, map_location="cpu", weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_method_runs_on_a_gpu_without_waiting_and_the_same_bits_come_out(case: str, precision: str, gpu: PretendedCuda) -> None:
+    whole = started(case, precision, gpu)
+    whole.run(StopAfter())
+    assert all(trainee.failed is None and trainee.evaluation is not None for trainee in whole.trainees)
+    assert dict(gpu.mixtures) == {}
+    assert dict(gpu.loose) == {}
+    allowed = WAITS.get(case, ("nothing", ""))[0]
+    assert [wait for wait in gpu.waits if wait.startswith("in a step") and allowed not in wait] == []
+    if case in WAITS:
+        assert any(allowed in wait for wait in gpu.waits), "it waits no more: take it out of WAITS"
+    ends = ends_of(whole)
+    if whole.steps:
+        first, second = started(case, precision, gpu), started(case, precision, gpu)
+        with suppress(Interrupted):
+            first.run(StopAfter(whole.steps // 2))
+        second.restore(through_a_file(first.state()))
+        second.run(StopAfter())
+        assert ends_of(second) == ends, "interrupted and resumed"
+    if whole.method.static_step:
+        replayed, said = started(case, precision, gpu), list[str]()
+        replayed.replay_steps(said.append)
+        replayed.run(StopAfter())
+        assert said == []
+        assert replayed.parts.replayed > 0
+        assert ends_of(replayed) == ends, "replayed"
+    assert dict(gpu.mixtures) == {}
+
+
+def test_every_method_that_needs_no_file_is_among_the_cases() -> None:
+    assert {name for name, _ in CASES.values()} == {name for name in built_in_names() if not without_default(find_method(name).Config)}
+
+
+def test_what_a_gpu_refuses_is_found(gpu: PretendedCuda) -> None:
+    """The device itself: each fault is named with its place."""
+    ours, theirs = torch.ones(3, device="cuda"), torch.ones(3)
+    assert torch.equal((ours + 1).cpu(), theirs + 1)
+    gpu.waits.clear()
+    _ = ours + theirs
+    _ = ours[torch.tensor([0])]
+    _ = ours + torch.tensor(2.0)  # a number on the CPU may go into an operation
+    assert [found.split(" at ")[0] for found in gpu.mixtures] == ["add [((3,), 'cuda'), ((3,), 'cpu')]"]
+    assert "tests/methods/test_on_a_gpu.py" in next(iter(gpu.mixtures))
+    gpu.waits.clear()
+    if ours.sum() > 2:
+        _ = ours[ours > 0]
+    torch.tensor([1.0], device="cuda")
+    torch.rand(2, generator=torch.Generator("cuda"), device="cuda")
+    assert [found.split(" at ")[0] for found in gpu.waits] == [
+        "a value is read (.item(), float(), if)",
+        "index: a mask as an index",
+        "copy from pageable memory (torch.tensor(..., device=), .to(device))",
+    ]
+    torch.rand(2, generator=torch.Generator("cuda"), device="cuda")
+    with pytest.raises(TypeError, match="can't convert cuda:0"):
+        ours.numpy()
+    image = torch.ones(1, 1, 4, 4, device="cuda", requires_grad=True)
+    sampled = F.grid_sample(image, torch.zeros(1, 2, 2, 2, device="cuda"), align_corners=False)
+    with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+        sampled.sum().backward()
+
+
+def test_crops_by_products_are_torchs_own(gpu: PretendedCuda) -> None:
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 3, 12, 12, generator=random).requires_grad_()
+    height, width = 0.5 + 0.5 * torch.rand(2, 6, generator=random)
+    y, x = (2 * torch.rand(2, 6, generator=random) - 1) * (1 - torch.stack([height, width]))
+    sign = torch.tensor([1.0, -1.0] * 3)
+    zero = torch.zeros(6)
+    boxes = torch.stack([torch.stack([width * sign, zero, x], 1), torch.stack([zero, height, y], 1)], 1)
+    grid = F.affine_grid(boxes, [6, 3, 12, 12], align_corners=False)
+    theirs = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+    ours = cut(images, height, y, width * sign, x)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    weight = torch.randn(6, 3, 12, 12, generator=random)
+    (of_ours,), (of_theirs,) = (torch.autograd.grad((crops * weight).sum(), images) for crops in (ours, theirs))
+    assert torch.allclose(of_ours, of_theirs, atol=1e-4)
+
+
+def test_a_plateau_on_a_gpu_is_torchs_own(gpu: PretendedCuda) -> None:
+    random = torch.Generator().manual_seed(1)
+    losses = 1 / torch.arange(1, 101) + 0.05 * torch.rand(100, generator=random)
+
+    def rates(device: str) -> list[float]:
+        weight = torch.zeros(1, device=device, requires_grad=True)
+        optimizer = Adam([weight], lr=0.5, fused=True)
+        plateau: Any = Plateau(optimizer, 4, 1e-4) if device == "cuda" else ReduceLROnPlateau(optimizer, factor=0.1, patience=4, min_lr=1e-4)
+        found = []
+        for loss in losses:
+            plateau.step(loss.to(device) if device == "cuda" else loss.item())
+            found.append(float(optimizer.param_groups[0]["lr"]))
+        return found
+
+    theirs = rates("cpu")
+    assert min(theirs) == pytest.approx(1e-4)
+    assert rates("cuda") == pytest.approx(theirs, rel=1e-6)
