@@ -20,24 +20,34 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dfqbench.network import Network
 from dfqbench.network.frozen_batch_norm import module_of
+from dfqbench.network.products import operands
 from dfqbench.quantization.insert import keeps_values
-from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, WeightGrid
 
 FLOAT_BITS = 32
 _CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 
 
 class Work(NamedTuple):
-    """What one call of a layer, or one product of tensors, does for one image."""
+    """What one call of a layer, or one product of tensors, does for one image; of_images: a product of two tensors that both depend on the image, of
+    which the second counts as the weight."""
 
     name: str
     macs: int
     weight_bits: int
     activation_bits: int
+    of_images: bool = False
 
     @property
     def bops(self) -> int:
         return self.macs * self.weight_bits * self.activation_bits
+
+
+class Share(NamedTuple):
+    """Shares in 0..1: of the multiplications by a weight those whose weight lies on a grid, and of all multiplications those whose activations do."""
+
+    weights: float
+    activations: float
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,16 @@ class Size:
 
     def as_dict(self) -> dict[str, Any]:
         """What result.json holds."""
-        return {"bytes": self.bytes, "weight_bits": round(self.weight_bits, 4), "macs": self.macs, "bops": self.bops}
+        counted = {"bytes": self.bytes, "weight_bits": round(self.weight_bits, 4), "macs": self.macs, "bops": self.bops}
+        return counted | {"quantized": {what: round(share, 4) for what, share in self.quantized._asdict().items()}}
+
+    @property
+    def quantized(self) -> Share:
+        """How much of the work has operands on a grid."""
+        weighed = [each for each in self.work if not each.of_images]
+        on_grid = sum(each.macs for each in weighed if each.weight_bits < FLOAT_BITS)
+        entering = [each for each in self.work if max(each.activation_bits, each.weight_bits if each.of_images else 0) < FLOAT_BITS]
+        return Share(on_grid / max(1, sum(each.macs for each in weighed)), sum(each.macs for each in entering) / max(1, self.macs))
 
 
 def size_of(network: Network) -> Size:
@@ -118,12 +137,26 @@ def _work_of(network: Network) -> list[Work]:
             answer = super().run_node(n)
             macs = (counter.get_total_flops() - before) // 2
             if macs:
-                work.append(Work(str(n.target) if n.op == "call_module" else n.name, macs, *_bits_of(n, network.traced)))
+                of_images = n.op != "call_module" and not any(operand.is_weight for operand in operands(n, network.traced))
+                work.append(Work(str(n.target) if n.op == "call_module" else n.name, macs, *_bits_of(n, network.traced), of_images))
             return answer
 
-    with torch.no_grad(), _plain_attention(), counter:
+    with _without_gradients(network), _plain_attention(), counter:
         Counting(network.traced).run(torch.zeros(1, *network.task.image_shape, device=device))
     return work
+
+
+@contextlib.contextmanager
+def _without_gradients(network: Network) -> Iterator[None]:
+    """Inside, no parameter wants one, either: the counter would look for the graphs of views of them."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    network.requires_grad_(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextlib.contextmanager
@@ -151,7 +184,7 @@ def _bits_of(node: fx.Node, traced: fx.GraphModule) -> tuple[int, int]:
 def _activation_bits(node: fx.Node, traced: fx.GraphModule) -> int:
     """Of the quantizer that made these values: poolings and reshapes pass them on, a concatenation has the widest of its parts'."""
     module = module_of(node, traced)
-    if isinstance(module, ActivationQuantizer):
+    if isinstance(module, ActivationQuantizer | WeightGrid):
         return module.bits
     if node.target in _CONCATENATIONS:
         return max(_activation_bits(part, traced) for part in node.all_input_nodes)
