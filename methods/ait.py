@@ -10,13 +10,15 @@ A way to train the student on any host's images (GDFQ's, Qimera's): no cross-ent
 
 Fidelity: the authors' code (iamkanghyunchoi/ait): the bisection makes at most five steps and its last midpoint is taken, whichever side it
 lies on; a range is found anew for the moved weight, so a moved extreme re-grids its whole channel and counts. Images, epochs, batch and warm-up
-are the host's. Deviations: the host's; a factor never exceeds 2^20 (theirs has no end where a tensor gets no gradient). Reached here, over
+are the host's; over Qimera their scripts mix other numbers of classes than Qimera's own (`hosts`). Deviations: the host's; where no factor changes
+enough integers (a tensor without gradient) the step stays SGD's own, while theirs doubles without end. Reached here, over
 GDFQ, after 1,500 student steps of 64 images (CIFAR-10 as JPEG, ResNet-20 with 87.44 %, W4A4 / W3A3,
 means of seeds 0 and 1): 85.67 / 78.64 %.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -28,7 +30,7 @@ from dfqbench_methods.parts.losses import divergence_loss
 
 BISECTIONS = 5
 CLOSE_ENOUGH = 0.01  # of the share that is wanted: bisection ends there
-LARGEST_FACTOR = 2.0**20
+NETWORKS = ("resnet18", "resnet50", "mobilenetv2")  # that the authors' ImageNet scripts name
 
 
 def direction(optimizer: Optimizer, weight: Tensor, old: Tensor) -> Tensor:
@@ -40,17 +42,32 @@ def direction(optimizer: Optimizer, weight: Tensor, old: Tensor) -> Tensor:
     return moved
 
 
-def step_factors(count: int, shares: Callable[[dict[int, float]], dict[int, float]], wanted: float, limit: float) -> list[float]:
-    """By how much each of `count` steps is to be lengthened (1 or more) to change the wanted share of integers.
+def useful_factors(weights: list[Tensor], steps: list[Tensor]) -> list[float]:
+    """For each tensor the factor above which doubling its step changes no integer any more; 0 where there is no step.
 
-    `shares` takes factors by index and answers the changed shares. Doubling goes on while the share is too small and the factor not above `limit`.
+    So far away an output channel's weights are lost in rounding: what is quantized is the step alone, whose integers do not depend on its length.
     """
-    factors = dict.fromkeys(range(count), 1.0)
+    sizes = [[t.flatten(1).abs().amax(1) for t in pair] for pair in zip(weights, steps, strict=True)]
+    far = [(weight / torch.finfo(weight.dtype).eps / step).nan_to_num(posinf=0.0).amax() for weight, step in sizes]
+    found: list[float] = torch.stack(far).tolist()
+    return found
+
+
+def step_factors(useful: list[float], shares: Callable[[dict[int, float]], dict[int, float]], wanted: float, limit: float = math.inf) -> list[float]:
+    """By how much each step is to be lengthened (1 or more) to change the wanted share of integers.
+
+    `shares` takes factors by index and answers the changed shares. Doubling goes on while the share is too small and the factor not above `limit`; a
+    step that changes too little up to its `useful` factor is not lengthened.
+    """
+    factors = dict.fromkeys(range(len(useful)), 1.0)
     short = [i for i, share in shares(factors).items() if share < wanted]
     bounds = dict.fromkeys(short, (1.0, 1.0))
     while short:
         bounds |= {i: (bounds[i][1], 2 * bounds[i][1]) for i in short}
         short = [i for i, share in shares({i: bounds[i][1] for i in short}).items() if share < wanted and bounds[i][1] < limit]
+        for i in [i for i in short if bounds[i][1] > useful[i]]:
+            short.remove(i)
+            del bounds[i]
     for _ in range(BISECTIONS):
         middles = {i: (low + high) / 2 for i, (low, high) in bounds.items()}
         for i, share in shares(middles).items():
@@ -64,6 +81,7 @@ def step_factors(count: int, shares: Callable[[dict[int, float]], dict[int, floa
 class AIT(HostingMethod):
     """KL alone and gradient inundation, on the images of a host (Choi et al., CVPR 2022)."""
 
+    version = 2
     needs = {"statistics", "labels"}  # with the host gdfq
     quick = {"host_settings": {"warmup_epochs": 1, "calibration_epochs": 1}, "student_lr": 0.01}
 
@@ -77,7 +95,18 @@ class AIT(HostingMethod):
         )
         first_limit: float = Field(100.0, ge=1, description="in a student's first epoch doubling ends above this factor")
 
-        presets = {"imagenet": dict(batch_size=16, changed_share=1e-4, host_settings=dict(warmup_epochs=50, conditioning="batch-norm"))}
+        presets = {
+            "cifar100": dict(host_preset="cifar100"),
+            **{name: dict(batch_size=16, changed_share=1e-4, host_preset=name) for name in ("imagenet", *(f"imagenet-{net}" for net in NETWORKS))},
+        }
+        hosts = {
+            "qimera": {
+                "": dict(embedding="teacher"),
+                "cifar100": dict(mixed_classes=25, embedding="teacher"),
+                "imagenet": dict(mixed_classes=250),
+                "imagenet-resnet50": dict(mixed_classes=100, embedding="teacher", mixing=0.4),
+            }
+        }
 
     def distill(self, student: Student, batch: Batch) -> Tensor:
         """The mean is over all N x C elements, as in GDFQ's code."""
@@ -94,7 +123,7 @@ class AIT(HostingMethod):
         weights = [layer.layer.weight for layer in layers]
         before = [weight.detach().clone() for weight in weights]
         self.minimise(loss, optimizer)
-        limit = self.config.first_limit if group["updates"] < self.config.iterations else LARGEST_FACTOR
+        limit = self.config.first_limit if group["updates"] < self.config.iterations else math.inf
         group["updates"] += 1
         share = self.config.changed_share * group["lr"] / group["initial_lr"]
         with torch.no_grad():
@@ -106,7 +135,7 @@ class AIT(HostingMethod):
                 changed = [(layers[i].weight_levels(before[i] - a * steps[i]) != levels[i]).float().mean() for i, a in factors.items()]
                 return dict(zip(factors, torch.stack(changed).tolist(), strict=True)) if changed else {}
 
-            factors = step_factors(len(layers), shares, share, limit)
+            factors = step_factors(useful_factors(before, steps), shares, share, limit)
             for weight, old, step, factor in zip(weights, before, steps, factors, strict=True):
                 weight.copy_(old - factor * step)
         self.log("step_factor", sum(factors) / len(factors))

@@ -82,8 +82,8 @@ def image_statistics_loss(answer: Observation, images: Tensor) -> Tensor:
 
 
 def _per_image(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation over the positions of each channel: N x C each, float32."""
-    x = x.float()
+    """Mean and unbiased standard deviation over the positions of each channel: N x C each, float32 at least."""
+    x = x if x.dtype == torch.float64 else x.float()
     count = x.shape[2] * x.shape[3]
     mean = x.mean((2, 3))
     variance = (x - mean[:, :, None, None]).square().sum((2, 3)) / max(count - 1, 1)

@@ -15,7 +15,7 @@ import pandas as pd
 from dfqbench.analysis.merge import differences, setup_of
 from dfqbench.analysis.records import Reading, read_store
 from dfqbench.analysis.size import sizes_of
-from dfqbench.analysis.tables.blocks import load_frame
+from dfqbench.analysis.tables.cells import load_frame
 from dfqbench.errors import Notice, UserError, counted
 from dfqbench.files import read_json
 from dfqbench.quantization import Bits
@@ -174,7 +174,8 @@ def _more(result: dict[str, Any]) -> dict[str, Any]:
     identity, bits, sizes = result["cell"]["identity"], Bits.parse(result["cell"]["bits"]), sizes_of(result)
     configuration = fingerprint({key: value for key, value in identity.items() if key not in ("bits", "seed")})
     return (
-        {"configuration": configuration, "settings": canonical_json(identity["config"])}
+        {"method": result["cell"].get("settings") or result["cell"]["label"]}  # whatever it is called
+        | {"configuration": configuration, "settings": canonical_json(identity["config"])}
         | {"weight_bits": bits.weights, "activation_bits": bits.activations, "top5": _number(result.get("top5"))}
         | {"best_epoch": result["best"].get("epoch") if "top1" in result["best"] else None, "last_epoch": result.get("last_epoch")}
         | {"finished": _number(result.get("finished")) or None}

@@ -8,8 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfqbench.errors import UserError
 from dfqbench.files import read_json
 from dfqbench.store import Store
 from dfqbench.sweep.cell import canonical_json, fingerprint, without_data
@@ -25,6 +23,7 @@ from dfqbench.sweep.cell import canonical_json, fingerprint, without_data
 CELL_ID = re.compile(r"[0-9a-f]{12}")
 OF_A_CELL = {"cell.json", "result.json", "failed.json", "lease.json", "log.txt", "history.csv"}
 DIVERGED = "Diverged"  # the kind of a failure
+IN_EPOCH = re.compile(r"\bin epoch (\d+)")  # of its message
 ABANDONED_S = 60.0  # a temporary file older than this has no writer any more
 
 # what a result must hold, and of which type: whatever reads a checked result relies on it
@@ -162,25 +161,6 @@ def read_store(store: Store, wanted: set[str] | None = None) -> Reading:
     return Reading(store, results, skipped, failures, others, unreadable)
 
 
-def name_rows(reading: Reading, names: Mapping[str, Mapping[str, str]] | None, group: str | None = None) -> Reading:
-    """The reading with cells called as their sweep calls them: `names` by cell id, or what the sweep said when they ran.
-
-    What a cell is called (`label`) then stands for its settings in tables and plots, and `settings` keeps those. With `group`, only its cells.
-    """
-
-    def named(record: dict[str, Any]) -> bool:
-        cell = record["cell"]
-        own = cell if names is None else names.get(record["id"], {})
-        cell["settings"], cell["label"] = cell.get("label", ""), own.get("name") or cell.get("label", "")
-        return group is None or own.get("group") == group
-
-    results, others, failures = ([r for r in records if named(r)] for records in (reading.results, reading.without_data, reading.failures))
-    if group is not None and not (results or others or failures):
-        groups = sorted({str(cell["group"]) for r in (*reading.results, *reading.without_data) if (cell := r["cell"]).get("group")})
-        raise UserError(f"--group {group!r}: no cell is of that group" + (f"; there are {', '.join(groups)}" if groups else ""))
-    return replace(reading, results=results, without_data=others, failures=failures)
-
-
 def _folders(store: Store) -> list[tuple[Path, set[str], str]]:
     """What is under runs/, each with the names in it, or with why there are none."""
     runs = store.root / "runs"
@@ -268,10 +248,12 @@ def _as_result(failure: dict[str, Any], store: Store) -> dict[str, Any] | None:
     scores: dict[str, Any] = {"top1": math.nan, "best": {"top1": math.nan}}
     if without_data(cell):
         scores = {"metric": "agreement", "agreement": math.nan, "kl": math.nan, "best": {"agreement": math.nan}}
+    epoch = IN_EPOCH.search(str(failure["message"])) if failure["kind"] == DIVERGED else None
     return {
         "id": failure["id"],
         "cell": cell,
         "status": "diverged" if failure["kind"] == DIVERGED else "failed",
+        "diverged_in": int(epoch[1]) if epoch else None,
         **scores,
         "evaluations": 0,
         "images": images if isinstance(images, int) else 0,

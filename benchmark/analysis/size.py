@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dfqbench.errors import UserError, nearest
-
 MEGABYTE = 2**20
 
 
@@ -62,10 +60,11 @@ def common_sizes(results: Iterable[dict[str, Any]]) -> Sizes | None:
 
 @dataclass(frozen=True)
 class Column:
-    """A column that a table can have beside an accuracy; means: in a note."""
+    """A column that a table can have beside an accuracy; value: what rows are sorted by, the least first; means: in a note."""
 
     head: str
     text: Callable[[Sizes], str]
+    value: Callable[[Sizes], float]
     means: str
 
 
@@ -83,10 +82,24 @@ def gigabops(size: Size) -> float:
 
 
 COLUMNS = {
-    "size": Column("MB", lambda s: three_digits(megabytes(s.student)), "MB: weights, grids and all that stays float, packed, in 2^20 bytes"),
-    "compression": Column("smaller", lambda s: f"{s.compression:.2f}x", "smaller: the teacher's bytes over the student's"),
-    "weight-bits": Column("bits/weight", lambda s: f"{s.student.weight_bits:.2f}", "bits/weight: the mean over all weights of layers"),
-    "bops": Column("GBOPs", lambda s: three_digits(gigabops(s.student)), "GBOPs: 10^9 MACs x weight bits x activation bits, per image"),
+    "size": Column(
+        "MB",
+        lambda s: three_digits(megabytes(s.student)),
+        lambda s: s.student.bytes,
+        "MB: weights, grids and all that stays float, packed, in 2^20 bytes",
+    ),
+    "compression": Column(
+        "smaller", lambda s: f"{s.compression:.2f}x", lambda s: 1 / s.compression, "smaller: the teacher's bytes over the student's"
+    ),
+    "weight-bits": Column(
+        "bits/weight", lambda s: f"{s.student.weight_bits:.2f}", lambda s: s.student.weight_bits, "bits/weight: the mean over all weights of layers"
+    ),
+    "bops": Column(
+        "GBOPs",
+        lambda s: three_digits(gigabops(s.student)),
+        lambda s: s.student.bops,
+        "GBOPs: 10^9 MACs x weight bits x activation bits, per image",
+    ),
 }
 
 
@@ -96,7 +109,11 @@ def text_of(name: str, sizes: Sizes | None) -> str:
 
 
 def in_words(beside: Sequence[str], of_teachers: Mapping[str, Sequence[Sizes | None]]) -> list[str]:
-    """What these columns mean, and the teachers' own figures: a note each. of_teachers: of the entries that a table shows, by the teacher's name."""
+    """What these columns mean, and the teachers' own figures: a note each. of_teachers: of the entries that a table shows, by the teacher's name.
+
+    beside: of what stands there, what is none of these columns has its notes elsewhere.
+    """
+    beside = [name for name in beside if name in COLUMNS]
     if not beside:
         return []
     known = {teacher: next((sizes.teacher for sizes in its if sizes), None) for teacher, its in of_teachers.items()}
@@ -105,12 +122,3 @@ def in_words(beside: Sequence[str], of_teachers: Mapping[str, Sequence[Sizes | N
     heads = ", ".join(COLUMNS[name].head for name in beside)
     notes = [COLUMNS[name].means for name in beside] + [f"in full precision, {'; '.join(teachers)}"] * bool(teachers)
     return notes + [f"- in {heads}: the results were written by an earlier version, which did not count it"] * lacking
-
-
-def columns_of(given: str) -> Sequence[str]:
-    """`size,bops` as names of COLUMNS. Raises UserError for an unknown one."""
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    for name in names:
-        if name not in COLUMNS:
-            raise UserError(f"--columns {name!r}: {nearest(name, COLUMNS)}")
-    return list(dict.fromkeys(names))

@@ -11,7 +11,7 @@ import warnings
 
 import typer
 
-from dfqbench.cli import cluster, export, lists, methods, report, results, run, speed, students
+from dfqbench.cli import cluster, data, export, lists, methods, report, results, run, speed, students
 from dfqbench.errors import Notice, UserError
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(methods.app, name="methods")
+app.add_typer(data.app, name="data")
 app.add_typer(results.wandb_app, name="wandb")
 
 

@@ -95,6 +95,8 @@ def show_method(name: str, plugin: Plugins = None) -> None:
     console.print(shown)
     for preset, values in entry.presets.items():
         console.print(f"preset {preset}: {values}", highlight=False)
+    for host, values in entry.hosted.items():
+        console.print(f"host {host}: {values}", highlight=False)
 
 
 @app.command("new")

@@ -21,6 +21,21 @@ if TYPE_CHECKING:
     from dfqbench.store import Store
 
 OnlyConfig = Annotated[str | None, typer.Argument(help="Only this sweep's cells; default: all of the store.")]
+Rows = Annotated[
+    list[str] | None,
+    typer.Option("--rows", help="Only rows whose label or method fits: a glob, or /a regular expression/; may be given again."),
+]
+Columns = Annotated[
+    str,
+    typer.Option(
+        help="Only these, in this order, commas between: bit widths, follows, steps, seeds, seconds; beside each accuracy drop, published, "
+        "size (MB), compression, weight-bits, bops. With + before each: the usual columns and these."
+    ),
+]
+NamesFrom = Annotated[
+    Path | None,
+    typer.Option("--names-from", readable=False, help="A CSV file with row (a cell's id or a row's name), label, group: what rows are called."),
+]
 Group = Annotated[str | None, typer.Option("--group", help="Only methods of this group, as the config names it.")]
 RuleOption = Annotated[str, typer.Option("--rule", help="last, or best-on-test (chosen on the test labels).")]
 TABLE_FORMATS = ("text", "markdown", "latex", "html", "csv", "csv-means")
@@ -37,43 +52,47 @@ def table(
     layout: Annotated[
         str, typer.Option(help="blocks: a table per teacher and evaluation set; wide: one table of methods by networks and bit widths.")
     ] = "blocks",
-    columns: Annotated[
-        str, typer.Option(help="More columns beside each accuracy, with commas between: size (MB), compression, weight-bits, bops.")
-    ] = "",
+    rows: Rows = None,
+    columns: Columns = "",
+    sort: Annotated[str, typer.Option(help="A bit width, or method, steps, seconds, size, ...; default: the narrowest width.")] = "",
+    best_first: Annotated[bool, typer.Option("--best-first/--worst-first", help="Rows that lack a column or diverged are last either way.")] = True,
+    names_from: NamesFrom = None,
+    bib: Annotated[Path | None, typer.Option(readable=False, help="With --format latex: write the BibTeX of the table's methods here.")] = None,
     group: Group = None,
     plugin: Plugins = None,
 ) -> None:
     """Print the table of finished cells."""
-    from dfqbench.analysis.size import columns_of
+    from dfqbench.analysis.tables.choice import Choice
+    from dfqbench.analysis.tables.choice import Columns as Shown
 
-    beside = columns_of(columns)
-    checked = rule_of(rule)
+    checked, choice = rule_of(rule), Choice(tuple(rows or ()), Shown.of(columns), sort, best_first)
     one_of("--format", output, TABLE_FORMATS)
     one_of("--layout", layout, ("blocks", "wide"))
     if layout == "wide" and output.startswith("csv"):
         raise UserError(f"--layout wide: --format {output} has a line for every cell or mean, whatever the layout")
-    if beside and output.startswith("csv"):
-        raise UserError(f"--columns {columns}: --format {output} has all columns")
+    if bib and output != "latex":
+        raise UserError(f"--bib {bib}: only --format latex cites")
     reading = read_cells(config, results, plugin, diverged_will_do=True)
+    reading = choice.of(named(reading, config, plugin, group, names_from))
     if output == "csv":
         from dfqbench.analysis.frames import frame_of
 
         frame_of([reading]).to_csv(sys.stdout, index=False)
         return
-    reading = named(reading, config, plugin, group)
     from dfqbench.analysis.ledger import load_ledger
     from dfqbench.analysis.per_image import PerImage
     from dfqbench.analysis.tables.blocks import blocks
-    from dfqbench.analysis.tables.printed import means_frame, ranking
+    from dfqbench.analysis.tables.printed import arranged, means_frame, ranking
     from dfqbench.analysis.tables.wide import side_by_side
     from dfqbench.analysis.tables.without_data import agreements
 
-    found = blocks([*reading.results, *reading.unfinished], checked, ledger=load_ledger(), per_image=PerImage(reading), beside=beside)
-    without_data = agreements(reading, beside)
+    found = blocks([*reading.results, *reading.unfinished], checked, ledger=load_ledger(), per_image=PerImage(reading))
+    found, without_data = [arranged(block, choice) for block in found], agreements(reading, choice)
     if output == "csv-means":
         means_frame(found, without_data).to_csv(sys.stdout, index=False)
         return
     tables, ranks = [*(side_by_side(found) if layout == "wide" else found), *without_data], ranking(found)
+    tables = [arranged(table, choice) for table in tables]
     if output == "text":
         from rich.console import Console
 
@@ -81,10 +100,26 @@ def table(
 
         print_tables(tables, ranks, Console())
     else:
-        from dfqbench.analysis.tables.formats import html, latex, markdown
+        from dfqbench.analysis.tables.formats import html, markdown
+        from dfqbench.analysis.tables.latex import latex
 
         formats = {"markdown": markdown, "latex": latex, "html": html}
         print(formats[output](tables, ranks), end="")
+    if bib:
+        _write_bibliography(bib, {record["cell"]["method"] for record in (*reading.results, *reading.unfinished)})
+
+
+def _write_bibliography(path: Path, methods: set[str]) -> None:
+    from dfqbench.analysis.tables.papers import bibliography
+    from dfqbench.files import write_atomically
+
+    entries, lacking = bibliography(methods)
+    try:
+        write_atomically(path, entries)
+    except OSError as error:
+        raise UserError(f"--bib {path}: {error.strerror}") from None
+    if lacking:
+        print(f"{path}: no entry for {', '.join(lacking)}, which is cited nowhere", file=sys.stderr)
 
 
 def rule_of(given: str) -> Rule:
@@ -135,11 +170,19 @@ def _say_not_done(names: list[str], wanted: dict[str, str], what: str, advice: s
         print(f"{len(names)} of {len(wanted)} cells {what}, {advice}:{named}", file=sys.stderr)
 
 
-def named(reading: Reading, config: str | None, plugins: list[str] | None, group: str | None = None) -> Reading:
-    """With the labels of the config as it is now; without a config, with those that cells had when they ran."""
-    from dfqbench.analysis.records import name_rows
+def named(reading: Reading, config: str | None, plugins: list[str] | None, group: str | None = None, names_from: Path | None = None) -> Reading:
+    """With the labels of the config as it is now; without a config, with those that cells had when they ran. What `names_from` says counts first;
+    without it and without a config, the store's own names.csv."""
+    from dfqbench.analysis.names import FILE, name_rows, read_names, unknown_in
+    from dfqbench.sweep.config_file import labels_of
 
-    return name_rows(reading, names_of(config, reading.store, plugins) if config else None, group)
+    path = names_from or (None if config else reading.store.root / FILE)
+    over = read_names(path) if path and (names_from or path.is_file()) else {}
+    names = names_of(config, reading.store, plugins) if config else None
+    found = name_rows(reading, names, [labels_of(config) if config else {}, over], group)
+    if unknown := unknown_in(over, reading):
+        print(f"{path}: {unknown}", file=sys.stderr)
+    return found
 
 
 def names_of(config: str, store: Store, plugins: list[str] | None) -> dict[str, dict[str, str]]:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from dfqbench.engine.device import Stopwatch, autocast_of
+from dfqbench.engine.diagnosis import agreements, look, range_change, widths
 from dfqbench.engine.evaluate import Evaluation
 from dfqbench.engine.learning_rate import is_fused, learning_rate, place_rates, rate_of, set_rate
 from dfqbench.engine.method_state import optimizers_of, restorable_of, restore_state, set_up, state_of
@@ -48,6 +50,7 @@ class Trainee:
     optimizer: torch.optim.Optimizer | None
     history: list[dict[str, Any]] = field(default_factory=list)
     failed: str | None = None
+    widths: Tensor | None = None  # of its ranges, when they were last tracked
     evaluation: Evaluation | None = None  # the latest
 
     @property
@@ -72,9 +75,11 @@ class Lockstep:
         evaluate: Callable[[Student], Evaluation],
         evaluate_every: int | None = None,
         work: Path | None = None,
+        plain: Callable[[Cell], Student | None] = lambda cell: None,
     ):
+        """plain: makes the teacher plainly rounded, as a cell has it, to compare its student with; None where that cannot be."""
         first = bundle.cells[0]
-        self.bundle, self.device, self.evaluate, self.evaluate_every = bundle, device, evaluate, evaluate_every
+        self.bundle, self.device, self.evaluate, self.evaluate_every, self.plain = bundle, device, evaluate, evaluate_every, plain
         self.autocast = autocast_of(first, device)
         self.teacher = teacher.to(device).to(memory_format=torch.channels_last)
         self.method = set_up(first, self.teacher, device, work)
@@ -137,6 +142,11 @@ class Lockstep:
         return sum(self.iterations_of(phase) for phase, _ in self.epochs)
 
     @property
+    def _at_end_of_epoch(self) -> bool:
+        """Whether all steps of the epoch are done, but not what follows them."""
+        return self.epoch < len(self.epochs) and self.iteration == self.iterations_of(self.epochs[self.epoch][0])
+
+    @property
     def making_epochs(self) -> int:
         """Epochs at the beginning of the plan that only make images: no student takes part."""
         return next((i for i, (phase, _) in enumerate(self.epochs) if phase.step is None), len(self.epochs))
@@ -161,7 +171,7 @@ class Lockstep:
                 self.step(phase, calibrating)
                 self.iteration += 1
                 watcher.step(self, phase)
-            self._end_epoch(phase, self.method._log.averages(Log.SHARED))
+            self._end_epoch(phase, self.method._log.averages(Log.SHARED), calibrating)
             self.epoch, self.iteration = self.epoch + 1, 0
             watcher.epoch(self, phase)
         for trainee in self.active:
@@ -169,6 +179,8 @@ class Lockstep:
                 self.method.finish(trainee.student)
             trainee.student.check_ranges()
             trainee.evaluation = self.evaluate(trainee.student)
+            for row in trainee.history[-1:]:
+                row |= self._agreements(trainee)
 
     def begin_epoch(self, phase: Phase, calibrating: bool) -> None:
         """Learning rates and modes of an epoch."""
@@ -227,7 +239,7 @@ class Lockstep:
                 with self.autocast:
                     self.method.adversary(trainee.student)
 
-    def _end_epoch(self, phase: Phase, shared: dict[str, float]) -> None:
+    def _end_epoch(self, phase: Phase, shared: dict[str, float], calibrating: bool = False) -> None:
         """shared: the averages of what was logged outside any student."""
         log, epoch, seconds = self.method._log, self.epoch + 1, self.watch.read()
         for trainee in self.active:
@@ -236,14 +248,28 @@ class Lockstep:
             row: dict[str, Any] = {"epoch": epoch, "phase": phase.name, **shared, **log.averages(trainee.name)}
             if trainee.optimizer is not None and phase.distill:
                 row["student_lr"] = rate_of(trainee.optimizer.param_groups[0])
+            if phase.distill or calibrating:
+                row |= self._diagnosis(trainee, calibrating)
             if self._evaluates_after(epoch, trainee):
                 trainee.evaluation = self.evaluate(trainee.student)
                 row[trainee.evaluation.metric] = trainee.evaluation.top1
+                row |= self._agreements(trainee)
             row["seconds"] = round(seconds.get(self.SHARED, 0.0) + seconds.get(trainee.name, 0.0), 3)
             trainee.history.append(row)
             if not math.isfinite(row.get("loss", 0.0)):
                 trainee.failed = f"diverged: the loss is {row['loss']} in epoch {epoch}"
         log.reset()
+
+    def _diagnosis(self, trainee: Trainee, calibrating: bool) -> dict[str, float]:
+        """What the epoch's last batch says of a student at rest."""
+        found = look(trainee.student, self.last_batch, self.autocast) if self.last_batch is not None else {}
+        if calibrating:
+            before, trainee.widths = trainee.widths, widths(trainee.student)
+            found |= range_change(before, trainee.widths)
+        return found
+
+    def _agreements(self, trainee: Trainee) -> dict[str, float]:
+        return agreements(trainee.student, self.plain(trainee.cell), self.last_batch, self.autocast) if self.last_batch is not None else {}
 
     def _evaluates_after(self, epoch: int, trainee: Trainee) -> bool:
         """The last epoch is evaluated after `finish`; a student without ranges has nothing to say yet."""
@@ -269,6 +295,7 @@ class Lockstep:
                     "optimizer": t.optimizer.state_dict() if t.optimizer else None,
                     "history": t.history,
                     "failed": t.failed,
+                    "widths": t.widths,
                 }
                 for t in self.trainees
             },
@@ -277,6 +304,7 @@ class Lockstep:
             "seconds": dict(self.watch.read()),
             "cpu_seconds": dict(self.watch.cpu),
             "images_from": self.images_from,
+            "last_batch": vars(self.last_batch) if self.last_batch is not None and self._at_end_of_epoch else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -288,7 +316,7 @@ class Lockstep:
             trainee.student.load_state_dict(saved["network"])
             if trainee.optimizer is not None:
                 trainee.optimizer.load_state_dict(saved["optimizer"])
-            trainee.history, trainee.failed = saved["history"], saved["failed"]
+            trainee.history, trainee.failed, trainee.widths = saved["history"], saved["failed"], saved.get("widths")
         self._place_rates()  # loaded optimizers hold other tensors
         self.parts.forget()
         torch.set_rng_state(state["global_random"].cpu())
@@ -296,3 +324,5 @@ class Lockstep:
             torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
         self.watch.goes_on(state["seconds"], state.get("cpu_seconds"))
         self.images_from = state.get("images_from")
+        batch = state.get("last_batch")
+        self.last_batch = Batch(**{k: v if v is None else v.to(self.device) for k, v in batch.items()}) if batch else None

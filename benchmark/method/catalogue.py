@@ -28,19 +28,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One method. rules: quantization rules of its own; presets: as text, by name."""
+    """One method. rules: quantization rules of its own; presets: as text, by name; hosted: what it changes of hosts, as text, by host and preset."""
 
     info: MethodInfo
     rules: list[str]
     expected_failures: dict[str, str]
     settings: list[Setting]
     presets: dict[str, str]
+    hosted: dict[str, str]
 
     @classmethod
     def of(cls, method: type[Method]) -> Entry:
         rules = [f"{rule} {value}" for rule, value in (("ranges", method.ranges), ("batch norm", method.batch_norm)) if value]
-        presets = {preset: ", ".join(f"{k}={v}" for k, v in values.items()) for preset, values in method.Config.presets.items()}
-        return cls(method.info, rules, dict(method.expected_failures), list(settings_of(method.Config)), presets)
+        wrapped: dict[str, dict[str, dict[str, Any]]] = getattr(method.Config, "hosts", {})
+        hosts = {f"{host}, {name or 'no preset'}": values for host, sets in wrapped.items() for name, values in sets.items()}
+        presets, hosted = ({n: ", ".join(f"{k}={v}" for k, v in values.items()) for n, values in s.items()} for s in (method.Config.presets, hosts))
+        return cls(method.info, rules, dict(method.expected_failures), list(settings_of(method.Config)), presets, hosted)
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Entry:

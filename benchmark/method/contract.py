@@ -134,9 +134,8 @@ class Method:
     def student_optimizer(self, student: Student) -> torch.optim.Optimizer:
         """SGD with Nesterov momentum over all weights, biases and BN parameters, as the lineage has it."""
         c = self.config
-        return torch.optim.SGD(
-            student.parameters(), lr=c.student_lr, momentum=c.student_momentum, weight_decay=c.student_weight_decay, nesterov=True, fused=True
-        )
+        momentum = {"momentum": c.student_momentum, "nesterov": c.student_momentum > 0}  # torch refuses Nesterov's with none
+        return torch.optim.SGD(student.parameters(), lr=c.student_lr, weight_decay=c.student_weight_decay, fused=True, **momentum)
 
     def student_step(self, student: Student, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """One update of a student; override it where the update itself is the idea."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from pydantic import model_validator
@@ -12,7 +12,7 @@ from dfqbench.errors import UserError
 from dfqbench.method.contract import Batch, Method, Phase
 from dfqbench.method.info import Needs
 from dfqbench.method.registry import find_method
-from dfqbench.method.settings import Field, MethodConfig, TrainingConfig
+from dfqbench.method.settings import Field, MethodConfig, TrainingConfig, preset_of
 from dfqbench.quantization.student import Student
 
 if TYPE_CHECKING:
@@ -24,10 +24,16 @@ SHARED_SETTINGS = ("epochs", "iterations", "batch_size", "milestones", "lr_decay
 class HostingConfig(TrainingConfig):
     """Settings of a method that wraps the one named in `host`. Epochs, steps, batch, milestones and decay are said once, for both.
 
+    A host starts from the preset that `host_preset` names, as `preset_of` finds it among the host's own, and then from what `hosts` says of it: for
+    each host by name, presets of settings that differ from the host's own wherever this method wraps it; "" is that without a preset.
+
     The host's version and all of its settings enter the cell's identity through `host_identity`.
     """
 
+    hosts: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
+
     host: str = Field("gdfq", description="the method that makes the images", source="chosen here")
+    host_preset: str = Field("", description="the host's preset; empty: its defaults", source="chosen here", later=True)
     host_settings: dict[str, Any] = Field({}, description="what differs from the host's defaults", source="chosen here")
     host_identity: dict[str, Any] = Field({}, description="the host's version and complete settings: filled in, not to be given", source="the host")
 
@@ -59,7 +65,9 @@ def host_of(config: HostingConfig) -> tuple[type[Method], MethodConfig]:
     twice = [name for name in SHARED_SETTINGS if name in config.host_settings]
     if twice:
         raise ValueError(f"host_settings: {', '.join(twice)}: give it beside `host`, it holds for both")
-    return method, method.Config(**{name: getattr(config, name) for name in SHARED_SETTINGS}, **config.host_settings)
+    presets, wrapped = method.Config.presets, config.hosts.get(config.host, {})
+    start = presets.get(preset_of(presets, config.host_preset), {}) | wrapped.get(preset_of(wrapped, config.host_preset), {})
+    return method, method.Config(**{**start, **config.host_settings, **{name: getattr(config, name) for name in SHARED_SETTINGS}})
 
 
 def methods_of(method: type[Method], config: MethodConfig) -> list[tuple[type[Method], MethodConfig]]:

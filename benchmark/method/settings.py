@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -15,12 +15,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer
 from pydantic_core import PydanticCustomError
 
 
-def Field(default: Any, *, unit: str | None = None, source: str | None = None, description: str = "", **rules: Any) -> Any:
+def Field(default: Any, *, unit: str | None = None, source: str | None = None, description: str = "", later: bool = False, **rules: Any) -> Any:
     """A setting with its default.
 
     description: what it means. unit: "epochs", "images", "radians"; None where it is a plain number or a choice. source: where the default comes
-    from, if not from where the class's `source` says. Everything else (ge, gt, le, lt, ...) is pydantic's.
+    from, if not from where the class's `source` says. later: the setting came when there were results already, and its default changes none of them:
+    it is no part of a cell's identity where it has its default. Everything else (ge, gt, le, lt, ...) is pydantic's.
     """
+    if later:
+        rules["exclude_if"] = lambda value: value == default
     extra: dict[str, Any] = {key: value for key, value in (("unit", unit), ("source", source)) if value is not None}
     return pydantic.Field(default, description=description or None, json_schema_extra=extra or None, **rules)
 
@@ -50,9 +53,10 @@ InputFile = Annotated[Path, AfterValidator(_existing), PlainSerializer(_digest, 
 class MethodConfig(BaseModel):
     """Settings of a method. Unknown keys are errors; every field takes part in a cell's identity.
 
-    `presets` names sets of other defaults: `presets = {"imagenet": dict(batch_size=16)}`. `source` says where the defaults come from, unless a
-    field's own `source` does. `after_images` names the settings that the leading phases which only make images do not depend on: cells that differ
-    in nothing else take each other's images over. A subclass adds what it knows of its own settings; what is not named keeps cells apart.
+    `presets` names sets of other defaults: `presets = {"imagenet": dict(batch_size=16)}`; see `preset_of` for names. `source` says where the defaults
+    come from, unless a field's own `source` does. `after_images` names the settings that the leading phases which only make images do not depend on:
+    cells that differ in nothing else take each other's images over. A subclass adds what it knows of its own settings; what is not named keeps cells
+    apart.
 
     A setting of type `InputFile` takes part by the content of its file; one that changes no number is left out by `exclude=True`.
     """
@@ -61,6 +65,17 @@ class MethodConfig(BaseModel):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
     source: ClassVar[str] = "not given"
     after_images: ClassVar[set[str]] = set()
+
+
+def preset_of(presets: Collection[str], wanted: str, width: str = "") -> str:
+    """The name of the preset that a method with these has for a wanted one at a bit width (`w4a4`); "" where it has none.
+
+    A network's own comes before a data set's, and one for some bits of weights before one for all: of `imagenet-resnet50` at w5a5 the first that
+    there is of `imagenet-resnet50-w5`, `imagenet-resnet50`, `imagenet-w5` and `imagenet`.
+    """
+    parts, weights = wanted.split("-"), width.split("a")[0]
+    names = ["-".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((name for stem in names for name in (f"{stem}-{weights}", stem) if name in presets), "")
 
 
 def files_of(config: MethodConfig) -> dict[str, str]:

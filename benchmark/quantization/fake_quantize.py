@@ -46,8 +46,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int, channel_axis: int | None, clipped: bool, from_zero: bool
     ) -> Tensor:
         if clipped:
-            level = scaled(x, scale, channel_axis).add_(_along(channel_axis, zero_point, x)).round_()
-            ctx.save_for_backward((level >= lowest) & (level <= highest))
+            ctx.save_for_backward(reached(x, scale, zero_point, lowest, highest, channel_axis))
         ctx.clipped = clipped
         if x.is_cuda and x.dtype != torch.float64:
             return fused_kernel(x.float(), scale, zero_point, lowest, highest, channel_axis).to(x.dtype)
@@ -70,6 +69,12 @@ def scaled(x: Tensor, scale: Tensor, channel_axis: int | None) -> Tensor:
     """x / scale as a new tensor: float64 where x is, else float32."""
     factor = _along(channel_axis, 1.0 / scale, x)
     return x * factor if x.dtype in (torch.float32, torch.float64) else x.float().mul_(factor)
+
+
+def reached(x: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int, channel_axis: int | None = None) -> Tensor:
+    """Which entries of x round to a level of the grid (bool); the others are clipped, and so is what is not a number."""
+    level = scaled(x, scale, channel_axis).add_(_along(channel_axis, zero_point, x)).round_()
+    return (level >= lowest) & (level <= highest)
 
 
 def elementwise(x: Tensor, scale: Tensor, zero_point: Tensor | None, lowest: int, highest: int, channel_axis: int | None) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfqbench.network.canonical import Layer, TransposedConv
-from dfqbench.quantization.fake_quantize import fake_quantize, grid, levels
+from dfqbench.quantization.fake_quantize import fake_quantize, grid, levels, reached
 from dfqbench.quantization.protocol import Protocol
 from dfqbench.quantization.ranges import RangeEstimator
 
@@ -202,6 +202,12 @@ class ActivationQuantizer(nn.Module):
         if self._looked is None or self._looked[0] != now:
             self._looked = now, bool(self.zero_point == 0)
         return self._looked[1]
+
+    @torch.no_grad()
+    def clipped_share(self, x: Tensor) -> Tensor:
+        """How much of x lies beyond the grid: a scalar in 0..1."""
+        inside = reached(x, self.scale, self.zero_point, *levels(self.bits, self.protocol.activation_symmetric))
+        return inside.logical_not().float().mean()
 
     @torch.no_grad()
     def set_range(self, low: float, high: float) -> None:

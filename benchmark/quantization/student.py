@@ -123,6 +123,22 @@ class Student(Network):
                 f"{len(without)} activation quantizers have no range ({shown}): a phase needs calibration_epochs, or finish() must set them"
             )
 
+    @torch.no_grad()
+    def clipped_shares(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits, how much of each activation is clipped): images are N x C x H x W; shares in 0..1 by layer, in the order of the forward pass.
+
+        Quantizers that are off or have no range have no share. Nothing moves, as long as nothing is set to (see `training_mode`, `track_ranges`).
+        """
+        shares: list[Tensor] = []
+        listened = [q for q in self.quantizers.values() if q.enabled and q.has_range]
+        hooks = [q.register_forward_pre_hook(lambda q, given: shares.append(q.clipped_share(given[0]))) for q in listened]
+        try:
+            logits = self(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return logits, torch.stack(shares) if shares else logits.new_zeros(0)
+
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
         """Inside, every quantizer is off: the network computes what the float network with these weights computes."""

@@ -6,7 +6,6 @@ Nothing here opens an evaluation set.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +81,22 @@ def kept_images(path: Path, maker: Cell, teacher: Teacher, device: torch.device,
     return load_file(path)["images"].to(device).contiguous(memory_format=torch.channels_last)
 
 
-def plain_rounding(cell: Cell, teacher: Teacher, images: Tensor, device: torch.device) -> dict[str, float] | None:
-    """`agreement` in percent and `kl` in nats of the cell's teacher rounded without any training; None where its batch norms do not say enough."""
+def rounded(cell: Cell, teacher: Teacher, device: torch.device) -> Student | None:
+    """The cell's teacher rounded without any training; None where its batch norms do not say enough. Nothing random is drawn, nor any seed set."""
     method = find_method("round")
     try:
-        rounding = replace(cell, method="round", config=method.Config().model_dump(mode="json"), seed=0, changed={}, files={})
         student = Student(teacher, cell.protocol, cell.bits).to(device).to(memory_format=torch.channels_last)
-        set_up(rounding, teacher, device, None).finish(student)
+        method(teacher, method.Config(), 0, device).finish(student)
         student.check_ranges()
     except UserError:
+        return None
+    return student
+
+
+def plain_rounding(cell: Cell, teacher: Teacher, images: Tensor, device: torch.device) -> dict[str, float] | None:
+    """`agreement` in percent and `kl` in nats of `rounded`; None where there is none."""
+    student = rounded(cell, teacher, device)
+    if student is None:
         return None
     found = agreement(student, teacher, images, autocast_of(cell, device))
     return {"agreement": found.top1, "kl": found.loss}

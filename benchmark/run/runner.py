@@ -27,7 +27,8 @@ def run_sweep(loaded: LoadedSweep, store: Store, options: Options, progress: Pro
 def note_sweep(loaded: LoadedSweep, store: Store) -> None:
     """Which cells a config stands for, so that `table` and `status` need not work it out again."""
     cells = {cell.id: str(cell) for cell in loaded.cells}
-    names = {cell.id: {"name": cell.name, "group": cell.group} for cell in loaded.cells if cell.name or cell.group}
+    named = [cell for cell in loaded.cells if (cell.name or cell.group) and cell.label not in loaded.sweep.labels]  # those may change later
+    names = {cell.id: {"name": cell.name, "group": cell.group} for cell in named}
     write_json(
         store.root / "sweeps" / f"{loaded.sweep.name}.json", {"config": loaded.text_sha256, "cells": list(cells), "labels": cells, "names": names}
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dfqbench.analysis.warning_signs import newest, signs
 from dfqbench.engine.checkpoint import save_checkpoint
 from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.method.contract import Phase
@@ -30,6 +31,7 @@ class Watcher:
 
     def start(self, lockstep: Lockstep) -> None:
         self.lockstep, self.began, self.first_step = lockstep, time.monotonic(), lockstep.steps_done
+        self.warned = {(t.name, sign.kind) for t in lockstep.trainees for sign in signs(t.history)}  # before an interruption
         self._note("starting")
 
     def evaluating(self) -> None:
@@ -65,4 +67,14 @@ class Watcher:
             self.watching.epoch(trainee.cell.id)
         if lockstep.epoch == lockstep.making_epochs:
             self.when_made()
+        self.warn(lockstep)
         self.progress.epoch(lockstep.epoch, len(lockstep.epochs), {t.name: t.history[-1] for t in lockstep.trainees})
+
+    def warn(self, lockstep: Lockstep) -> None:
+        """Says what the newest row of each history shows of a failing run, once for each kind and cell."""
+        for trainee in lockstep.active:
+            for sign in newest(trainee.history):
+                if (trainee.name, sign.kind) not in self.warned:
+                    self.warned.add((trainee.name, sign.kind))
+                    self.store.append_log(trainee.cell.id, f"warning: {sign.text} (epoch {sign.epoch})")
+                    self.progress.say(f"  warning: {trainee.cell}: {sign.text} (epoch {sign.epoch})", style="yellow")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dfqbench.data import EvaluationSet, Images
+from dfqbench.analysis.warning_signs import signs
 from dfqbench.engine.checkpoint import load_checkpoint
 from dfqbench.engine.device import autocast_of
 from dfqbench.engine.evaluate import Evaluation, evaluate, state_hash
@@ -31,7 +32,7 @@ from dfqbench.export.student_file import save_student
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
-from dfqbench.run.agreement import agreement, kept_images, plain_rounding
+from dfqbench.run.agreement import agreement, kept_images, plain_rounding, rounded
 from dfqbench.run.class_order import doubt_about_classes
 from dfqbench.run.options import Options, StopFlag, Summary
 from dfqbench.run.progress import Progress
@@ -117,7 +118,8 @@ class Worker:
 
         work = self.store.bundle_folder(bundle.id)
         watcher = Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop, self.watching)
-        lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, self.loaded.sweep.evaluate_every, work)
+        every = self.loaded.sweep.evaluate_every
+        lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, every, work, lambda cell: rounded(cell, teacher, self.device))
         if self.options.graphs:
             lockstep.replay_steps(lambda line: self._log(bundle, line))
         made = SynthesisCache(self.store.images_folder, work, lockstep)
@@ -136,6 +138,7 @@ class Worker:
         except Interrupted:
             self._log(bundle, f"stopped by {signal.Signals(self.stop.signal or 0).name} after step {lockstep.steps_done}, saved")
             raise
+        watcher.warn(lockstep)
         return lockstep
 
     def _keep(self, made: SynthesisCache, bundle: Bundle) -> None:
@@ -272,6 +275,7 @@ class Worker:
             "student_state": state_hash(trainee.student),
             "student": kept,
             "left_float": trainee.student.left_float,
+            "warnings": [sign.as_dict() for sign in signs(trainee.history)],
             "seconds": {"own": round(own, 3), "shared": round(shared, 3), "bundle": [c.id for c in lockstep.bundle.cells]},
             **_cpu_seconds(trainee, lockstep),
             **self._size(trainee, lockstep),

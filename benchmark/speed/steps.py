@@ -27,6 +27,7 @@ from dfqbench.method.contract import Method, Phase
 from dfqbench.method.hosting import needs_of
 from dfqbench.method.info import lacking
 from dfqbench.method.registry import find_method
+from dfqbench.method.settings import preset_of
 from dfqbench.network import Teacher
 from dfqbench.quantization import PROTOCOLS, Bits
 from dfqbench.speed.floor import Bytes, Device, measured_device, timed
@@ -94,7 +95,7 @@ class Stand:
     def config(self, method: type[Method], phase: str) -> Any:
         """The phases before the measured one take a step each; while the making of images is measured, none is finished."""
         making = 10**9 if phase == "images" else 1
-        wanted = method.Config.presets.get(self.preset or "", {}) | self.settings | {"synthesis_iterations": making}
+        wanted = method.Config.presets.get(preset_of(method.Config.presets, self.preset or ""), {}) | self.settings | {"synthesis_iterations": making}
         return method.Config(**{name: value for name, value in wanted.items() if name in method.Config.model_fields})
 
     def lockstep(self, method: type[Method], phase: str, widths: tuple[str, ...], precision: str) -> tuple[Lockstep, Phase]:

@@ -67,7 +67,7 @@ class Cell:
     config holds every setting with its value; `changed` those that differ from the method's defaults (for labels only). `plugin` and `source`
     (package, version, file, sha256) are provenance of the method's code; only its declared `version` takes part in the identity. `files`: where those
     lie that settings name, which `config` has by their sha256. `steps` by phase is for estimates only; None where nobody asked. `name` and `group`:
-    what tables are to call the settings and where they belong, where the sweep says so.
+    what tables are to call the settings and where they belong, where the sweep says so. `preset`: the method's that settings started from, if any.
     """
 
     method: str
@@ -87,6 +87,7 @@ class Cell:
     files: dict[str, str] = field(default_factory=dict, compare=False)
     name: str = field(default="", compare=False)
     group: str = field(default="", compare=False)
+    preset: str = field(default="", compare=False)
     steps: dict[str, int] | None = field(default=None, compare=False)
 
     def identity(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from dfqbench.errors import UserError, nearest
 from dfqbench.files import shipped as shipped_with
 from dfqbench.yaml_file import read_yaml
 
+LABELS = re.compile(r"^labels:.*(?:\n(?:[ \t#}].*)?$)*\n?", re.MULTILINE)  # the section, until another begins
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 
@@ -30,8 +31,8 @@ def find_config(given: str) -> Path:
 
 
 def text_digest(path: Path) -> str:
-    """Of the file and of the environment variables it names: what decides which cells it spans."""
-    text = path.read_text(encoding="utf-8")
+    """Of the file without its labels and of the environment variables it names: what decides which cells it spans."""
+    text = LABELS.sub("", path.read_text(encoding="utf-8"))
     variables = {name: os.environ.get(name) for name in sorted(set(VARIABLE.findall(text)))}
     return hashlib.sha256(f"{text}\n{variables}".encode()).hexdigest()
 
@@ -57,6 +58,15 @@ def noted_names(config: str, results: Path) -> dict[str, dict[str, str]] | None:
     """`name` and `group` by cell id, where the config gives cells any; None as in `noted_cells`."""
     noted = _noted(config, results)
     return None if noted is None else {str(cell): named for cell, named in noted.get("names", {}).items()}
+
+
+def labels_of(config: str) -> dict[str, dict[str, str]]:
+    """The section `labels` as the config has it now: `name` and `group` by what a row is called without a label."""
+    given: Any = read_yaml(find_config(config))
+    section = given.get("labels") if isinstance(given, dict) else None
+    rows = section.items() if isinstance(section, dict) else ()
+    called = ((str(row), {"label": called} if isinstance(called, str) else called) for row, called in rows)
+    return {row: {"name": str(its.get("label", "")), "group": str(its.get("group", ""))} for row, its in called if isinstance(its, dict)}
 
 
 def _noted(config: str, results: Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from dfqbench.method.registry import load_plugin
 from dfqbench.quantization import Bits, Protocol, find_protocol
 from dfqbench.sweep.cell import Cell, EvaluationCard, fingerprint
 from dfqbench.sweep.config_file import VARIABLE, text_digest
+from dfqbench.sweep.presets import about_presets
 from dfqbench.sweep.problems import Problems, described
 from dfqbench.sweep.schema import WITHOUT_DATA, Sweep
 from dfqbench.sweep.students import student_of
@@ -29,7 +30,7 @@ from dfqbench.yaml_file import read_yaml
 
 @dataclass(frozen=True)
 class LoadedSweep:
-    """A sweep with the cells it spans. evaluation: None where it has no evaluation set (`evaluate: none`)."""
+    """A sweep with the cells it spans. evaluation: None where it has no evaluation set (`evaluate: none`). presets: what is to be said of them."""
 
     sweep: Sweep
     path: Path
@@ -38,6 +39,7 @@ class LoadedSweep:
     teachers: dict[TeacherCard, TeacherSpec | InMemory]
     cells: list[Cell]
     selection: LoadedSelection | None = None
+    presets: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,23 @@ def span_sweep(
     assert sweep is not None
     assert found is not None
     selection = _selection(sweep, found)
-    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, _span(sweep, found, selection), selection)
+    presets = about_presets([(teacher, [v for v in found.variants if v.asked == asked and v.widths]) for teacher, asked in found.presets.items()])
+    cells = _span(sweep, found, selection)
+    _check_labels(sweep, cells, found.variants, problems)
+    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, cells, selection, presets)
+
+
+def _check_labels(sweep: Sweep, cells: list[Cell], variants: list[Variant], problems: Problems) -> None:
+    """Raises UserErrors for labels of rows that the sweep does not have, or that have one beside their settings."""
+    rows = {cell.label for cell in cells} if sweep.labels else set()
+    with_labels = [(variant.method, variant.changed) for variant in variants if variant.name and sweep.labels]
+    named = {cell.label for cell in cells if (cell.method, cell.changed) in with_labels}
+    for row in sweep.labels:
+        if row not in rows:
+            problems.add("labels", f"{row!r}: no row is called that; {nearest(row, rows)}")
+        elif row in named:
+            problems.add("labels", f"{row!r}: it has a label among `methods` already")
+    problems.raise_all()
 
 
 def _validate(content: Any, problems: Problems) -> Sweep | None:
@@ -122,6 +140,7 @@ class _Parts:
     evaluation: EvaluationSet | None
     evaluation_card: EvaluationCard | None
     teachers: dict[TeacherCard, TeacherSpec | InMemory]
+    presets: dict[TeacherCard, str]
     variants: list[Variant]
     image_makers: list[Variant]
 
@@ -135,6 +154,7 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
     card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate.name, cache)) if evaluation else None
     teachers: dict[TeacherCard, TeacherSpec | InMemory] = {}
     found: list[tuple[int, TeacherCard, dict[str, str | None]]] = []
+    presets: dict[TeacherCard, str] = {}
     question = student_of(protocol) if protocol else None
     for i, given in enumerate(sweep.teachers):
         held = networks.get(given) if networks and isinstance(given, str) else None
@@ -144,6 +164,9 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
             continue
         teacher, student = examined
         teachers[teacher] = spec
+        preset = (spec.preset if isinstance(spec, TeacherSpec) else None) or sweep.preset or ""
+        if presets.setdefault(teacher, preset) != preset:
+            problems.add(f"teachers[{i}].preset", f"{preset!r}: the same network stands above with {presets[teacher]!r}: a network has one preset")
         found.append((i, teacher, student or {}))
         if student and student["refused"]:
             problems.add(f"teachers[{i}]", f"{teacher.label}: {student['refused']}")
@@ -151,12 +174,16 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
             problems.add(f"teachers[{i}]", f"{teacher.label} has {teacher.task.classes} classes, evaluation set {card.name} has {card.classes}")
         elif card and evaluation:
             problems.catch(f"teachers[{i}]", partial(evaluation.check, teacher.task))
-    variants, makers = find_variants(sweep, protocol, {teacher.task for teacher in teachers}, problems, cache)
-    if len(makers) > 1:
+    variants, makers = find_variants(
+        sweep, protocol, {teacher.task for teacher in teachers}, {*presets.values()} or {sweep.preset or ""}, problems, cache
+    )
+    if len(makers) > len({v.asked for v in makers}):
         problems.add("selection.images", f"{len(makers)} variants, exactly one is expected: no lists of values here")
     if not has_data and sweep.selection and sweep.selection.seed in sweep.seeds and {v.method for v in makers} & {v.method for v in variants}:
         problems.add("selection.seed", f"{sweep.selection.seed} is also a seed of the sweep: students would be scored on images that they have seen")
     for (i, teacher, student), variant in itertools.product(found, [*variants, *makers]):
+        if variant.asked != presets[teacher]:
+            continue
         lacks = lacking(variant.needs, teacher.offers)
         if "ranges" in variant.needs and student.get("ranges"):
             lacks.append(f"ranges ({student['ranges']})")
@@ -164,7 +191,7 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
             problems.add(f"teachers[{i}]", f"{teacher.label} does not have what method {variant.method} needs: {lack}")
     if problems.lines or protocol is None or (has_data and card is None):
         return None
-    return _Parts(protocol, bits, evaluation, card, teachers, variants, makers)
+    return _Parts(protocol, bits, evaluation, card, teachers, presets, variants, makers)
 
 
 def _selection(sweep: Sweep, parts: _Parts) -> LoadedSelection | None:
@@ -179,6 +206,8 @@ def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None) ->
     """unseen: the images on which cells are scored where there is no evaluation set."""
     cells = []
     for teacher, variant in itertools.product(parts.teachers, parts.variants):
+        if variant.asked != parts.presets[teacher]:
+            continue
         widths = [width for width in parts.bits if str(width) in variant.widths]
         first = Cell(
             method=variant.method,
@@ -198,8 +227,11 @@ def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None) ->
             files=variant.files,
             name=variant.name,
             group=variant.group,
+            preset=variant.preset,
             steps=variant.steps.get(str(teacher.task)),
         )
+        if called := sweep.labels.get(first.label):
+            first = replace(first, name=called.label or first.name, group=called.group or first.group)
         cells += [first.at(width, seed if variant.uses_seed else 0) for seed, width in itertools.product(sweep.seeds, widths)]
     return list({cell.id: cell for cell in cells}.values())
 

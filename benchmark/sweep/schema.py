@@ -57,6 +57,19 @@ class NamedSet(BaseModel):
     name: str | None = Field(default=None, min_length=1)
 
 
+class Called(BaseModel):
+    """What tables call a row, and where it belongs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    label: str = Field(default="", description="what the row is called")
+    group: str = Field(default="", description="rows of the group `reference` stand first in tables")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label_alone(cls, given: Any) -> Any:
+        return {"label": given} if isinstance(given, str) else given
+
+
 class Selection(BaseModel):
     """Synthetic images on which `dfqbench select` compares settings: a method with its settings, a seed that nothing else has, how many."""
 
@@ -86,6 +99,7 @@ class Sweep(BaseModel):
     teachers: list[str | dict[str, Any]] = Field(min_length=1)
     evaluate: NamedSet
     methods: list[str | dict[str, dict[str, Any] | str | None]] = Field(min_length=1)
+    labels: dict[str, Called] = Field({}, description="what tables call rows, by their name without a label; no part of any cell")
     bits: list[str] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
     protocol: str | dict[str, Any] = "lineage"

@@ -17,7 +17,7 @@ from dfqbench.errors import UserError, nearest
 from dfqbench.method import registry
 from dfqbench.method.catalogue import code_state
 from dfqbench.method.info import Fidelity, Needs
-from dfqbench.method.settings import MethodConfig, files_of, without_default
+from dfqbench.method.settings import MethodConfig, files_of, preset_of, without_default
 from dfqbench.quantization import Protocol
 from dfqbench.quantization.protocol import BatchNormMode, RangeEstimatorName
 from dfqbench.store.cache import remembered
@@ -36,7 +36,7 @@ NAMING = ("label", "group")  # beside the method in an entry of `methods`
 
 @dataclass(frozen=True)
 class Configured:
-    """A method with settings. changed: those that are not the method's own; name, group: see `Variant`."""
+    """A method with settings. changed: those that are not the method's own; name, group, asked, preset: see `Variant`."""
 
     method: type[Method]
     config: MethodConfig
@@ -44,13 +44,16 @@ class Configured:
     widths: Sequence[str]
     name: str
     group: str
+    asked: str
+    preset: str
 
 
 @dataclass(frozen=True)
 class Variant:
     """A method with complete settings; all of it JSON. changed: settings that differ from the method's own; needs: with those of the method that it
     wraps; widths: those of the sweep's bit widths at which it has cells; files: paths by setting; steps: by phase, by the teacher's task as text;
-    none where nobody asked; name, group: what tables are to call it and where it belongs, empty where the sweep does not say."""
+    none where nobody asked; name, group: what tables are to call it and where it belongs, empty where the sweep does not say; asked: the preset of
+    the teachers that it is for, preset: that of the method which it starts from; empty where there is none; presets: all that the method has."""
 
     method: str
     version: int
@@ -69,6 +72,9 @@ class Variant:
     steps: dict[str, dict[str, int] | None]
     name: str
     group: str
+    asked: str
+    preset: str
+    presets: list[str]
 
     @classmethod
     def of(cls, found: Configured, tasks: Collection[Task]) -> Variant:
@@ -94,13 +100,18 @@ class Variant:
             steps={str(task): steps_of(method, settings | files_of(config), task) for task in tasks},
             name=found.name,
             group=found.group,
+            asked=found.asked,
+            preset=found.preset,
+            presets=list(method.Config.presets),
         )
 
 
 def find_variants(
-    sweep: Sweep, protocol: Protocol | None, tasks: Collection[Task], problems: Problems, cache: Path
+    sweep: Sweep, protocol: Protocol | None, tasks: Collection[Task], presets: Collection[str], problems: Problems, cache: Path
 ) -> tuple[list[Variant], list[Variant]]:
     """(those of the methods, those of the method that makes images to select on); what is wrong is added to `problems`.
+
+    presets: those that teachers ask for, "" for none; there are variants for each of them.
 
     Remembered where nothing is wrong and no code but the suite's has a say, for as long as neither its files nor any installed package change.
     The steps for each of the teachers' tasks are remembered with it: they need the methods too.
@@ -112,25 +123,29 @@ def find_variants(
     def ask() -> dict[str, Any]:
         from dfqbench.method.hosting import methods_of
 
-        found = {
-            "methods": [v for i, given in enumerate(sweep.methods) for v in _variants(f"methods[{i}]", given, sweep, protocol, problems)],
-            "images": [v for given in images for v in _variants("selection.images", given, sweep, protocol, problems)],
-        }
+        entries: list[tuple[str, str, Entry, Sweep]] = [("methods", f"methods[{i}]", given, sweep) for i, given in enumerate(sweep.methods)]
+        entries += [("images", "selection.images", given, sweep.model_copy(update={"bits": sweep.bits[:1]})) for given in images]
+        found: dict[str, list[Configured]] = {"methods": [], "images": []}
+        for preset, (part, key, given, asking) in itertools.product(sorted(presets), entries):
+            found[part] += _variants(key, given, preset, asking, protocol, problems)
+        known_presets = {name for method in registry.list_methods() for name in method.Config.presets}
+        for preset in sorted({*presets} - {"", *known_presets}):
+            problems.add("preset", f"{preset!r}: no method has a preset of that name: {nearest(preset, known_presets)}")
         asked = [one for v in itertools.chain(*found.values()) for one in methods_of(v.method, v.config)]
         own = all(method.info.source.package == "dfqbench" for method, _ in asked) and not registry.broken
         fixed = not any(files_of(config) for _, config in asked)  # a file's content may be another the next time
         holds = known and own and fixed and not problems.lines and code_state() == code
         return {"holds": holds, **{key: [asdict(Variant.of(v, tasks if holds else ())) for v in variants] for key, variants in found.items()}}
 
-    given = [sweep.methods, images, sweep.preset, sweep.budget.given(), protocol, sweep.bits, sorted(map(str, tasks))]
+    given = [sweep.methods, images, sorted(presets), sweep.budget.given(), protocol, sweep.bits, sorted(map(str, tasks))]
     key = [code, repr(given)]  # as text: the order of settings and 1 or 1.0 make a difference
     answer = remembered(cache if known else None, "variants", key, ask, lambda answer: bool(answer["holds"]))
     methods, makers = ([Variant(**variant) for variant in answer[part]] for part in ("methods", "images"))
     return methods, makers
 
 
-def _variants(key: str, given: Entry, sweep: Sweep, protocol: Protocol | None, problems: Problems) -> list[Configured]:
-    """The method of one entry with each of its settings: a list value spans a grid."""
+def _variants(key: str, given: Entry, asked: str, sweep: Sweep, protocol: Protocol | None, problems: Problems) -> list[Configured]:
+    """The method of one entry with each of its settings: a list value spans a grid. asked: the preset, unless the entry has its own."""
     named: dict[str, Any] = {k: given[k] for k in NAMING if k in given} if isinstance(given, Mapping) else {}
     entry = {given: None} if isinstance(given, str) else {k: v for k, v in given.items() if k not in NAMING}
     if len(entry) != 1 or not all(isinstance(v, dict | None) for v in entry.values()) or not all(isinstance(v, str) and v for v in named.values()):
@@ -152,11 +167,14 @@ def _variants(key: str, given: Entry, sweep: Sweep, protocol: Protocol | None, p
     unknown = [k for k in settings if k not in fields]
     for setting in unknown:
         problems.add(f"{key}.{setting}", f"unknown setting: {nearest(setting, [*fields, 'preset'])}")
-    base = method.Config.presets.get(preset or sweep.preset or "", {}) | {k: v for k, v in sweep.budget.given().items() if k in fields}
+    by_preset: dict[str, list[str]] = {}
+    for width in sweep.bits:
+        by_preset.setdefault(preset_of(method.Config.presets, preset or asked, width), []).append(width)
+    budget = {k: v for k, v in sweep.budget.given().items() if k in fields}
     axes = {k: v if _spans(v, fields[k].annotation) else [v] for k, v in settings.items() if k in fields}
     variants = []
-    for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
+    for (own, bits), values in itertools.product(by_preset.items(), itertools.product(*axes.values())):
+        base, chosen = method.Config.presets.get(own, {}) | budget, dict(zip(axes, values, strict=True))
         try:
             config = method.Config(**{**base, **chosen})
         except ValidationError as error:
@@ -165,12 +183,12 @@ def _variants(key: str, given: Entry, sweep: Sweep, protocol: Protocol | None, p
             continue
         required = {k: v for k, v in chosen.items() if k in without_default(method.Config)}
         plain = method.Config(**{**base, **required}).model_dump(mode="json")
-        changed = {k: v for k, v in config.model_dump(mode="json").items() if k in chosen and (k in required or v != plain[k])}
+        changed = {k: v for k, v in config.model_dump(mode="json").items() if k in chosen and (k in required or v != plain.get(k))}
         changed |= {k: Path(path).name for k, path in files_of(config).items() if k in changed}
-        widths = problems.catch(key, partial(method.widths, config, sweep.bits))
+        widths = problems.catch(key, partial(method.widths, config, bits))
         label = problems.catch(f"{key}.label", partial(_label, named.get("label", ""), config))
-        variants.append(Configured(method, config, changed, widths or [], label or "", named.get("group", "")))
-    if "label" in named and len({v.name for v in variants}) < len(variants):
+        variants.append(Configured(method, config, changed, widths or [], label or "", named.get("group", ""), asked, own))
+    if "label" in named and len({(v.name, v.preset) for v in variants}) < len(variants):
         problems.add(
             f"{key}.label", f"{named['label']!r}: {len(variants)} variants would have it: put settings into it, like {{{next(iter(axes), 'epochs')}}}"
         )
@@ -182,7 +200,7 @@ def _label(text: str, config: MethodConfig) -> str:
     try:
         if not all(field is None or field.isidentifier() for _, field, *_ in Formatter().parse(text)):
             raise ValueError("a name alone, or a name with a format like {epochs:d}")
-        return text.format_map(config.model_dump(mode="json"))
+        return text.format_map(dict(config) | config.model_dump(mode="json"))
     except (KeyError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"{text!r}: braces name settings, like {{epochs}} ({error})") from None
 

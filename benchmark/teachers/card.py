@@ -89,7 +89,7 @@ def examine(spec: TeacherSpec | InMemory, cache: Path | None = None, question: Q
     if isinstance(spec, InMemory):
         return spec.card, question.answer(spec.teacher) if question else None
     _check_files(spec)
-    key = [CARD_VERSION, spec.model_dump(mode="json"), _stamp(spec.weights_file), _stamp(spec.source_file), _zoo_version(spec)]
+    key = [CARD_VERSION, spec.model_dump(mode="json", exclude={"preset"}), _stamp(spec.weights_file), _stamp(spec.source_file), _zoo_version(spec)]
     traced = functools.cache(lambda: _traced(spec))  # once, whatever is not remembered
     found = remembered(cache, "teacher", key, lambda: _examine(spec, *traced()), _neighbours_are_the_same)
     card = replace(TeacherCard.from_dict(found["card"]), offers=found["offers"])

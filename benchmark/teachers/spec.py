@@ -35,6 +35,7 @@ class TeacherSpec(BaseModel):
     crop_ratio: float | None = Field(None, gt=0, le=1)
     interpolation: Interpolation | None = None
     name: str | None = Field(None, min_length=1, description="what tables call it; default: what stands behind the colon of `model`")
+    preset: str | None = Field(None, min_length=1, description="what methods start from on this network; default: the sweep's `preset`")
 
     @model_validator(mode="after")
     def _normalisation_is_possible(self) -> TeacherSpec:

@@ -11,10 +11,8 @@ not merge when they are uploaded.
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dfqbench.analysis.records import problem_of
+from dfqbench.analysis.warning_signs import read_rows
 from dfqbench.files import read_json, write_json
 from dfqbench.store import Store
 from dfqbench.sweep.cell import without_data
@@ -126,6 +125,7 @@ def summary_of(result: dict[str, Any]) -> dict[str, Any]:
         "cpu_seconds": sum(result["cpu_seconds"].values()) if "cpu_seconds" in result else None,
         "device": result["provenance"]["device_name"],
         "commit": result["provenance"].get("git"),
+        "warnings": ", ".join(sign["kind"] for sign in result["warnings"]) if "warnings" in result else None,
     }
 
 
@@ -163,25 +163,6 @@ def _offline_folders(store: Store, tracking: Tracking, cell_id: str) -> list[Pat
     """Not those of a project whose name ends like this one's; W&B numbers the folders of one second."""
     its = re.compile(rf"offline-run-\d+_\d+-{re.escape(tracking.run_id(cell_id))}(-\d+)?")
     return sorted(path for path in (store.root / "wandb").glob("offline-run-*") if its.fullmatch(path.name))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """history.csv, a dictionary per epoch with numbers as numbers; what is empty or not finite is left out."""
-    try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return [{k: v for k, text in row.items() if (v := _number(text)) is not None} for row in csv.DictReader(file) if row.get("epoch")]
-    except OSError:
-        return []
-
-
-def _number(text: str | None) -> float | str | None:
-    if not text:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        return text
-    return value if math.isfinite(value) else None
 
 
 def groups(store: Store) -> dict[str, str]:

@@ -29,8 +29,8 @@ class LargeKernelAttention(nn.Module):
 
 
 class LongRangeGenerator(Generator):
-    """GDFQ's generator with one attention block: `before` the first convolution, behind its upsampling (the authors' place for
-    CIFAR), or `after` the first block (theirs for ImageNet)."""
+    """GDFQ's generator with one attention block: `before` the first convolution, behind its upsampling, or `after` the first block (the authors'
+    place for ImageNet)."""
 
     def __init__(self, task: Task, latent_dim: int, by_class: bool, place: Literal["before", "after"]):
         super().__init__(task, latent_dim, by_class)

@@ -1,8 +1,10 @@
 """The methods' training loops as the field's public code writes them: yardsticks for speed, and independent checks of engine and methods.
 
 They know nothing of the engine: modules are replaced one by one, statistics and features come from hooks, every bit width is a run of
-its own. In float64 they end with the engine's numbers. What makes them slow is kept on purpose; all of it is in the public code of the
-GDFQ family (GDFQ, Qimera, AdaDFQ, IntraQ, and what was made from them) or of ZAQ:
+its own. In float64 they end with the engine's numbers. Each file says where the published code differs from what it does.
+
+What makes them slow is kept on purpose; all of it is in the public code of the GDFQ family (GDFQ, Qimera, AdaDFQ,
+IntraQ, and what was made from them) or of ZAQ:
 
 1. The teacher's weights require gradients: each generator step computes them and nobody reads them.
 2. Hooks on every BN layer append means, variances (two passes over each input) and, without end, the running statistics.
@@ -23,7 +25,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from dfqbench_methods.textbook.loop import Loop
 
-NAMES = {"gdfq": "TextbookGDFQ", "acq": "TextbookACQ", "zaq": "TextbookZAQ", "lrq": "TextbookLRQ", "gznq": "TextbookGZNQ"}
+NAMES = {
+    "gdfq": "TextbookGDFQ",
+    "acq": "TextbookACQ",
+    "zaq": "TextbookZAQ",
+    "lrq": "TextbookLRQ",
+    "gznq": "TextbookGZNQ",
+    "zeroq": "TextbookZeroQ",
+    "qimera": "TextbookQimera",
+    "intraq": "TextbookIntraQ",
+    "ait": "TextbookAIT",
+}
 
 
 def loops() -> dict[str, type[Loop]]:

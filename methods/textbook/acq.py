@@ -1,4 +1,4 @@
-"""ACQ's loop, the plain way: GDFQ's, and the four components one after the other."""
+"""ACQ's loop, the plain way: GDFQ's, and the four components one after the other. (There is no published code: as `acq` reads the abstracts.)"""
 
 from __future__ import annotations
 

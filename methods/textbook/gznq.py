@@ -1,4 +1,5 @@
-"""GZNQ's making of images, the plain way (its students are calibrated, or trained as GDFQ's are)."""
+"""GZNQ's making of images, the plain way (its students are calibrated, or trained as GDFQ's are). There is no published code: as `gznq` reads the
+abstract."""
 
 from __future__ import annotations
 

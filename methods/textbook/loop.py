@@ -92,6 +92,8 @@ class Loop:
     """
 
     relu: ClassVar[type[QuantizedReLU]] = QuantizedReLU
+    generator_optimizer: torch.optim.Optimizer
+    student_optimizer: torch.optim.Optimizer
 
     def __init__(self, network: nn.Module, task: Task, bits: int, seed: int, config: Any, device: torch.device | str = "cpu"):
         self.task, self.seed, self.config, self.device = task, seed, config, torch.device(device)
@@ -154,6 +156,12 @@ class Loop:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
+    def decay(self, factor: float) -> None:
+        """A milestone: the rates of generator and student are multiplied by `factor`."""
+        for optimizer in (self.generator_optimizer, self.student_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] *= factor
 
     def become_competent(self) -> None:
         """The same loop without what costs nothing to leave out: (1), (2)'s endless lists, (6), and NCHW."""

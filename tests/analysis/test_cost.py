@@ -17,7 +17,8 @@ from dfqbench.analysis.plots.figures import prepare
 from dfqbench.analysis.plots.kinds import draw
 from dfqbench.analysis.records import read_store
 from dfqbench.analysis.report.report import page
-from dfqbench.analysis.tables.blocks import blocks, load_frame
+from dfqbench.analysis.tables.blocks import blocks
+from dfqbench.analysis.tables.cells import load_frame
 from dfqbench.analysis.tables.printed import means_frame, names_of, notes_of, texts_of
 from dfqbench.store import Store
 

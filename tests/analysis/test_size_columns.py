@@ -18,10 +18,12 @@ from dfqbench.analysis.plots.figures import prepare
 from dfqbench.analysis.plots.kinds import draw
 from dfqbench.analysis.records import Reading, read_store
 from dfqbench.analysis.report.report import page
-from dfqbench.analysis.size import COLUMNS, columns_of, sizes_of, three_digits
+from dfqbench.analysis.size import COLUMNS, sizes_of, three_digits
 from dfqbench.analysis.tables.blocks import Block, blocks
-from dfqbench.analysis.tables.formats import html, latex, markdown
-from dfqbench.analysis.tables.printed import means_frame, names_of, notes_of, texts_of
+from dfqbench.analysis.tables.choice import Choice, Columns
+from dfqbench.analysis.tables.formats import html, markdown
+from dfqbench.analysis.tables.latex import latex
+from dfqbench.analysis.tables.printed import arranged, means_frame, names_of, notes_of, texts_of
 from dfqbench.analysis.tables.wide import WideTable, side_by_side
 from dfqbench.errors import UserError
 from dfqbench.store import Store
@@ -44,7 +46,8 @@ def reading(tmp_path_factory: pytest.TempPathFactory) -> Reading:
 
 
 def found(reading: Reading, *beside: str) -> list[Block]:
-    return blocks([*reading.results, *reading.unfinished], beside=beside)
+    choice = Choice(columns=Columns.of(",".join(f"+{name}" for name in beside)))
+    return [arranged(block, choice) for block in blocks([*reading.results, *reading.unfinished])]
 
 
 def test_columns_stand_beside_every_accuracy_that_has_them(reading: Reading) -> None:
@@ -103,15 +106,16 @@ def test_means_have_them_always(reading: Reading) -> None:
 
 def test_the_command(dfqbench: Run, reading: Reading) -> None:
     where = ("--results", reading.store.root)
-    code, out, _ = dfqbench("table", *where, "--columns", "size,bops")
+    code, out, _ = dfqbench("table", *where, "--columns", "+size,+bops")
     assert code == 0
     (head, line, *_) = (words for line in out.splitlines() if (words := line.split()) and words[0] in ("method", "gdfq"))
     assert [name for name in head if name in HEADS] == ["MB", "GBOPs"] * 2
     assert {"0.143", "0.649"} <= set(line)
     assert dfqbench("table", *where, "--columns", "size,weight")[::2] == (
-        2, "dfqbench: --columns 'weight': did you mean 'weight-bits'? known: bops, compression, size, weight-bits\n",
+        2,
+        "dfqbench: --columns 'weight': did you mean 'weight-bits'? known: bops, compression, drop, follows, published, seconds, seeds, size, steps, "
+        "weight-bits, or a bit width like w4a4\n",
     )  # fmt: skip
-    assert dfqbench("table", *where, "--columns", "size", "--format", "csv")[::2] == (2, "dfqbench: --columns size: --format csv has all columns\n")
     _, out, _ = dfqbench("table", *where, "--format", "csv")
     frame = pd.read_csv(io.StringIO(out))
     assert frame.bytes.count() == 10
@@ -119,10 +123,10 @@ def test_the_command(dfqbench: Run, reading: Reading) -> None:
 
 
 def test_columns_are_named_once_each_and_the_guide_has_all() -> None:
-    assert columns_of(" size,bops,,size") == ["size", "bops"]
-    assert columns_of("") == []
+    assert Columns.of(" size,bops,,size").beside == ("size", "bops")
+    assert Columns.of("") == Columns()
     with pytest.raises(UserError, match="did you mean 'compression'"):
-        columns_of("compresion")
+        Columns.of("compresion")
     guide = (Path(__file__).parents[2] / "results" / "README.md").read_text()
     assert all(f"| `{name}` |" in guide for name in COLUMNS)
 

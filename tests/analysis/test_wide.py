@@ -19,7 +19,8 @@ from dfqbench.analysis.ledger import load_ledger
 from dfqbench.analysis.per_image import PerImage
 from dfqbench.analysis.records import read_store
 from dfqbench.analysis.tables.blocks import Block, blocks
-from dfqbench.analysis.tables.formats import html, latex, markdown
+from dfqbench.analysis.tables.formats import html, markdown
+from dfqbench.analysis.tables.latex import latex
 from dfqbench.analysis.tables.printed import groups_of, in_pieces, names_of, notes_of, texts_of, widths_of
 from dfqbench.analysis.tables.terminal import print_tables
 from dfqbench.analysis.tables.wide import WideTable, side_by_side

@@ -200,6 +200,14 @@ def test_learning_rates_follow_the_milestones(sweep_file: SweepFile) -> None:
     assert lockstep.method.optimizer.param_groups[0]["lr"] == 0.01  # type: ignore[attr-defined]
 
 
+def test_a_student_can_be_trained_without_momentum(sweep_file: SweepFile) -> None:
+    settings = {"warmup_epochs": 1, "calibration_epochs": 1, "student_momentum": 0}
+    loaded = load_sweep(sweep_file(bits=["w4a4"], methods=[{"gdfq": settings}]), cache_folder())
+    lockstep = start(loaded, tuple(loaded.cells))
+    lockstep.run(StopAfter())
+    assert np.isfinite(lockstep.trainees[0].history[-1]["loss"])
+
+
 class Keeper(Method):
     """Holds one of everything that a checkpoint must carry."""
 

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from torch.optim import SGD
 
 from dfqbench import Batch
+from dfqbench.cli import app as cli
 from dfqbench.errors import UserErrors
 from dfqbench.method.registry import find_method
 from dfqbench.quantization import PROTOCOLS, Bits
@@ -22,13 +23,13 @@ from dfqbench.quantization.student import Student
 from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.load import load_sweep
 from dfqbench.testing import StopAfter, Trial, small_task, small_teacher
-from dfqbench_methods.ait import AIT, direction, step_factors
+from dfqbench_methods.ait import AIT, direction, step_factors, useful_factors
 from dfqbench_methods.intraq import IntraQ
 
 SweepFile = Callable[..., Path]
 
 
-def searched(curve: Callable[[float], float], wanted: float, limit: float = 2.0**20) -> tuple[float, list[float]]:
+def searched(curve: Callable[[float], float], wanted: float, limit: float = math.inf, useful: float = 2.0**40) -> tuple[float, list[float]]:
     """The factor found for one tensor whose changed share is `curve` of the factor, and the factors that were tried."""
     tried: list[float] = []
 
@@ -36,7 +37,7 @@ def searched(curve: Callable[[float], float], wanted: float, limit: float = 2.0*
         tried.extend(factors.values())
         return {i: curve(a) for i, a in factors.items()}
 
-    (factor,) = step_factors(1, shares, wanted, limit)
+    (factor,) = step_factors([useful], shares, wanted, limit)
     return factor, tried
 
 
@@ -65,16 +66,40 @@ def test_the_last_midpoint_is_taken_whichever_side_it_lies_on() -> None:
 
 
 def test_doubling_ends_above_the_limit() -> None:
-    _, tried = searched(lambda a: 0.0, 0.5, limit=100.0)
+    factor, tried = searched(lambda a: 0.0, 0.5, limit=100.0)
     assert max(tried) == 128
+    assert 64 < factor <= 128, "the last midpoint, as everywhere"
+
+
+def test_there_is_no_other_limit_than_where_doubling_changes_nothing_any_more() -> None:
+    factor, _ = searched(lambda a: float(a >= 2**30 + 1), 0.5)
+    assert 2**30 < factor < 2**31
     factor, tried = searched(lambda a: 0.0, 0.5)
-    assert max(tried) == 2**20
-    assert factor > 2**19
+    assert (factor, max(tried)) == (1.0, 2**41), "what no length reaches is not lengthened"
+    assert searched(lambda a: 0.0, 0.5, useful=0.0) == (1.0, [1, 2]), "nor what has no step"
+
+
+def test_beyond_the_useful_factor_integers_do_not_change_any_more() -> None:
+    student, _ = student_and_batch()
+    layers = list(student.layers.values())
+    torch.manual_seed(0)
+    weights = [layer.layer.weight.detach() for layer in layers]
+    steps = [1e-7 * torch.randn_like(weight) * torch.rand(len(weight), *[1] * (weight.ndim - 1)) ** 4 for weight in weights]
+    steps[0].zero_()
+    useful = useful_factors(weights, steps)
+    assert useful[0] == 0.0
+    assert min(useful[1:]) > 2**20
+    for layer, weight, step, factor in list(zip(layers, weights, steps, useful, strict=True))[1:]:
+        at = 2.0 ** math.ceil(math.log2(factor))
+        levels = layer.weight_levels(weight - at * step)
+        assert torch.equal(levels, layer.weight_levels(weight - 2 * at * step))
+        assert torch.equal(levels, layer.weight_levels(weight - 64 * at * step))
+        assert not torch.equal(levels, layer.weight_levels(weight - at * 2**-20 * step))
 
 
 def test_tensors_are_searched_side_by_side_as_alone() -> None:
     curves = [lambda a: a / 1000, lambda a: 0.5, lambda a: a / 70, lambda a: float(a >= 9)]
-    together = step_factors(4, lambda factors: {i: curves[i](a) for i, a in factors.items()}, 0.0113, 2.0**20)
+    together = step_factors([2.0**40] * 4, lambda factors: {i: curves[i](a) for i, a in factors.items()}, 0.0113)
     assert together == [searched(curve, 0.0113)[0] for curve in curves]
 
 
@@ -232,3 +257,33 @@ def test_the_hosts_settings_are_part_of_the_identity_and_short_in_the_label(swee
     complete = cells[0].config["host_identity"]
     assert (complete["version"], complete["bn_weight"], complete["epochs"]) == (1, 0.1, 3)
     assert AIT.Config(**cells[1].config).host_identity == cells[1].config["host_identity"], "a stored config is valid as it stands"
+
+
+def test_its_authors_ran_qimera_with_other_settings_than_qimeras_authors(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def host(preset: str, name: str = "qimera", **settings: Any) -> dict[str, Any]:
+        return AIT.Config(**{**AIT.Config.presets.get(preset, {}), "host": name, **settings}).host_identity
+
+    def mixed(preset: str, **settings: Any) -> tuple[Any, ...]:
+        return tuple(host(preset, **settings)[key] for key in ("mixed_classes", "embedding", "mixing", "warmup_epochs", "conditioning"))
+
+    assert mixed("") == (2, "teacher", 0.4, 4, "embedding")
+    assert mixed("cifar100") == (25, "teacher", 0.4, 4, "embedding")
+    for preset in ("imagenet-resnet18", "imagenet-mobilenetv2", "imagenet"):
+        assert mixed(preset) == (250, "random", 0.4, 50, "batch-norm")
+    assert mixed("imagenet-resnet50") == (100, "teacher", 0.4, 50, "batch-norm")
+    assert mixed("imagenet-resnet50", host_settings={"mixing": 0.7}) == (100, "teacher", 0.7, 50, "batch-norm"), "what is asked for comes last"
+    assert (host("imagenet", "gdfq")["warmup_epochs"], host("imagenet", "gdfq")["batch_size"]) == (50, 16)
+    assert host("cifar100", "intraq")["farthest"] == 1.0, "the host's own preset"
+    monkeypatch.setattr("sys.argv", ["dfqbench", "methods", "show", "ait"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert "host qimera, cifar100: mixed_classes=25, embedding=teacher" in capsys.readouterr().out
+
+
+def test_a_setting_that_came_later_is_no_part_of_the_identity_at_its_default(sweep_file: SweepFile) -> None:
+    assert "host_preset" not in AIT.Config().model_dump(mode="json")
+    methods = [{"ait": {"host_preset": ["", "imagenet"]}, "label": "host of {host_preset}"}]
+    cells = load_sweep(sweep_file(methods=methods, bits=["w4a4"]), cache_folder()).cells
+    assert [cell.config.get("host_preset") for cell in cells] == [None, "imagenet"]
+    assert [cell.label for cell in cells] == ["ait", "ait(host_preset=imagenet)"]
+    assert [cell.name for cell in cells] == ["host of ", "host of imagenet"]

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dfqbench.export.size import Share, size_of
+from dfqbench.export.size import size_of
 from dfqbench.network import Teacher
 from dfqbench.quantization import PROTOCOLS, Bits
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, WeightGrid
 from dfqbench.quantization.student import Student
+from dfqbench.quantization.work import Share
 from dfqbench.task import Task
 
 aten = torch.ops.aten

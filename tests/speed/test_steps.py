@@ -39,6 +39,15 @@ def test_every_contender_takes_steps() -> None:
         contender.run()
 
 
+@pytest.mark.parametrize("name", loops())
+def test_every_textbook_loop_takes_the_steps_that_are_measured(name: str) -> None:
+    for phase in phases_of(find_method(name), stand()):
+        competent, textbook = contenders(name, phase, stand(), loops()[name], ["fp32"], ("w4a4",))[-2:]
+        assert (competent.name, textbook.name) == ("competent", "textbook")
+        competent.run()
+        textbook.run()
+
+
 def test_an_adversarial_method_is_measured_in_whole_turns() -> None:
     found = contenders("zaq", "train", stand(), loops()["zaq"], ["fp32"], ("w4a4", "w3a3"))
     assert {(c.steps, c.widths) for c in found} == {(5, 1)}

@@ -69,6 +69,69 @@ def test_a_label_changes_no_identity_and_is_kept_beside_it(sweep_file: SweepFile
     assert set(json.loads(noted.read_text())["names"]) == {cell.id for cell in labelled}
 
 
+LABELS = {"round": {"label": "plain", "group": "reference"}, "round(n=4)": "wide"}
+
+
+def test_a_section_of_labels_names_rows_and_can_be_changed_after_the_run(
+    sweep_file: SweepFile, tmp_path: Path, dfqbench: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without loading the sweep, which would need the teacher."""
+
+    def rows(labels: Any) -> list[str]:
+        path = sweep_file(methods=["round", {"round": {"n": 4.0}}], bits=["w4a4"], labels=labels)
+        code, out, err = dfqbench("table", path, "--results", tmp_path / "r", "--columns", "w4a4", "--sort", "method")
+        assert (code, err) == (0, "")
+        return [re.split("  +", line)[0] for line in out.splitlines()[3:5]]
+
+    path = sweep_file(methods=["round", {"round": {"n": 4.0}}], bits=["w4a4"], labels=LABELS)
+    loaded = load_sweep(path, tmp_path / "cache")
+    assert [(cell.name, cell.group) for cell in loaded.cells] == [("plain", "reference"), ("wide", "")]
+    assert [cell.id for cell in loaded.cells] == [
+        cell.id for cell in load_sweep(sweep_file(methods=["round", {"round": {"n": 4.0}}], bits=["w4a4"]), tmp_path / "cache").cells
+    ]
+    assert dfqbench("run", path, "--results", tmp_path / "r")[0] == 0
+    monkeypatch.delattr("dfqbench.sweep.load.load_sweep")
+    assert rows(LABELS) == ["plain", "wide"]
+    assert rows({"round": {"label": "zero"}, "round(n=4)": {"label": "wide"}}) == ["wide", "zero"]
+    assert rows({"round(n=4)": {"label": "again", "group": "reference"}}) == ["again", "round"]
+    assert rows({}) == ["round", "round(n=4)"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ({"rond": "x"}, "labels: 'rond': no row is called that; did you mean 'round'? known: gdfq, round"),
+        ({"gdfq": "x"}, "labels: 'gdfq': it has a label among `methods` already"),
+        ({"round": {"lable": "x"}}, "labels.round.lable"),
+    ],
+    ids=str,
+)
+def test_a_section_that_fits_no_row_is_told(sweep_file: SweepFile, tmp_path: Path, labels: Any, said: str) -> None:
+    with pytest.raises(UserErrors, match=re.escape(said)):
+        load_sweep(sweep_file(methods=["round", {"gdfq": None, "label": "GDFQ"}], labels=labels), tmp_path / "cache")
+
+
+def test_a_file_names_rows_and_unknown_ones_are_told(sweep_file: SweepFile, tmp_path: Path, dfqbench: Run) -> None:
+    path = sweep_file(methods=["round", {"round": {"n": 4.0}, "label": "wide"}], bits=["w4a4"])
+    assert dfqbench("run", path, "--results", tmp_path / "r")[0] == 0
+    (wide,) = (cell.id for cell in load_sweep(path, tmp_path / "cache").cells if cell.name)
+    names, where = tmp_path / "names.csv", ("--results", tmp_path / "r")
+    names.write_text(f'row,label,group\n{wide},"mine, wide",own\nround,plain,\nno such,x,\n')
+    for words in ((path, "--names-from", names), ("--names-from", names)):
+        code, out, err = dfqbench("table", *words, *where)
+        assert (code, "mine, wide" in out, "plain" in out) == (0, True, True)
+        assert err.strip() == f"{names}: no cell or row is called 'no such'"
+    assert "plain" not in dfqbench("table", path, "--names-from", names, "--group", "own", *where)[1]
+    (tmp_path / "r" / "names.csv").write_text("row,label\nwide,broad\n")
+    assert "broad" in dfqbench("table", *where)[1], "the store's own names"
+    assert "broad" not in dfqbench("table", path, *where)[1], "the sweep's count before them"
+    for text, said in (("a,b\n", "the columns are a, b; row and label are expected"), ("row,label\nx\n", ":2: a row of its own and 2 values")):
+        names.write_text(text)
+        code, _, err = dfqbench("table", "--names-from", names, *where)
+        assert (code, said in err) == (2, True)
+    assert dfqbench("table", "--names-from", tmp_path / "none.csv", *where)[2].strip().endswith("none.csv: No such file or directory")
+
+
 def test_tables_call_rows_as_the_config_does_now(sweep_file: SweepFile, tmp_path: Path, dfqbench: Run) -> None:
     def config(*entries: Any) -> Path:
         return sweep_file(methods=list(entries), bits=["w4a4"])

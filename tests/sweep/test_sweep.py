@@ -183,6 +183,40 @@ def test_budget_and_preset_fill_what_a_method_has(sweep_file: SweepFile) -> None
     assert "epochs" not in rounding.config
 
 
+def test_a_preset_is_the_networks_own_and_that_for_the_bits_where_there_is_one(sweep_file: SweepFile, tiny_teacher: str) -> None:
+    teachers = [
+        {"model": tiny_teacher, "preset": "imagenet-resnet50"},
+        {"model": tiny_teacher, "std": [0.2] * 3, "preset": "cifar100"},
+        {"model": tiny_teacher, "std": [0.3] * 3},
+    ]
+    methods = ["round", "qimera", {"ait": {"host": "qimera"}}, {"gdfq": {"preset": "imagenet"}}]
+    selection = {"images": "qimera"}
+    loaded = load_sweep(sweep_file(teachers=teachers, methods=methods, bits=["w5a5", "w4a4"], preset="imagenet", selection=selection), cache_folder())
+    found = {(i, c.method, str(c.bits)): c for i, teacher in enumerate(loaded.teachers) for c in loaded.cells if c.teacher == teacher}
+    assert len(found) == len(loaded.cells) == 24, "three networks, four methods, two widths"
+    mixed = {key: c.config.get("host_identity", c.config).get("mixed_classes") for key, c in found.items()}
+    assert [mixed[i, "qimera", w] for i in range(3) for w in ("w5a5", "w4a4")] == [100, 500, 50, 10, 100, 100]
+    assert [mixed[i, "ait", "w5a5"] for i in range(3)] == [100, 25, 250]
+    presets = [found[0, "qimera", "w5a5"].preset, found[0, "ait", "w4a4"].preset, found[1, "gdfq", "w4a4"].preset, found[1, "round", "w4a4"].preset]
+    assert presets == ["imagenet-resnet50-w5", "imagenet-resnet50", "imagenet", ""]
+    assert found[0, "qimera", "w5a5"].label == found[0, "qimera", "w4a4"].label == "qimera", "one row"
+    assert loaded.selection is not None
+    assert [c.config["mixed_classes"] for c in loaded.selection.cells] == [100, 50, 100]
+
+
+def test_a_preset_that_no_method_has_is_told_and_a_second_one_of_a_network(sweep_file: SweepFile, tiny_teacher: str) -> None:
+    imagenet = {"model": tiny_teacher, "preset": "imagenet"}
+    for wrong, said in (
+        ({"preset": "imagnet"}, "preset: 'imagnet': no method has a preset of that name: did you mean 'imagenet'?"),
+        ({"teachers": [{**imagenet, "preset": "imagnet"}]}, "preset: 'imagnet': no method has a preset of that name: did you mean 'imagenet'?"),
+        ({"teachers": [imagenet, tiny_teacher]}, "teachers[1].preset: '': the same network stands above with 'imagenet': a network has one preset"),
+    ):
+        with pytest.raises(UserErrors) as caught:
+            load_sweep(sweep_file(**wrong), cache_folder())
+        (message,) = caught.value.messages
+        assert message.split(": ", 1)[1].startswith(said)
+
+
 def test_the_identity_holds_what_changes_numbers_and_nothing_else(sweep_file: SweepFile, tmp_path: Path) -> None:
     def first(**changes: Any) -> str:
         return load_sweep(sweep_file(bits=["w4a4"], **changes), cache_folder()).cells[0].id

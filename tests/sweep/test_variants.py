@@ -41,7 +41,8 @@ def sweep_of(methods: list[Any], **changes: Any) -> Sweep:
 
 def found(sweep: Sweep, cache: Path, protocol: Protocol | None = None, tasks: tuple[Task, ...] = (TASK,)) -> Found:
     problems = Problems(Path("c.yaml"))
-    answer = find_variants(sweep, protocol or find_protocol("lineage"), tasks, problems, cache)
+    presets = {sweep.preset or "", *(given["preset"] for given in sweep.teachers if isinstance(given, dict) and "preset" in given)}
+    answer = find_variants(sweep, protocol or find_protocol("lineage"), tasks, presets, problems, cache)
     problems.raise_all()
     return answer
 

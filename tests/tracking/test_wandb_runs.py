@@ -22,6 +22,7 @@ from synthetic_store import cells, make_store, write_cell
 from wandb_file import contents, runs
 
 from dfqbench.analysis.records import read_store
+from dfqbench.analysis.warning_signs import read_rows
 from dfqbench.files import write_json
 from dfqbench.store import Store
 from dfqbench.store.cache import cache_folder
@@ -29,7 +30,7 @@ from dfqbench.sweep.load import load_sweep
 from dfqbench.sweep.schema import Tracking, tracking_of
 from dfqbench.tracking import process as tracking_process
 from dfqbench.tracking.process import WandbObserver
-from dfqbench.tracking.runs import is_pushed, read_rows, sync
+from dfqbench.tracking.runs import is_pushed, sync
 from dfqbench.tracking.students import Students
 
 SweepFile = Callable[..., Path]

@@ -9,20 +9,19 @@ from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 
-from dfqbench.analysis.cost import Cost, cost_of, processor_seconds
-from dfqbench.analysis.ledger import METHODS_OWN, Ledger, Published
+from dfqbench.analysis.cost import Cost, cost_of
+from dfqbench.analysis.ledger import Ledger, Published
 from dfqbench.analysis.per_image import PerImage
 from dfqbench.analysis.seeds import Basis
 from dfqbench.analysis.size import Sizes, common_sizes
 from dfqbench.analysis.stats import Estimate, binomial_error
-from dfqbench.sweep.cell import fingerprint, without_data
+from dfqbench.analysis.tables.cells import Cell, comparable, told_apart
+from dfqbench.analysis.tables.choice import USUAL, Columns
 
 Rule = Literal["last", "best-on-test"]
-Cell = dict[str, Any]  # a line of `load_frame` with what `blocks` adds
 NOT_OF_A_ROW = ("bits", "seed", "teacher", "evaluation", "precision")  # of a cell's identity: they say which column, seed or table it is in
-KEYS = ("evaluation", "digest", "teacher", "teacher_key", "protocol", "shared_rules", "precision")  # what a block's cells agree in
+DECIMALS = 2  # of percentages
 SHARED = ("teacher", "teacher_top1", "evaluation", "protocol", "shared_rules", "precision")  # what a block has of its cells
 
 
@@ -31,8 +30,8 @@ class Entry:
     """The finished cells of one row at one bit width. Accuracies in percent; sd: over seeds, None for one; error: one standard error.
 
     estimate: the mean with its interval over test images and seeds, None where per-image results are missing; basis: where it has the variance of
-    seeds from. best: the best of its column, or not below any row that can be told from it. against_best: the difference to the best (p Holm-adjusted
-    in the column); pair: both cells' ids at their lowest seed. sizes: None where no cell knows it.
+    seeds from. best: the best of its column, or not below any row that can be told from it; second: the next one. against_best: the difference to
+    the best (p Holm-adjusted in the column); pair: both cells' ids at their lowest seed. sizes: None where no cell knows it.
     """
 
     ids: list[str]
@@ -47,22 +46,40 @@ class Entry:
     published: Published | None = None
     why_unpublished: str = ""
     best: bool = False
+    second: bool = False
     against_best: Estimate | None = None
     pair: tuple[str, str] | None = None
     basis: Basis = "unknown"
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f}" if self.sd is None else f"{self.mean:.2f} ± {self.sd:.2f}"
+        return self.text()
+
+    def text(self, significant: bool = False) -> str:
+        """`84.69 ± 0.18`; significant: with `decimals`."""
+        digits = self.decimals if significant else DECIMALS
+        return f"{self.mean:.{digits}f}" + (f" ± {self.sd:.{digits}f}" if self.sd is not None else "")
+
+    def drop_text(self, significant: bool = False) -> str:
+        return f"{self.drop:.{self.decimals if significant else DECIMALS}f}".replace("-0.00", "0.00").replace("-0.0", "0.0")
+
+    @property
+    def decimals(self) -> int:
+        """As far as the first digit of the standard error, and no further than DECIMALS: one for an error of 0.7, none for one of 3."""
+        return min(DECIMALS, max(0, -int(np.floor(np.log10(self.error))))) if self.error > 0 else DECIMALS
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Cells of one row at one bit width that have no result: how many diverged, how many ended with an error, of how many that were tried; which."""
+    """Cells of one row at one bit width that have no result: how many diverged, how many ended with an error, of how many that were tried; which.
+
+    epochs: in which they diverged, as far as it is known.
+    """
 
     diverged: int
     failed: int
     tried: int
     ids: tuple[str, ...] = ()
+    epochs: tuple[int, ...] = ()
 
     @property
     def share(self) -> float:
@@ -76,6 +93,12 @@ class Lost:
         ((what, count),) = counts.items()
         return what if count == self.tried else f"{count} of {self.tried} {what}"
 
+    @property
+    def told(self) -> str:
+        """With the epochs: `diverged, epoch 5`; `1 of 3 diverged, epochs 5-7`."""
+        ends = sorted({min(self.epochs), max(self.epochs)}) if self.epochs else []
+        return f"{self}, epoch{'s' * (len(ends) > 1)} {'-'.join(map(str, ends))}" if ends else str(self)
+
 
 @dataclass
 class Row:
@@ -83,8 +106,8 @@ class Row:
 
     entries: by bit width; of blocks side by side by (index of the block, bit width). lost: the same way, where cells diverged or failed: an entry
     beside it is the mean of those that are left, and is in no comparison. name: as its cells call it, which others may share. steps: None where no
-    cell says it. settings: its cells' identity without what tells columns and seeds apart. differing: those in which blocks side by side differ.
-    above: see `worst_first`.
+    cell says it. settings: its cells' identity without what tells columns and seeds apart. group: see Choice.ordered. left_out: changed settings that
+    its name does not show, as all rows of the method have them. differing: settings in which blocks side by side differ. above: see `worst_first`.
     """
 
     label: str
@@ -99,6 +122,8 @@ class Row:
     lost: dict[Any, Lost]
     cost: Cost
     mark: str
+    group: str = ""
+    left_out: str = ""
     differing: Sequence[str] = ()
     above: float = 0.0
 
@@ -118,11 +143,11 @@ class Row:
 
 @dataclass
 class Block:
-    """Results that can be compared with each other: rows from worst to best, widths from wide to narrow.
+    """Results that can be compared with each other: rows from worst to best, widths from wide to narrow, until they are `arranged`.
 
     heading: what was measured, over a table of several blocks. shared_rules: without what a method may declare for itself. marks: by printed rules.
     teacher_top1: NaN where it was not measured. devices: of finished cells. error: a cell's largest standard error from the test set's size, in
-    percent. uncompared: without per-image results. beside: names of size.COLUMNS that are printed beside each accuracy.
+    percent. uncompared: without per-image results. shown: which columns are printed; order: of its rows, in words.
     """
 
     title: str
@@ -140,7 +165,8 @@ class Block:
     devices: list[str]
     error: float
     uncompared: int
-    beside: Sequence[str] = ()
+    shown: Columns = USUAL
+    order: str = ""
 
     @property
     def why_no_claims(self) -> set[str]:
@@ -149,50 +175,7 @@ class Block:
         return set() if any(entry.published for entry in entries) else {entry.why_unpublished for entry in entries} - {""}
 
 
-def load_frame(results: list[Any]) -> pd.DataFrame:
-    """One row per cell: accuracies and drop, or agreement, in percent, seconds by the clock (of a GPU: by its events) and of processor time.
-
-    status: done, or diverged or failed, without numbers (see `Reading.unfinished`).
-    """
-    frame = pd.DataFrame([_record(result) for result in results])
-    return frame.astype({"steps": "Int64"}) if len(frame) else frame
-
-
-def asked_for(cell: dict[str, Any]) -> Cell:
-    """What a cell's record says before anything is measured."""
-    identity = cell["identity"]
-    return (
-        {"method": cell["label"], "plain_method": cell.get("method", cell["label"]), "fidelity": cell["fidelity"]}
-        | {"teacher": cell["teacher"]["label"], "weights": cell["teacher"]["weights_sha256"]}
-        | {"evaluation": cell["evaluation"]["name"], "digest": identity["evaluation"]}
-        | {"protocol": cell["protocol"], "precision": cell["precision"], "bits": cell["bits"], "seed": cell["seed"]}
-        | {"batch": int(identity["config"].get("batch_size") or 0)}
-    )
-
-
-def _record(r: dict[str, Any]) -> Cell:
-    made, seconds = r["provenance"], r["seconds"]
-    return (
-        {"id": r["id"], "status": r.get("status", "done"), **asked_for(r["cell"]), **_scores(r), "images": r["images"]}
-        | {"finished": r.get("finished", 0.0), "evaluations": r["evaluations"]}
-        | {"steps": r["steps"], "seconds": round(seconds["own"] + seconds["shared"], 3)}
-        | {"cpu_seconds": processor_seconds(r), "device": made["device_name"], "device_kind": made.get("device", "cpu")}
-        | {"host": made.get("host"), "threads": made.get("threads"), "commit": made.get("git")}
-    )
-
-
-def _scores(r: dict[str, Any]) -> Cell:
-    """What has no accuracy has no column of that name: whatever takes it for one fails."""
-    if not without_data(r["cell"]):
-        top1, of_teacher = r["top1"], r["teacher"]["top1"]
-        return {"metric": "top1", "top1": top1, "best": r["best"]["top1"], "teacher_top1": of_teacher, "drop": round(of_teacher - top1, 10)}
-    plain = r.get("plain_rounding") or {}
-    return {"metric": "agreement", "agreement": r["agreement"], "kl": r["kl"]} | {f"plain_{k}": plain.get(k) for k in ("agreement", "kl")}
-
-
-def blocks(
-    results: list[Any], rule: Rule = "last", *, ledger: Ledger | None = None, per_image: PerImage | None = None, beside: Sequence[str] = ()
-) -> list[Block]:
+def blocks(results: list[Any], rule: Rule = "last", *, ledger: Ledger | None = None, per_image: PerImage | None = None) -> list[Block]:
     """Tables of top-1 accuracy under one reporting rule. Without `per_image` nothing is compared, without `ledger` nothing is matched.
 
     results: finished cells, and those of `Reading.unfinished` that are to be named as well.
@@ -201,41 +184,10 @@ def blocks(
     per_image = per_image if rule == "last" else None  # only the last epoch's per-image results are stored
     made = [_block(group, rule, ledger, per_image) for group in groups.values()]
     titles = Counter(block.title for block in made)
-    for block in made:
-        block.beside = beside
     for block, key in zip(made, groups, strict=True):
         if titles[block.title] > 1:
             block.title, block.heading = block.title + told_apart(key), block.heading + told_apart(key)
     return made
-
-
-def comparable(results: list[Any]) -> dict[tuple[Any, ...], list[Cell]]:
-    """Cells by KEYS, under the names that are newest, with what tells rows apart (`settings`) and marks them (`rules`)."""
-    cells = [_record(result) | {"result": result} for result in results]
-    for cell in cells:
-        identity = cell["result"]["cell"]["identity"]
-        cell["teacher_key"] = fingerprint([identity.get("teacher"), cell["weights"]])
-        cell["rules"] = str(sorted(identity["protocol"].items()))
-        cell["shared_rules"] = str(sorted((k, v) for k, v in identity["protocol"].items() if k not in METHODS_OWN))
-        cell["plan"] = fingerprint([cell["method"], identity["config"]])
-    steps = {cell["plan"]: cell["steps"] for cell in cells if cell["steps"] is not None}  # a failure need not know how many it was to have
-    # a set is what its content says, a teacher its weights and task, a protocol its rules: names are only what somebody called them last
-    by_age = sorted(cells, key=lambda cell: cell["finished"])
-    sets, teachers = ({cell[key]: cell[name] for cell in by_age} for key, name in (("digest", "evaluation"), ("teacher_key", "teacher")))
-    for cell in cells:
-        cell |= {"evaluation": sets[cell["digest"]], "teacher": teachers[cell["teacher_key"]]}
-        cell["steps"] = steps.get(cell["plan"]) if cell["steps"] is None else cell["steps"]
-        # what makes two cells the same row is everything in their identity but bits and seed
-        same = {k: v for k, v in cell["result"]["cell"]["identity"].items() if k not in ("bits", "seed")}
-        cell["settings"] = fingerprint([cell["method"], same, cell["steps"]])
-        cell["block"] = tuple(cell[key] for key in KEYS)
-    return {key: list(its) for key, its in groupby(sorted(cells, key=lambda cell: cell["block"]), key=lambda cell: cell["block"])}
-
-
-def told_apart(key: tuple[Any, ...]) -> str:
-    """Behind a title that two tables have."""
-    _, digest, _, teacher, _, rules, _ = key
-    return f" [teacher {teacher[:8]}, images {digest.split()[-1][:8]}, rules {fingerprint(rules)[:8]}]"
 
 
 def marks_of(rules: Sequence[str]) -> dict[str, str]:
@@ -272,13 +224,21 @@ def rows_of(cells: list[Cell], marks: dict[str, str], entry_of: Callable[[list[C
     for _, (own, *more) in groupby(sorted(cells, key=lambda cell: (cell["settings"], int(cell["seed"]))), key=lambda cell: cell["settings"]):
         at = {w: [cell for cell in (own, *more) if cell["bits"] == w] for w in widths}
         entries = {w: entry_of(there) for w in widths if (there := [cell for cell in at[w] if cell["status"] == "done"])}
-        states = [(w, Counter(cell["status"] for cell in there), [c["id"] for c in there if c["status"] != "done"]) for w, there in at.items()]
-        lost = {w: Lost(n["diverged"], n["failed"], n.total(), tuple(ids)) for w, n, ids in states if ids}
+        lost = {w: _lost(there) for w, there in at.items() if any(cell["status"] != "done" for cell in there)}
         settings = {k: v for k, v in own["result"]["cell"]["identity"].items() if k not in NOT_OF_A_ROW}
-        cost, changed = cost_of([cell["result"] for cell in (own, *more) if cell["status"] == "done"]), own["result"]["cell"].get("changed", {})
-        label, fidelity, steps, batch = (own[key] for key in ("method", "fidelity", "steps", "batch"))
-        rows.append(Row(label, label, own["plain_method"], fidelity, steps, batch, changed, settings, entries, lost, cost, marks[own["rules"]]))
+        cost, cell = cost_of([cell["result"] for cell in (own, *more) if cell["status"] == "done"]), own["result"]["cell"]
+        label, method, fidelity, steps, batch = (own[key] for key in ("method", "plain_method", "fidelity", "steps", "batch"))
+        called = {"label": label, "name": label, "mark": marks[own["rules"]], "group": cell.get("group") or "", "left_out": cell.get("left_out", "")}
+        asked = {"method": method, "fidelity": fidelity, "steps": steps, "batch": batch, "changed": cell.get("changed", {}), "settings": settings}
+        rows.append(Row(**called, **asked, entries=entries, lost=lost, cost=cost))
     return worst_first(rows), widths
+
+
+def _lost(cells: list[Cell]) -> Lost:
+    """Of the cells of one row at one width."""
+    states, ids = Counter(cell["status"] for cell in cells), tuple(cell["id"] for cell in cells if cell["status"] != "done")
+    epochs = tuple(epoch for cell in cells if (epoch := cell["result"].get("diverged_in")) is not None)
+    return Lost(states["diverged"], states["failed"], len(cells), ids, epochs)
 
 
 def _entry(cells: list[Cell], rule: Rule, ledger: Ledger | None) -> Entry:
@@ -302,6 +262,7 @@ def _compare(complete: list[Entry], partial: list[Entry], per_image: PerImage | 
         return
     for entry, (against, good) in zip(compared, per_image.against_best([entry.ids for entry in compared]), strict=True):
         entry.best, entry.against_best = good, against
+        entry.second = not good and not any(other.second for other in compared)
         if against and (common := set(entry.seeds) & set(compared[0].seeds)):
             entry.pair = entry.ids[entry.seeds.index(min(common))], compared[0].ids[compared[0].seeds.index(min(common))]
 

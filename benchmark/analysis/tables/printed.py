@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from dfqbench.analysis import seeds, size
 from dfqbench.analysis.cost import in_column, in_words
 from dfqbench.analysis.stats import average_ranks
 from dfqbench.analysis.tables.blocks import Block, Entry, Row
+from dfqbench.analysis.tables.choice import Choice, Columns
 from dfqbench.analysis.tables.wide import JOINED, WideTable
 
 
@@ -29,63 +31,97 @@ class Written:
     means: list[dict[str, Any]]
 
 
-Tables = Sequence[Block | WideTable | Written]
-NAMING = ("method", "follows", "steps x batch", "seeds")  # the first columns, which say what a row is
+Table = Block | WideTable | Written
+Tables = Sequence[Table]
+T = TypeVar("T", bound=Block | WideTable | Written)
+HEADS = {"follows": "follows", "steps": "steps x batch", "seeds": "seeds"}  # of columns.OF_ROWS; that of seconds says which
+NAMING = ("method", *HEADS.values())  # columns that say what a row is
 LEFT = ("method", "follows")  # columns that are set flush left
 GAP = 2  # characters between columns
 
 
-def texts_of(table: Block | WideTable | Written) -> tuple[pd.DataFrame, pd.DataFrame]:
+def arranged(table: T, choice: Choice) -> T:
+    """With the chosen columns, and rows in the chosen order."""
+    if isinstance(table, Written):
+        return table
+    if isinstance(table, WideTable):
+        return replace(table, rows=choice.ordered(table.rows, table.columns), order=choice.in_words(table.columns))
+    widths = choice.widths(table.widths)
+    return replace(table, rows=choice.ordered(table.rows, widths), widths=widths, shown=choice.columns, order=choice.in_words(widths))
+
+
+def texts_of(table: Table, significant: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What is printed, and which of it is bold (of the same shape).
 
     Columns: (group, name), where a group is a bit width of a block or a network of several. Index: (row, what its line holds). Drops and what is
-    published stand in columns beside a block's accuracies, but in lines below those of several blocks.
+    published stand in columns beside a block's accuracies, but in lines below those of several blocks. significant: with as many decimals of an
+    accuracy as its standard error allows.
     """
     if isinstance(table, Written):
         return table.texts, table.texts.map(lambda _: False)
-    rows, wide, naming = table.rows, isinstance(table, WideTable), list[tuple[str, ...]]()
-    heads = {(i, w): (table.blocks[i].heading, w) for i, w in table.columns} if isinstance(table, WideTable) else {w: (w, w) for w in table.widths}
-    index, columns = pd.MultiIndex.from_product([range(len(rows)), ["accuracy"]]), pd.MultiIndex.from_tuples(heads.values())
-    entries = pd.DataFrame([[row.entries.get(column) for column in heads] for row in rows], index, columns, dtype=object)
-    accuracies = pd.DataFrame([[accuracy_of(row, column, wide) for column in heads] for row in rows], index, columns, dtype=object)
-    drops = entries.map(lambda entry: f"{entry.drop:.2f}".replace("-0.00", "0.00"), na_action="ignore")
-    more = {"drop": drops, "published": entries.map(claim_of, na_action="ignore")}
-    more |= {size.COLUMNS[name].head: _sizes(entries, name) for name in beside_of(table)}
+    rows, wide, entries = table.rows, isinstance(table, WideTable), entries_of(table)
+    accuracies = [[accuracy_of(row, column, wide, significant) for column in columns_of(table)] for row in rows]
+    more = {_head(name): entries.map(partial(_beside, name, significant), na_action="ignore") for name in shown_of(table).beside}
     if isinstance(table, WideTable):
-        lines = [accuracies, *(frame.rename(index={"accuracy": name}) for name, frame in more.items())]
+        frame = pd.DataFrame(accuracies, entries.index, entries.columns, dtype=object)
+        lines = [frame, *(its.rename(index={"accuracy": name}) for name, its in more.items())]
         texts = pd.concat(lines).sort_index(level=0, sort_remaining=False, kind="stable").dropna(how="all").fillna("-")
         naming = [(rows[i].label + rows[i].mark, rows[i].budget) if says == "accuracy" else (says, "") for i, says in texts.index]
+        lead = [(name, [names[place] for names in naming]) for place, name in enumerate(("method", "steps x batch"))]
+        lead = lead if "steps" in shown_of(table).lead else lead[:1]
     else:
-        beside = [accuracies, *(frame.rename(columns=dict.fromkeys(table.widths, name), level=1) for name, frame in more.items())]
+        frame = pd.DataFrame(accuracies, entries.index, entries.columns, dtype=object)
+        beside = [frame, *(its.rename(columns=dict.fromkeys(table.widths, name), level=1) for name, its in more.items())]
         order = [(width, name) for width in table.widths for name in (width, *more)]
         texts = pd.concat(beside, axis=1)[order].dropna(how="all", axis=1).fillna("-")
-        unit, figures = in_column([row.cost for row in rows])
-        texts[unit, unit] = figures
-        naming = [naming_of(row) for row in rows]
-    for place, name in enumerate(("method", "steps x batch") if wide else NAMING):
-        texts.insert(place, (name, name), [names[place] for names in naming])
+        lead = [("method", [row.label + row.mark for row in rows]), *of_rows(rows, table.shown.lead)]
+        for name, figures in of_rows(rows, table.shown.last):
+            texts[name, name] = figures
+    for place, (name, figures) in enumerate(lead):
+        texts.insert(place, (name, name), figures)
     return texts, entries.map(lambda entry: bool(entry and entry.best)).reindex(index=texts.index, columns=texts.columns, fill_value=False)
 
 
-def naming_of(row: Row) -> tuple[str, ...]:
-    """What stands below NAMING."""
-    return row.label + row.mark, row.fidelity, row.budget, "-".join(map(str, sorted({min(row.seeds), max(row.seeds)})))
+def entries_of(table: Block | WideTable) -> pd.DataFrame:
+    """What stands behind the accuracies that are printed, at their places."""
+    heads = {(i, w): (table.blocks[i].heading, w) for i, w in table.columns} if isinstance(table, WideTable) else {w: (w, w) for w in table.widths}
+    index, columns = pd.MultiIndex.from_product([range(len(table.rows)), ["accuracy"]]), pd.MultiIndex.from_tuples(heads.values())
+    return pd.DataFrame([[row.entries.get(column) for column in heads] for row in table.rows], index, columns, dtype=object)
 
 
-def _sizes(entries: pd.DataFrame, name: str) -> pd.DataFrame:
-    return entries.map(lambda entry: size.text_of(name, entry.sizes), na_action="ignore")
+def columns_of(table: Block | WideTable) -> Sequence[Any]:
+    return table.columns if isinstance(table, WideTable) else table.widths
 
 
-def beside_of(table: Block | WideTable) -> Sequence[str]:
-    return (table.blocks[0] if isinstance(table, WideTable) else table).beside
+def shown_of(table: Block | WideTable) -> Columns:
+    return (table.blocks[0] if isinstance(table, WideTable) else table).shown
 
 
-def accuracy_of(row: Row, column: Any, counted: bool) -> str | None:
+def of_rows(rows: Sequence[Row], names: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """(heading, figures) of columns with one figure for a row, names of choice.OF_ROWS."""
+    seeds = ["-".join(map(str, sorted({min(row.seeds), max(row.seeds)}))) for row in rows]
+    known = {"follows": [row.fidelity for row in rows], "steps": [row.budget for row in rows], "seeds": seeds}
+    return [in_column([row.cost for row in rows]) if name == "seconds" else (HEADS[name], known[name]) for name in names]
+
+
+def _head(name: str) -> str:
+    return size.COLUMNS[name].head if name in size.COLUMNS else name
+
+
+def _beside(name: str, significant: bool, entry: Entry) -> str | None:
+    """What stands in the column `name` beside an accuracy."""
+    if name == "published":
+        return claim_of(entry)
+    return entry.drop_text(significant) if name == "drop" else size.text_of(name, entry.sizes)
+
+
+def accuracy_of(row: Row, column: Any, counted: bool, significant: bool = False) -> str | None:
     """`64.20 ± 1.31 (1 of 3 diverged)`; counted: with the number of seeds. None where nothing was tried."""
     entry, lost = row.entries.get(column), row.lost.get(column)
     if entry is None:
-        return str(lost) if lost else None
-    return f"{entry} ({lost or len(entry.ids)})" if lost or counted else str(entry)
+        return lost.told if lost else None
+    text = entry.text(significant)
+    return f"{text} ({lost.told if lost else len(entry.ids)})" if lost or counted else text
 
 
 def claim_of(entry: Entry) -> str | None:
@@ -114,17 +150,23 @@ def widths_of(texts: pd.DataFrame) -> list[int]:
 
 def in_pieces(texts: pd.DataFrame, widths: Sequence[int], room: int) -> list[list[int]]:
     """Positions of columns, in tables of at most `room` characters; each has what names the rows, a group is whole, a column wider if it must be."""
-    naming = [i for i, name in enumerate(names_of(texts)) if name in NAMING]
+    naming = range(lead_of(texts))
     left, pieces = room - sum(widths[i] for i in naming), list[list[int]]([[]])
     for _, group in groups_of(texts)[len(naming) :]:
         for part in [group] if sum(widths[i] for i in group) <= left else [[i] for i in group]:
             if pieces[-1] and sum(widths[i] for i in pieces[-1] + part) > left:
                 pieces.append([])
             pieces[-1] += part
-    return [naming + piece for piece in pieces]
+    return [[*naming, *piece] for piece in pieces]
 
 
-def notes_of(table: Block | WideTable | Written) -> list[str]:
+def lead_of(texts: pd.DataFrame) -> int:
+    """How many columns stand before the accuracies."""
+    names = names_of(texts)
+    return next((place for place, name in enumerate(names) if name not in NAMING and not name.endswith("s/cell")), len(names))
+
+
+def notes_of(table: Table) -> list[str]:
     """What the accuracies, ±, bold and marks mean and what else is to be known, a sentence each."""
     if isinstance(table, Written):
         return table.notes
@@ -133,6 +175,8 @@ def notes_of(table: Block | WideTable | Written) -> list[str]:
     sized = {part.teacher: [entry.sizes for row in part.rows for entry in row.entries.values()] for part in parts}
     rule, error, best = parts[0].rule, max(block.error for block in parts), any(entry.best for entry in entries)
     uncompared = sum(block.uncompared for block in parts)
+    claimed = "published" in shown_of(table).beside
+    drop = "drop: below the teacher; " * ("drop" in shown_of(table).beside)
     of_images = "one standard error from the test set's size"
     bases: dict[seeds.Basis, list[str]] = {"column": [], "outlying": [], "own": [], "unknown": [], "none": []}
     for row in rows:
@@ -144,27 +188,29 @@ def notes_of(table: Block | WideTable | Written) -> list[str]:
         fidelities = groupby(sorted({(row.fidelity, row.method) for row in rows}), key=lambda pair: pair[0])
         own.append("follows " + "; ".join(f"'{fidelity}': {', '.join(method for _, method in its)}" for fidelity, its in fidelities))
     else:
-        own = in_words([row.cost for row in rows if row.entries], table.devices)
+        own = in_words([row.cost for row in rows if row.entries], table.devices) * ("seconds" in (*table.shown.lead, *table.shown.last))
     own += notes_on_marks(table.marks)
     said = {
         "in a cell: mean ± sd (seeds)": isinstance(table, WideTable),
         "top-1 in %, rule 'last': the last epoch's accuracy, as a user without test labels would get it": rule == "last",
         "top-1 in %, rule 'best-on-test': the best of all evaluated epochs, chosen on the test labels "
         "(optimistic; at most as many choices as evaluations)": rule == "best-on-test",
-        f"± is the standard deviation over seeds; drop: below the teacher; {of_images} is at most {error:.2f}": bool(entries),
+        f"± is the standard deviation over seeds; {drop}{of_images} is at most {error:.2f}": bool(entries),
         "bold: the best of a column and those next to it, down to the first that can be told from it (paired over test images, with the variance "
         "between seeds; Holm, 5 %; or three spreads below it, where seeds are too few for a test)": best,
         **dict.fromkeys(seeds.in_words(bases, any(entry.sd is None for entry in entries)) if best else [], True),
         **dict.fromkeys(notes_on_lost(rows), True),
         "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
         f"{uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged": uncompared > 0,
-        **dict.fromkeys(own + size.in_words(parts[0].beside, sized), True),
+        table.order: bool(table.order),
+        **dict.fromkeys(own + size.in_words(shown_of(table).beside, sized), True),
         **dict.fromkeys(notes_on_names(rows), True),
         "published: what papers claim (a range where sources disagree), and how far we are from it in our standard errors; "
-        "papers print one figure each, most of them the best epoch on the test set": any(entry.published for entry in entries),
+        "papers print one figure each, most of them the best epoch on the test set": claimed and any(entry.published for entry in entries),
     }
     notes = [note for note, holds in said.items() if holds]
-    for why in sorted({why for block in parts for why in block.why_no_claims}):  # one that does not hold for all says where it does
+    unclaimed = {why for block in parts for why in block.why_no_claims} if claimed else set()
+    for why in sorted(unclaimed):  # one that does not hold for all says where it does
         where = [f"{block.teacher} on {block.evaluation}" for block in parts if why in block.why_no_claims]
         notes.append(why if len(where) == len(parts) else f"{why} ({', '.join(dict.fromkeys(where))})")
     return notes
@@ -200,6 +246,11 @@ def notes_on_names(rows: Sequence[Row]) -> list[str]:
         "follows 'abstract': reconstructed, details of the method are not public": "abstract" in fidelities,
         "follows 'released': trained elsewhere, evaluated here": "released" in fidelities,
     }
+    left_out: dict[str, list[str]] = {}
+    for method, common in sorted({(row.method, row.left_out) for row in rows if row.left_out}):
+        left_out.setdefault(common, []).append(method)
+    settings = "; ".join(f"{', '.join(methods)} {common}" for common, methods in left_out.items())
+    said = {f"left out of the names, as it tells no rows of a method apart: {settings}": bool(settings)} | said
     return [note for note, holds in said.items() if holds]
 
 

@@ -14,13 +14,17 @@ JOINED = "†"  # marks a row whose cells differ, between networks, in settings 
 
 @dataclass
 class WideTable:
-    """Two blocks or more under one protocol and precision: their widths are the columns, (index of the block, width). Rows go from worst to best."""
+    """Two blocks or more under one protocol and precision: their widths are the columns, (index of the block, width).
+
+    Rows go from worst to best, until they are `arranged`; order: in words.
+    """
 
     title: str
     blocks: list[Block]
     columns: list[tuple[int, str]]
     rows: list[Row]
     marks: dict[str, str]
+    order: str = ""
 
 
 def side_by_side(found: Sequence[Block]) -> list[Block | WideTable]:

@@ -13,18 +13,10 @@ import pandas as pd
 from dfqbench.analysis import cost, size
 from dfqbench.analysis.records import Reading
 from dfqbench.analysis.stats import binomial_error
-from dfqbench.analysis.tables.blocks import Cell, Entry, comparable, marks_of, rows_of, told_apart
-from dfqbench.analysis.tables.printed import (
-    NAMING,
-    Written,
-    accuracy_of,
-    costs_of,
-    line_of,
-    naming_of,
-    notes_on_lost,
-    notes_on_marks,
-    notes_on_names,
-)
+from dfqbench.analysis.tables.blocks import Entry, marks_of, rows_of
+from dfqbench.analysis.tables.cells import Cell, comparable, told_apart
+from dfqbench.analysis.tables.choice import EVERYTHING, Choice
+from dfqbench.analysis.tables.printed import Written, accuracy_of, costs_of, line_of, notes_on_lost, notes_on_marks, notes_on_names, of_rows
 
 TINY = 1e-5  # nats: less than that is nothing that differs
 
@@ -54,7 +46,7 @@ class Agreement(Entry):
     agreement: Spread
     kl: Spread
 
-    def __str__(self) -> str:
+    def text(self, significant: bool = False) -> str:
         return f"{self.agreement.mean:.2f}" + (f" ± {self.agreement.sd:.2f}" if self.agreement.sd is not None else "")
 
     @property
@@ -62,8 +54,8 @@ class Agreement(Entry):
         return nats(self.kl.mean, self.kl.sd)
 
 
-def agreements(reading: Reading, beside: Sequence[str] = ()) -> list[Written]:
-    """A table for each teacher, protocol, precision and set of synthetic images. beside: names of size.COLUMNS."""
+def agreements(reading: Reading, choice: Choice = EVERYTHING) -> list[Written]:
+    """A table for each teacher, protocol, precision and set of synthetic images."""
     tables: list[tuple[str, str, list[Cell]]] = []
     for key, group in comparable([*reading.without_data, *reading.unfinished_without_data]).items():
         shown: dict[str, list[Cell]] = {}
@@ -74,7 +66,7 @@ def agreements(reading: Reading, beside: Sequence[str] = ()) -> list[Written]:
         for number, (images, its) in enumerate(sorted(shown.items()) or [("", [])]):
             tables.append((told_apart(key), f" [images {images[:8]}]" * (len(shown) > 1), its + lost * (number == 0)))
     titles = Counter(_title(cells) for _, _, cells in tables)
-    return [_table(_title(cells) + apart * (titles[_title(cells)] > 1) + images, cells, beside) for apart, images, cells in tables]
+    return [_table(_title(cells) + apart * (titles[_title(cells)] > 1) + images, cells, choice) for apart, images, cells in tables]
 
 
 def _title(cells: list[Cell]) -> str:
@@ -91,13 +83,15 @@ def _entry(cells: list[Cell]) -> Agreement:
     return Agreement(mean=-kl.mean, sd=kl.sd, drop=np.nan, error=np.nan, agreement=agreement, kl=kl, **known)
 
 
-def _table(title: str, cells: list[Cell], beside: Sequence[str]) -> Written:
+def _table(title: str, cells: list[Cell], choice: Choice) -> Written:
     done, marks = [cell for cell in cells if cell["status"] == "done"], marks_of([cell["rules"] for cell in cells])
-    rows, widths = rows_of(cells, marks, _entry)
+    rows, found = rows_of(cells, marks, _entry)
+    widths, beside = choice.widths(found), [name for name in choice.columns.beside if name in size.COLUMNS]
+    rows, plain, columns = choice.ordered(rows, widths), _plain(done, marks), choice.columns
     entries, lines, means = [entry for row in rows for entry in row.entries.values()], list[dict[Any, str]](), list[dict[str, Any]]()
-    unit, figures = cost.in_column([row.cost for row in rows])
-    for row, seconds in zip(rows, figures, strict=True):
-        line = {(name, name): text for name, text in zip(NAMING, naming_of(row), strict=True)}
+    lead, last = of_rows(rows, columns.lead), of_rows(rows, columns.last)
+    for i, row in enumerate(rows):
+        line = {("method", "method"): row.label + row.mark} | {(head, head): figures[i] for head, figures in lead}
         for width in widths:
             entry = row.entries.get(width)
             line[width, "agreement"] = accuracy_of(row, width, False) or "-"
@@ -105,13 +99,15 @@ def _table(title: str, cells: list[Cell], beside: Sequence[str]) -> Written:
             line |= {(width, size.COLUMNS[name].head): size.text_of(name, entry.sizes) if entry else "-" for name in beside}
             if entry or width in row.lost:
                 means.append(line_of(cells[0], row, width) | (_numbers(entry, cells) if isinstance(entry, Agreement) else {}))
-        lines.append(line | {(unit, unit): seconds})
-    plain = _plain(done, marks)
+        lines.append(line | {(head, head): figures[i] for head, figures in last})
     for mark, of in plain.items():
         first = {("method", "method"): f"plain rounding{mark}", ("steps x batch", "steps x batch"): "none"}
+        first = {head: text for head, text in first.items() if head in lines[0]}
         lines.append(first | {(width, name): text for width, texts in of.items() for name, text in zip(("agreement", "KL"), texts, strict=True)})
-    texts = pd.DataFrame(lines, pd.MultiIndex.from_product([range(len(lines)), ["accuracy"]])).fillna("-")
+    texts = pd.DataFrame(lines).fillna("-").iloc[[*range(len(rows), len(lines)), *range(len(rows))]]  # plain rounding, then the methods
+    texts.index = pd.MultiIndex.from_product([range(len(lines)), ["accuracy"]])
     texts.columns = pd.MultiIndex.from_tuples(list(texts.columns))  # type: ignore[arg-type]
+    devices = sorted({cell["device"] for cell in done})
     error = max((binomial_error(cell["agreement"], cell["images"]) for cell in done), default=0.0)
     notes = [
         "no accuracy is known: these cells have no evaluation set (`evaluate: none`)",
@@ -119,11 +115,11 @@ def _table(title: str, cells: list[Cell], beside: Sequence[str]) -> Written:
         "KL: mean divergence of the student's class probabilities from the teacher's, in nats, the lower the better",
         f"one standard error of an agreement from the number of images is at most {error:.2f}"
         + "; ± is the standard deviation over seeds" * any(entry.sd is not None for entry in entries),
-        "rows go from the highest mean KL to the lowest, as `dfqbench select` ranks; nothing is bold: how a student does on real images is not known",
+        f"{choice.in_words(widths)} (lowest KL first); nothing is bold: how a student does on real images is not known",
         *["plain rounding: the same teacher, rounded without any training, on the same images"] * bool(plain),
         *["no plain rounding where the teacher's batch norms do not say enough for it"] * any(cell["plain_kl"] is None for cell in done),
         *notes_on_lost(rows),
-        *cost.in_words([row.cost for row in rows if row.entries], sorted({cell["device"] for cell in done})),
+        *(cost.in_words([row.cost for row in rows if row.entries], devices) if "seconds" in columns.lead + columns.last else ()),
         *notes_on_marks(marks),
         *size.in_words(beside, {cells[0]["teacher"]: [entry.sizes for entry in entries]}),
         *notes_on_names(rows),
