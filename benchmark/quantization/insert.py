@@ -15,7 +15,7 @@ from dfqbench.errors import UserError
 from dfqbench.network.activations import is_activation
 from dfqbench.network.canonical import Layer, TransposedConv
 from dfqbench.network.frozen_batch_norm import SUMS, BatchNorm
-from dfqbench.network.products import LAYERS, Operand, operands, take_attention_apart
+from dfqbench.network.products import LAYERS, Operand, is_constant, operands, take_attention_apart
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, WeightGrid
 from dfqbench.quantization.protocol import Bits, Protocol
 
@@ -249,6 +249,9 @@ def _may_be_activations(traced: fx.GraphModule) -> list[str]:
 def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]:
     """Names of modules and parameters with weights (two or more axes) that take part without a quantizer."""
 
+    def reaches_grid(node: fx.Node) -> bool:
+        return any(isinstance(module_of(u, traced), WeightGrid) or (is_constant(u) and reaches_grid(u)) for u in node.users)
+
     def candidates() -> Iterator[tuple[str, nn.Module | None]]:
         for node in traced.graph.nodes:
             if node.op == "call_module" and str(node.target) not in quantized:
@@ -257,8 +260,7 @@ def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]
                     yield str(node.target), module
             elif node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(traced)
-                gridded = all(isinstance(module_of(u, traced), WeightGrid) for u in node.users)
-                if isinstance(value, nn.Parameter) and value.dim() > 1 and str(node.target).endswith("weight") and not gridded:
+                if isinstance(value, nn.Parameter) and value.dim() > 1 and str(node.target).endswith("weight") and not reaches_grid(node):
                     yield str(node.target), None
 
     return list(dict.fromkeys(f"{name} ({type(m).__name__})" if m is not None else name for name, m in candidates()))

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dfqbench.data import EvaluationSet, Images
 from dfqbench.analysis.warning_signs import signs
+from dfqbench.data import EvaluationSet, Images
 from dfqbench.engine.checkpoint import load_checkpoint
 from dfqbench.engine.device import autocast_of
 from dfqbench.engine.evaluate import Evaluation, evaluate, state_hash
