@@ -64,7 +64,7 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
     widths = dict.fromkeys(targets, bits.weights)
     first, last = (targets[0], targets[-1]) if targets else ("", "")
     widths |= {first: protocol.first_bits or bits.weights} | ({last: protocol.last_bits} if protocol.last_bits else {})
-    left_float = _layers_left_float(traced, set(targets)) + (_norms_left_float(traced) if protocol.batch_norm == "folded" else [])
+    left_float = _norms_left_float(traced) if protocol.batch_norm == "folded" else []
     left_float += _may_be_activations(traced) if protocol.placement == "activations" else []
 
     traced.add_submodule("quantizers", nn.Module())
@@ -85,6 +85,7 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
             continue
         _insert_after(node, traced, ActivationQuantizer(width, protocol))
     _grids_of_weights(traced, products, protocol, bits.weights)
+    left_float = _layers_left_float(traced, set(targets)) + left_float
     for target in targets:
         parent, _, name = target.rpartition(".")
         setattr(traced.get_submodule(parent), name, QuantizedLayer(traced.get_submodule(target), widths[target], protocol))  # type: ignore[arg-type]
