@@ -21,12 +21,13 @@ from dfqbench.store import LEASE_EXPIRES_S, Store, slurm_job
 from dfqbench.store.environment import PYTHON, environment_without
 from dfqbench_slurm.profile import Profile
 from dfqbench_slurm.submission import Lane, Submission, read_submission
-from dfqbench_slurm.worker import FAILED, REFUSED, STOPPED
+from dfqbench_slurm.worker import FAILED, LOST, REFUSED, STOPPED
 
 POLL_S = 0.25
 TRIES = 3  # workers that a bundle may cost before it counts as failed; chosen here
 STUCK = 5  # starts of a job in a row that got nowhere before it is not requeued any more; chosen here
 KILLED_WITHIN_S = 600.0  # a job that was told to end is ended by the cluster; if not within this time, it ends itself
+KNOWN_ENDS = {STOPPED: "told to stop", LOST: "its GPU answers no more"}
 STOP_SIGNALS = (-signal.SIGTERM, -signal.SIGUSR2, -signal.SIGINT)
 
 
@@ -49,7 +50,7 @@ class Supervisor:
         state |= {"job": slurm_job(), "host": socket.gethostname(), "starts": state.get("starts", 0) + 1, "said": ""}
         submission.write_state(self.task, state)
         self.state, self.submission = state, submission
-        self.crew = crew = Crew(submission, submission.tasks[self.task], visible_gpus(), state.get("deaths", {}))
+        self.crew = crew = Crew(submission, submission.tasks[self.task], visible_gpus(submission), state.get("deaths", {}))
         with crew.listening():
             said = crew.run()
             self._note("; ".join(crew.trouble))
@@ -211,7 +212,7 @@ class Crew:
             "--threads",
             str(p.threads),
         ]
-        words += ["--checkpoint-every", str(p.checkpoint_every), "--name", name, *cells]
+        words += ["--checkpoint-every", str(p.checkpoint_every), *["--graphs"] * p.graphs, "--name", name, *cells]
         environment = environment_without(PYTHON) | ({"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {})
         lane.process, lane.slot, lane.waiting_since = subprocess.Popen(words, cwd=self.submission.cwd, env=environment), slot, None
 
@@ -225,7 +226,7 @@ class Crew:
             self.trouble.append(f"lane {lane.number} could not run, its log says why")
             lane.over = True
             return
-        why = f"killed by {signal.Signals(-status).name}" if status < 0 else "told to stop" if status == STOPPED else f"exit status {status}"
+        why = f"killed by {signal.Signals(-status).name}" if status < 0 else KNOWN_ENDS.get(status, f"exit status {status}")
         if status == -signal.SIGKILL:
             why += " (out of memory?)"
         self._say(lane, f"its worker ended: {why}")
@@ -274,9 +275,13 @@ def _await_the_end() -> None:
         time.sleep(POLL_S)
 
 
-def visible_gpus() -> list[str]:
-    """What this job may use, as CUDA names it; empty where nothing says."""
-    return [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+def visible_gpus(submission: Submission | None = None) -> list[str]:
+    """What this job may use, as CUDA names it. Where the cluster does not say: as many as the job asked for, by their numbers in it."""
+    named = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    if named or submission is None:
+        return named
+    profile = Profile(**submission.settings)
+    return [str(number) for number in range(profile.gpus)] if profile.runs_on == "cuda" else []
 
 
 def _clear_up(folder: Path) -> None:

@@ -138,7 +138,7 @@ def pretrain(
     """Train a teacher: a CIFAR ResNet on a folder of images or on the digits."""
     if precision not in ("fp32", "bf16"):
         raise UserError(f"--precision {precision!r}: fp32 or bf16")
-    from dfqbench.engine.device import check_device
+    from dfqbench.engine.device import use_device
     from dfqbench.run import pretrain as training
 
     training.pretrain(
@@ -147,7 +147,7 @@ def pretrain(
         out,
         epochs=epochs,
         seed=seed,
-        device=check_device(device),
+        device=use_device(device),
         test=test,
         precision=precision,  # type: ignore[arg-type]
         overwrite=overwrite,

@@ -42,7 +42,7 @@ def speed(
             raise UserError(f"--precisions {precision!r}: {nearest(precision, ('fp32', 'bf16'))}")
     import torch
 
-    from dfqbench.engine.device import check_device
+    from dfqbench.engine.device import use_device
     from dfqbench.files import write_json
     from dfqbench.method.registry import find_method
     from dfqbench.method.settings import without_default
@@ -62,7 +62,7 @@ def speed(
         raise UserError(f"--preset {preset!r}: {nearest(preset, presets)}")
     if threads is not None:
         torch.set_num_threads(threads)
-    where = check_device(device)
+    where = use_device(device)
     built = build(parse_teacher({"model": network, "weights": UNTRAINED}))
     stand = steps.Stand(built.network, built.task, batch_size, where, network_of(network), preset)
     textbooks = loops() if network.startswith("cifar:") else {}  # they are written for these networks
@@ -89,7 +89,7 @@ def _overheads(device: str, threads: int | None, rounds: int, out: Path | None) 
 
     import torch
 
-    from dfqbench.engine.device import check_device
+    from dfqbench.engine.device import use_device
     from dfqbench.files import write_json
     from dfqbench.run.pretrain import check_writable
     from dfqbench.speed import overheads, steps
@@ -99,7 +99,7 @@ def _overheads(device: str, threads: int | None, rounds: int, out: Path | None) 
     if threads is not None:
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that are measured
-    where = check_device(device)
+    where = use_device(device)
     on = provenance(where)
     path = Path("results/speed") / f"{OVERHEADS}{steps.file_name(on)}.json" if out is None or str(out) == "auto" else out
     check_writable(path)

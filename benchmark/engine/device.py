@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,24 @@ from typing import Any
 
 import torch
 
-from dfqbench.errors import UserError
+from dfqbench.errors import UserError, counted
 from dfqbench.sweep.cell import Cell
 
 # malloc.h of the GNU C library
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+CUBLAS_WORKSPACE = ":4096:8"  # one of the two with which cuBLAS gives the same bits every time (its manual, "Results reproducibility")
+BATCH_SIZES = ("batch_size", "synthesis_batch", "calibration_batch", "images")  # settings of methods that say how many images are at work at once
+
+
+class DeviceLost(UserError):
+    """The GPU answers no more, and nothing that this process starts there will: what is not done stays to be done, by another process.
+
+    cells: ids of those that were at work.
+    """
+
+    def __init__(self, message: str, cells: list[str]):
+        super().__init__(message)
+        self.cells = cells
 
 
 def check_device(name: str) -> torch.device:
@@ -26,10 +40,51 @@ def check_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"device {name!r}: auto, cpu, cuda or cuda:N is expected") from None
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r}: auto, cpu, cuda or cuda:N is expected")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name!r}: no GPU is visible here; take --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {name!r}: {counted(torch.cuda.device_count(), 'GPU')} visible here, numbered from cuda:0")
     return device
+
+
+def use_device(name: str) -> torch.device:
+    """`check_device`, and this process made ready to compute there: fp32 means fp32, and the same work gives the same bits.
+
+    On a GPU that needs torch's deterministic algorithms: one that has no deterministic kernel raises (see `rehearsal`). Pinned memory, streams and
+    whatever else goes to the current GPU goes to this one. What runs on a CPU is as it was.
+    """
+    device = check_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACE  # read when cuBLAS starts, with the first product
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # else a kernel for every new tensor, and nobody reads it before it is written
+    return device
+
+
+def is_lost(error: Exception, device: torch.device) -> bool:
+    """Whether the GPU is dead for this process: after some errors (an illegal address, a fallen bus) every later call fails too."""
+    if device.type != "cuda" or not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def out_of_memory(error: Exception, config: dict[str, Any], widths: int) -> str:
+    """What to say of a bundle that did not fit, and what to lower: `error` in one line, with the settings that say how much is at work at once."""
+    sizes = [f"{name} ({config[name]})" for name in BATCH_SIZES if name in config]
+    together = [f"fewer bit widths at once ({widths} trained side by side)"] if widths > 1 else []
+    lower = " or ".join([*sizes, *together]) or "the image size"
+    said = ". ".join(" ".join(str(error).split()).split(". ")[:2])  # what was tried; how the memory is shared out is left to the traceback
+    return f"{said.rstrip('.')}: lower {lower}"
 
 
 def autocast_of(cell: Cell, device: torch.device) -> torch.autocast:

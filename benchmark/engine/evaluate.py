@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from dfqbench.task import Task
 from dfqbench.teachers.weights import hash_tensors
 
 Precision = Literal["fp32", "bf16"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,39 @@ class Evaluation:
         return {"top1": self.top1, "top5": self.top5, **counts, "loss": self.loss}
 
 
-@torch.inference_mode()
 def evaluate(
-    network: nn.Module, images: Images, task: Task, device: torch.device | str = "cpu", precision: Precision = "fp32", batch_size: int = 500
+    network: nn.Module,
+    images: Images,
+    task: Task,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    batch_size: int = 500,
+    smaller: Callable[[int], None] = lambda size: None,
 ) -> Evaluation:
     """Run every image through the network in eval mode; training flags are as before afterwards.
 
     The network is moved to `device` and stays there. An answer that is not finite counts as wrong. `bf16` is autocast; `fp32` leaves TF32, where a
-    GPU has it, to the caller's global settings. Raises UserError where the network does not answer with one logit per class of the set.
+    GPU has it, to the caller's global settings. smaller: is told the size of the batches that are tried next, where a GPU's memory does not suffice.
+    Raises UserError where the network does not answer with one logit per class of the set.
     """
-    device = torch.device(device)
+    return in_batches_that_fit(lambda size: _evaluated(network, images, task, torch.device(device), precision, size), batch_size, smaller)
+
+
+def in_batches_that_fit(work: Callable[[int], T], batch_size: int, smaller: Callable[[int], None]) -> T:
+    """work(batch_size), and where that runs out of a GPU's memory, again with batches of half the size, down to one image."""
+    while True:
+        try:
+            return work(batch_size)
+        except torch.OutOfMemoryError:
+            if batch_size == 1:
+                raise
+        batch_size //= 2  # out here, where the error does not hold what was at work any more
+        torch.cuda.empty_cache()
+        smaller(batch_size)
+
+
+@torch.inference_mode()
+def _evaluated(network: nn.Module, images: Images, task: Task, device: torch.device, precision: Precision, batch_size: int) -> Evaluation:
     network.to(device)
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (task.mean, task.std))
     hits1, hits5, losses = [], [], []
@@ -88,7 +112,10 @@ def state_hash(network: nn.Module) -> str:
 
 def _to(array: npt.NDArray[np.uint8] | npt.NDArray[np.int64], device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type != "cuda":
+        return tensor.to(device)
+    with torch.cuda.device(device):  # whose memory is pinned; another GPU would get a context for it
+        return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _check(logits: object, count: int, classes: int) -> None:

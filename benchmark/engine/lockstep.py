@@ -122,7 +122,8 @@ class Lockstep:
             say(f"steps of {name} are not replayed but run as they are: its {loose[0]} is not one of torch's fused optimizers (fused=True)")
         else:
             students = {t.name: (t.student, t.optimizer) for t in self.trainees}
-            self.parts = CapturedParts(self.method, students, make_recorder or (lambda: CudaRecorder(self.device)), say)
+            device = self.device  # not the lockstep itself: it would keep itself alive
+            self.parts = CapturedParts(self.method, students, make_recorder or (lambda: CudaRecorder(device)), say)
 
     @property
     def active(self) -> list[Trainee]:

@@ -60,6 +60,7 @@ def plain_graph(traced: fx.GraphModule) -> fx.Graph:
         layer = module.layer if isinstance(module, QuantizedLayer) else module
         if layer is not None and not isinstance(layer, ActivationQuantizer | WeightGrid) and not _is_known(type(layer).__module__):
             _take_apart(node, graph, layer, str(node.target))
+    graph.owning_module = None  # in a circle, the student's weights would live until Python's collector runs
     return graph
 
 

@@ -35,8 +35,8 @@ class ImageSet:
         return sum(len(labels) for _, labels in self._parts)
 
     def add(self, images: Tensor, labels: Tensor) -> None:
-        """Takes in n images (n x C x H x W) and n labels; n may be 0."""
-        part = (images.detach().to(self.device).contiguous(), labels.to(self.device).contiguous())
+        """Takes in n images (n x C x H x W) and n labels; n may be 0. Images are kept in torch's default type, float32, whatever made them."""
+        part = (images.detach().to(self.device, torch.get_default_dtype()).contiguous(), labels.to(self.device).contiguous())
         if self.folder is not None:
             content = safetensors.torch.save({"images": part[0].cpu(), "labels": part[1].cpu()})
             file = f"{self.name}-{len(self._files):04d}.safetensors"

@@ -41,6 +41,12 @@ class Observation:
         return [channel_moments(x, bn.running_mean) if mean is None else (mean, variance) for x, bn, (mean, variance) in layers]  # type: ignore[arg-type,misc]
 
 
+def without_owner(traced: fx.GraphModule) -> fx.GraphModule:
+    """The same module, in which the finished graph does not refer back to it: in a circle, weights outlive a network until Python's collector runs."""
+    traced.graph.owning_module = None
+    return traced
+
+
 class Network(nn.Module):
     """A traced network. Calling it gives logits (N x C); `observe` gives an `Observation`."""
 
@@ -48,7 +54,7 @@ class Network(nn.Module):
 
     def __init__(self, traced: fx.GraphModule, task: Task):
         super().__init__()
-        self.traced, self.task = traced, task
+        self.traced, self.task = without_owner(traced), task
         nodes = list(traced.graph.nodes)
         self.batch_norms_used = [n.target for n in sorted((n for n in nodes if "batch_norm" in n.meta), key=lambda n: n.meta["batch_norm"])]
         self.stages = sum("stage" in n.meta for n in nodes)
@@ -96,7 +102,7 @@ class Network(nn.Module):
             features = sorted((n for n in graph.nodes if "stage" in n.meta), key=lambda n: n.meta["stage"])
             bn_inputs = sorted(((i, n) for n in graph.nodes for i in n.meta.get("bn_input", ())), key=lambda pair: pair[0])
             output.args = ((output.args[0], tuple(features), tuple(n for _, n in bn_inputs)),)
-            cached = self.__dict__["_observing_graph"] = self._prepared(fx.GraphModule(self.traced, graph), observing=True)
+            cached = self.__dict__["_observing_graph"] = without_owner(self._prepared(fx.GraphModule(self.traced, graph), observing=True))
         return cached
 
     def _prepared(self, other: fx.GraphModule, observing: bool = False) -> fx.GraphModule:
@@ -136,7 +142,7 @@ class Teacher(Network):
         answering = self.__dict__.get("_answering_graph")
         if answering is None:
             plain = fx.GraphModule(self.traced, copy.deepcopy(self.traced.graph))
-            answering = self.__dict__["_answering_graph"] = self._prepared(plain)
+            answering = self.__dict__["_answering_graph"] = without_owner(self._prepared(plain))
         logits: Tensor = answering(images)
         return logits
 

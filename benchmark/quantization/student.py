@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from dfqbench.errors import UserError
 from dfqbench.network import Network, Teacher
 from dfqbench.network.frozen_batch_norm import BatchNorm
+from dfqbench.network.network import without_owner
 from dfqbench.quantization.bn_ranges import activation_ranges, mean_inputs
 from dfqbench.quantization.insert import insert_quantizers
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, WeightGrid
@@ -42,7 +43,7 @@ class Student(Network):
     def forward(self, images: Tensor) -> Tensor:
         graph = self.__dict__.get("_tuned_graph")
         if graph is None:
-            graph = self.__dict__["_tuned_graph"] = tuned(self.traced)
+            graph = self.__dict__["_tuned_graph"] = without_owner(tuned(self.traced))
         logits: Tensor = graph(images)
         return logits
 

@@ -58,21 +58,25 @@ def share_of(work: Sequence[Work]) -> Share:
 def work_of(network: Network) -> list[Work]:
     """Counted while it runs, one node after the other: whatever multiplies tensors is found, in layers or not."""
     device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), None)
-    counter, work = FlopCounterMode(display=False), list[Work]()
+    counting = _Counting(network.traced)
+    with _without_gradients(network), _plain_attention(), counting.counter:
+        counting.run(torch.zeros(1, *network.task.image_shape, device=device))
+    return counting.work
 
-    class Counting(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            before = counter.get_total_flops()
-            answer = super().run_node(n)
-            macs = (counter.get_total_flops() - before) // 2
-            if macs:
-                of_images = n.op != "call_module" and not any(operand.is_weight for operand in operands(n, network.traced))
-                work.append(Work(str(n.target) if n.op == "call_module" else n.name, macs, *_bits_of(n, network.traced), of_images))
-            return answer
 
-    with _without_gradients(network), _plain_attention(), counter:
-        Counting(network.traced).run(torch.zeros(1, *network.task.image_shape, device=device))
-    return work
+class _Counting(fx.Interpreter):
+    def __init__(self, traced: fx.GraphModule):
+        super().__init__(traced)
+        self.traced, self.counter, self.work = traced, FlopCounterMode(display=False), list[Work]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self.counter.get_total_flops()
+        answer = super().run_node(n)
+        macs = (self.counter.get_total_flops() - before) // 2
+        if macs:
+            of_images = n.op != "call_module" and not any(operand.is_weight for operand in operands(n, self.traced))
+            self.work.append(Work(str(n.target) if n.op == "call_module" else n.name, macs, *_bits_of(n, self.traced), of_images))
+        return answer
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dfqbench.engine.device import autocast_of
-from dfqbench.engine.evaluate import Evaluation
+from dfqbench.engine.evaluate import Evaluation, in_batches_that_fit
 from dfqbench.engine.lockstep import Interrupted
 from dfqbench.engine.method_state import set_up
 from dfqbench.errors import UserError
@@ -29,14 +29,18 @@ from dfqbench.sweep.cell import Cell
 BATCH = 256
 
 
-@torch.inference_mode()
-def agreement(student: Network, teacher: Network, images: Tensor, autocast: Any) -> Evaluation:
+def agreement(student: Network, teacher: Network, images: Tensor, autocast: Any, smaller: Callable[[int], None] = lambda size: None) -> Evaluation:
     """How far the student is from the teacher on images (N x C x H x W).
 
-    `loss` is the mean KL(teacher || student) in nats, `top1` the share of equal answers in percent.
+    `loss` is the mean KL(teacher || student) in nats, `top1` the share of equal answers in percent. smaller: as of `evaluate`.
     """
+    return in_batches_that_fit(lambda size: _agreement(student, teacher, images, autocast, size), BATCH, smaller)
+
+
+@torch.inference_mode()
+def _agreement(student: Network, teacher: Network, images: Tensor, autocast: Any, batch_size: int) -> Evaluation:
     divergences, equal = [], []
-    for batch in images.split(BATCH):
+    for batch in images.split(batch_size):
         with autocast:
             p, q = (F.log_softmax(network(batch).float(), 1) for network in (teacher, student))
         divergences.append(F.kl_div(q, p, reduction="none", log_target=True).sum(1))

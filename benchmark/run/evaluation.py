@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 
 from dfqbench.analysis.records import read_correct
 from dfqbench.data import find_set
-from dfqbench.engine.device import check_device
+from dfqbench.engine.device import use_device
 from dfqbench.engine.evaluate import evaluate
+from dfqbench.errors import Notice
 from dfqbench.export.find import load_student, student_path
 from dfqbench.files import read_json
 from dfqbench.store import Store
@@ -40,13 +42,18 @@ class Measured:
 
 def measure(given: str, set_name: str, results: Path, device_name: str = "auto", batch_size: int = 500) -> Measured:
     """Evaluates the student of a file or a cell as `run` does: same batches, same precision. Raises UserError for what cannot be."""
-    path, device = student_path(given, results), check_device(device_name)
+    path, device = student_path(given, results), use_device(device_name)
     student = load_student(path)
     found = find_set(set_name)
     found.check(student.task)
     cell: dict[str, Any] = student.about.get("cell") or {}
     precision = cell.get("precision", "fp32")
-    evaluation = evaluate(student, found.decode(student.task), student.task, device=device, precision=precision, batch_size=batch_size)
+    images = found.decode(student.task)
+
+    def smaller(size: int) -> None:
+        warnings.warn(f"out of memory: tried again with batches of {size}", Notice)
+
+    evaluation = evaluate(student, images, student.task, device, precision, batch_size, smaller)
     packed = np.packbits(evaluation.correct)
     digest = found.digest(cache_folder())
     identity = {**cell.get("identity", {}), "evaluation": digest}

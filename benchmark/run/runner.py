@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
-
-from dfqbench.engine.device import check_device, keep_freed_memory
+from dfqbench.engine.device import keep_freed_memory, use_device
 from dfqbench.errors import UserError
 from dfqbench.files import write_json
 from dfqbench.run.options import Options, StopFlag, Summary
@@ -36,13 +34,10 @@ def note_sweep(loaded: LoadedSweep, store: Store) -> None:
 
 def run_cells(loaded: LoadedSweep, cells: list[Cell], store: Store, options: Options, progress: Progress, stop: StopFlag) -> Summary:
     """Runs those of a sweep's cells that are not done. One that fails is recorded and does not keep the others from running."""
-    device = check_device(options.device)
+    device = use_device(options.device)
     if options.graphs and device.type != "cuda":
         raise UserError(f"--graphs: CUDA graphs need a GPU, and the device is {device}")
     keep_freed_memory()
-    if device.type == "cuda":
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32
     states = statuses(cells, store)
     skipped = {Status.DONE, Status.RUNNING} | (set() if options.retry_failed else {Status.FAILED})
     todo = bundles(cell for cell in cells if states[cell.id].status not in skipped)

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dfqbench.engine.device import check_device, keep_freed_memory
+from dfqbench.engine.device import keep_freed_memory, use_device
 from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_json
@@ -45,7 +45,7 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
     if clash:  # told before another method's cells are trained
         method, seed = clash.pop()
         raise UserError(f"{loaded.path}: selection.seed: {seed} is also a seed of the sweep, and {method} one of its methods")
-    device = check_device(device_name)
+    device = use_device(device_name)
     keep_freed_memory()
     folder = store.root / "selections" / loaded.sweep.name
     progress.start(bundles(loaded.cells))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dfqbench.analysis.warning_signs import newest, signs
+from dfqbench.analysis.warning_signs import signs
 from dfqbench.engine.checkpoint import save_checkpoint
 from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.method.contract import Phase
@@ -33,6 +33,10 @@ class Watcher:
         self.lockstep, self.began, self.first_step = lockstep, time.monotonic(), lockstep.steps_done
         self.warned = {(t.name, sign.kind) for t in lockstep.trainees for sign in signs(t.history)}  # before an interruption
         self._note("starting")
+
+    def end(self) -> None:
+        """The bundle is over. Students can be evaluated still, and are held by nothing here: `when_made` and the bundle would keep each other."""
+        self.lockstep, self.when_made = None, lambda: None
 
     def evaluating(self) -> None:
         self._note("evaluating")
@@ -71,9 +75,9 @@ class Watcher:
         self.progress.epoch(lockstep.epoch, len(lockstep.epochs), {t.name: t.history[-1] for t in lockstep.trainees})
 
     def warn(self, lockstep: Lockstep) -> None:
-        """Says what the newest row of each history shows of a failing run, once for each kind and cell."""
+        """Says what each history shows of a failing run, once for each kind and cell."""
         for trainee in lockstep.active:
-            for sign in newest(trainee.history):
+            for sign in signs(trainee.history):
                 if (trainee.name, sign.kind) not in self.warned:
                     self.warned.add((trainee.name, sign.kind))
                     self.store.append_log(trainee.cell.id, f"warning: {sign.text} (epoch {sign.epoch})")

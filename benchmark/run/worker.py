@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import io
 import math
@@ -20,8 +21,8 @@ from torch import Tensor
 from dfqbench.analysis.warning_signs import signs
 from dfqbench.data import EvaluationSet, Images
 from dfqbench.engine.checkpoint import load_checkpoint
-from dfqbench.engine.device import autocast_of
-from dfqbench.engine.evaluate import Evaluation, evaluate, state_hash
+from dfqbench.engine.device import DeviceLost, autocast_of, is_lost, out_of_memory
+from dfqbench.engine.evaluate import Evaluation, Precision, evaluate, state_hash
 from dfqbench.engine.learning_rate import unreached_milestones
 from dfqbench.engine.lockstep import Interrupted, Lockstep, Trainee
 from dfqbench.engine.synthesis_cache import SynthesisCache
@@ -73,6 +74,13 @@ class Worker:
             raise UserError(
                 f"results folder {self.store.root}: {error.strerror}; what is saved so far stays, the same command goes on from there"
             ) from error
+        except Exception as error:
+            if not is_lost(error, self.device):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            lost = f"{self.device} answers no more ({type(error).__name__}: {reason}): this process ends, its cells stay to be done"
+            self._log(bundle, lost, told=False)
+            raise DeviceLost(f"{lost}; the same command goes on from what is saved", [cell.id for cell in bundle.cells]) from error
 
     def _run(self, bundle: Bundle, summary: Summary) -> None:
         for cell in bundle.cells:
@@ -85,10 +93,13 @@ class Worker:
             summary.left += len(bundle.cells)
             return
         except Exception as error:  # one bad cell never sinks the others: recorded as what it is, with its traceback
-            if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+            if (isinstance(error, OSError) and error.errno in DISK_TROUBLE) or is_lost(error, self.device):
                 raise  # not the cell's fault
+            message = str(error).strip() or type(error).__name__
+            if isinstance(error, torch.OutOfMemoryError):
+                message = out_of_memory(error, bundle.cells[0].config, len(bundle.cells))
             for cell in bundle.cells:
-                self._failed(cell, type(error).__name__, str(error).strip() or type(error).__name__, traceback.format_exc())
+                self._failed(cell, type(error).__name__, message, traceback.format_exc())
             summary.failed += len(bundle.cells)
             return
         pictures = self._pictures(lockstep)
@@ -138,6 +149,8 @@ class Worker:
         except Interrupted:
             self._log(bundle, f"stopped by {signal.Signals(self.stop.signal or 0).name} after step {lockstep.steps_done}, saved")
             raise
+        finally:
+            watcher.end()
         watcher.warn(lockstep)
         return lockstep
 
@@ -179,6 +192,7 @@ class Worker:
     def _load_teacher(self, card: TeacherCard) -> Teacher:
         if self._teacher is None or self._teacher[0] != card:
             self._teacher = (card, Teacher(load(self.loaded.teachers[card], card), card.task))
+            gc.collect()  # tracing leaves a frame that refers to itself, and through its callers to a whole bundle
         return self._teacher[1]
 
     def _scored_on_images(self, bundle: Bundle, teacher: Teacher) -> Callable[[Student], Evaluation]:
@@ -190,7 +204,7 @@ class Worker:
             self._images = {key: found.decode(first.teacher.task)}
         images = self._images[key]
         self._measure_teacher(bundle, teacher, images, found)
-        return lambda student: self._evaluate(student, first, images)
+        return lambda student: self._evaluate(student, bundle, images)
 
     def _scored_without_data(self, bundle: Bundle, teacher: Teacher) -> Callable[[Student], Evaluation]:
         """Agreement with the teacher on images that nothing was trained on."""
@@ -201,7 +215,7 @@ class Worker:
         path = teacher_record(self.store, cell)
         if read_json(path) is None:
             write_json(path, {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], "metric": "agreement"})
-        return lambda student: agreement(student, teacher, self._unseen, autocast)
+        return lambda student: agreement(student, teacher, self._unseen, autocast, lambda size: self._smaller(bundle, size))
 
     def _unseen_images(self, cell: Cell, teacher: Teacher, say: Callable[[str], None]) -> Tensor:
         selection = self.loaded.selection
@@ -209,8 +223,18 @@ class Worker:
         path = self.store.root / "unseen" / f"{selection.digest(cell.teacher)}.safetensors"
         return kept_images(path, selection.maker(cell.teacher), teacher, self.device, selection.count, say, self.stop)
 
-    def _evaluate(self, network: Any, cell: Cell, images: Images) -> Evaluation:
-        return evaluate(network, images, cell.teacher.task, device=self.device, precision=cell.precision, batch_size=self.options.evaluation_batch)
+    def _evaluate(self, network: Any, bundle: Bundle, images: Images, precision: Precision | None = None) -> Evaluation:
+        cell = bundle.cells[0]
+
+        def smaller(size: int) -> None:
+            self._smaller(bundle, size)
+            self.options.evaluation_batch = size  # the next evaluation would run out of memory, too
+
+        task, batch = cell.teacher.task, self.options.evaluation_batch
+        return evaluate(network, images, task, device=self.device, precision=precision or cell.precision, batch_size=batch, smaller=smaller)
+
+    def _smaller(self, bundle: Bundle, size: int) -> None:
+        self._log(bundle, f"out of memory in evaluation: tried again with batches of {size}; where rounding differs, last bits of logits may too")
 
     def _measure_teacher(self, bundle: Bundle, teacher: Teacher, images: Images, found: EvaluationSet) -> None:
         """The teacher's own accuracy, in full precision: measured once per teacher and set."""
@@ -219,7 +243,7 @@ class Worker:
 
         def measured(shown: Images) -> Evaluation:
             teacher.to(self.device).to(memory_format=torch.channels_last)
-            return evaluate(teacher, shown, cell.teacher.task, device=self.device, precision="fp32", batch_size=self.options.evaluation_batch)
+            return self._evaluate(teacher, bundle, shown, "fp32")
 
         known = read_json(path)
         if known is None:

@@ -172,7 +172,7 @@ def resident_memory(steps: str, device: str) -> None:
     """Trains two students in lockstep on a tiny network for so many steps; prints the process's resident megabytes (10^6) after some of them."""
     import numpy as np
 
-    from dfqbench.engine.device import check_device
+    from dfqbench.engine.device import use_device
     from dfqbench.engine.evaluate import Evaluation
     from dfqbench.engine.lockstep import Lockstep
     from dfqbench.method.contract import Phase
@@ -195,7 +195,7 @@ def resident_memory(steps: str, device: str) -> None:
     settings: dict[str, float] = {"epochs": 1 + -(-last // 100), "iterations": 100, "batch_size": 2, "warmup_epochs": 1, "calibration_epochs": 1}
     settings |= {"generator_lr": 1e-6, "student_lr": 1e-9}  # batches of two teach nothing: at the usual rates students diverge, and leave
     trial = Trial(find_method("gdfq"), settings)
-    lockstep = trial.start(bits=("w4a4", "w3a3"), task=small_task(size=16), device=check_device(device))
+    lockstep = trial.start(bits=("w4a4", "w3a3"), task=small_task(size=16), device=use_device(device))
     lockstep.evaluate, lockstep.evaluate_every = lambda student: Evaluation(np.array([True]), 100.0, None, 0.0), None
     lockstep.run(Reader())
     missing = read_after - {int(step) for step in resident}

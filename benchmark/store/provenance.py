@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -59,6 +60,22 @@ def device_name(device: torch.device) -> str:
     return f"{name} with AMX" if "amx_bf16" in said.get("flags", "").split() else name
 
 
+@functools.cache
+def driver_version() -> str | None:
+    """Of NVIDIA's kernel module; None where the system does not say."""
+    try:
+        said = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = re.search(r"^NVRM version:.*?\s(\d+\.\d[\d.]*)", said, re.MULTILINE)
+    return found[1] if found else None
+
+
+def _of_gpu() -> dict[str, Any]:
+    """Whose kernels ran."""
+    return {"driver": driver_version(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+
+
 def provenance(device: torch.device) -> dict[str, Any]:
     """A record of JSON values."""
     return {
@@ -67,6 +84,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": device.type,
         "device_name": device_name(device),
+        **(_of_gpu() if device.type == "cuda" else {}),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),

@@ -128,3 +128,13 @@ def test_a_students_teacher_keeps_its_biases() -> None:
     student.correct_biases(torch.randn(4, 3, 32, 32))
     assert teacher.traced.stem.bias is None  # type: ignore[union-attr]
     assert student.layers["stem"].layer.bias is not None
+
+
+def test_what_a_generator_makes_in_bf16_corrects_biases_in_full_precision() -> None:
+    """`finish` runs outside autocast."""
+    trial = Trial(find_method("gznq"), {"mode": "generator"})
+    lockstep = trial.start()
+    lockstep.autocast = torch.autocast("cpu", torch.bfloat16)
+    lockstep.run(StopAfter())
+    assert lockstep.method.stored.images.dtype == torch.float32
+    assert lockstep.trainees[0].evaluation is not None

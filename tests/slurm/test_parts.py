@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dfqbench.engine.device import DeviceLost
 from dfqbench.errors import UserError
 from dfqbench.store import Store
 from dfqbench.store.cache import cache_folder
@@ -21,7 +22,8 @@ from dfqbench_slurm.overview import Word, look
 from dfqbench_slurm.packing import pack, split
 from dfqbench_slurm.profile import Profile, find_profile, minutes, shipped
 from dfqbench_slurm.submission import Array, Submission, submissions
-from dfqbench_slurm.supervisor import STUCK, Crew, Supervisor
+from dfqbench_slurm.supervisor import STUCK, TRIES, Crew, Supervisor, visible_gpus
+from dfqbench_slurm.worker import LOST, work
 
 
 @pytest.mark.parametrize(
@@ -307,3 +309,61 @@ def test_supervisor_and_status_start_without_torch() -> None:
     code = "import sys, slurm.supervisor, slurm.overview, slurm.commands; print([m for m in ('torch', 'submitit', 'pandas') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("said", "settings", "gpus"),
+    [
+        ("2,5", {"gpus": 2}, ["2", "5"]),
+        (None, {"gpus": 2}, ["0", "1"]),
+        (None, {"gpus": 0, "device": "cuda"}, []),
+        (None, {"gpus": 2, "device": "cpu"}, []),
+    ],
+)
+def test_workers_are_spread_over_the_gpus_of_their_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, settings: dict[str, object], gpus: list[str]
+) -> None:
+    made = submission_of(Store(tmp_path / "r", writable=True), ["aa", "bb"])
+    made.settings = Profile(**{"side_by_side": 1, "graphs": True, **settings}).model_dump(mode="json")  # type: ignore[arg-type]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if said is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
+    assert visible_gpus(made) == gpus
+    started: list[tuple[list[str], str | None]] = []
+
+    class Process:
+        def __init__(self, words: list[str], cwd: str, env: dict[str, str]):
+            started.append((words, env.get("CUDA_VISIBLE_DEVICES")))
+
+        def poll(self) -> int:
+            return 0
+
+    monkeypatch.setattr("dfqbench_slurm.supervisor.subprocess.Popen", Process)
+    crew = Crew(made, [[["aa"]], [["bb"]]], visible_gpus(made), {})
+    for slot, lane in enumerate(crew.lanes):
+        crew._start(lane, lane.cells, slot)
+    assert [visible for _, visible in started] == (gpus or [None, None])
+    assert all("--graphs" in words for words, _ in started)
+
+
+def test_a_worker_whose_gpu_is_dead_is_replaced_and_counts_against_its_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "r", writable=True)
+    made = submission_of(store, ["aa"])
+    (made.folder / "sweep.yaml").touch()
+
+    def dies(*_: object) -> None:
+        raise DeviceLost("cuda answers no more", ["aa"])
+
+    loaded = type("Loaded", (), {"cells": [type("Cell", (), {"id": "aa"})()]})
+    monkeypatch.setattr("dfqbench.sweep.load.load_sweep", lambda *_: loaded)
+    monkeypatch.setattr("dfqbench.run.runner.run_cells", dies)
+    store.folder("aa").mkdir(parents=True, exist_ok=True)
+    assert work(made.folder, ["aa"], "cuda", 1, 300.0, "") == LOST
+    crew = Crew(made, [[["aa"]]], ["0"], {})
+    for tries in range(1, TRIES + 1):
+        assert store.failure("aa") is None
+        crew._ended(crew.lanes[0], os.getpid(), LOST)
+        assert crew.deaths == ({"aa": tries} if tries < TRIES else {})
+    failure = store.failure("aa")
+    assert failure is not None
+    assert "its GPU answers no more" in failure["message"]

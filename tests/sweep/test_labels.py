@@ -10,11 +10,20 @@ from typing import Any
 
 import pytest
 
+from dfqbench.analysis.names import name_rows, read_names, unknown_in
+from dfqbench.analysis.records import read_store
 from dfqbench.errors import UserErrors
-from dfqbench.sweep.load import load_sweep
+from dfqbench.quantization import find_protocol
+from dfqbench.store import Store
+from dfqbench.sweep.cell import Cell
+from dfqbench.sweep.load import _validate, load_sweep
+from dfqbench.sweep.problems import Problems
+from dfqbench.sweep.variants import find_variants
+from dfqbench.yaml_file import read_yaml
 
 SweepFile = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
+ROOT = Path(__file__).parents[2]
 
 
 def named(sweep_file: SweepFile, tmp_path: Path, *methods: Any) -> list[tuple[str, str]]:
@@ -89,6 +98,7 @@ def test_a_section_of_labels_names_rows_and_can_be_changed_after_the_run(
     assert [cell.id for cell in loaded.cells] == [
         cell.id for cell in load_sweep(sweep_file(methods=["round", {"round": {"n": 4.0}}], bits=["w4a4"]), tmp_path / "cache").cells
     ]
+    path = sweep_file(methods=["round", {"round": {"n": 4.0}}], bits=["w4a4"], labels=LABELS)
     assert dfqbench("run", path, "--results", tmp_path / "r")[0] == 0
     monkeypatch.delattr("dfqbench.sweep.load.load_sweep")
     assert rows(LABELS) == ["plain", "wide"]
@@ -159,3 +169,29 @@ def test_tables_call_rows_as_the_config_does_now(sweep_file: SweepFile, tmp_path
     assert "plain" not in out
     path = config({"round": None, "label": "same"}, {"round": {"n": 4.0}, "label": "same"})
     assert len([line for line in table(path).splitlines() if line.startswith("same")]) == 2  # two settings stay two rows
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_row_of_a_shipped_config_has_a_label(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("CIFAR10_JPEG", "CIFAR10_JPEG_TEACHER", "IMAGENET"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    problems = Problems(config)
+    sweep = _validate(read_yaml(config), problems)
+    assert sweep is not None
+    variants, _ = find_variants(sweep, find_protocol(sweep.protocol), set(), {""}, problems, tmp_path)
+    assert problems.lines == []
+    rows = {Cell.label.fget(variant) for variant in variants}  # type: ignore[attr-defined]
+    assert sweep.labels.keys() <= rows, "no label without a row"
+    labels = [variant.name or sweep.labels[Cell.label.fget(variant)].label for variant in variants]  # type: ignore[attr-defined]
+    assert all(labels)
+    assert len(set(labels)) == len(rows)
+
+
+@pytest.mark.parametrize("names", sorted((ROOT / "results" / "reference").glob("*/names.csv")), ids=lambda path: path.parent.name)
+def test_every_row_of_a_reference_store_has_a_label(names: Path) -> None:
+    reading = read_store(Store(names.parent))
+    assert unknown_in(read_names(names), reading) == ""
+    own = {record["id"]: record["cell"]["label"] for record in (*reading.results, *reading.failures)}
+    labels = {own[record["id"]]: record["cell"]["label"] for record in name_rows(reading, over=[read_names(names)]).results}
+    assert all(label != itself for itself, label in labels.items())
+    assert len(set(labels.values())) == len(labels)

@@ -1,5 +1,6 @@
-"""The report: one HTML file with everything about every cell."""
+"""The report: one HTML file with everything about every cell, or a static site with a page per block."""
 
 from dfqbench.analysis.report.report import default_title, write_report
+from dfqbench.analysis.report.site import INDEX, write_site
 
-__all__ = ["default_title", "write_report"]
+__all__ = ["INDEX", "default_title", "write_report", "write_site"]

@@ -2,42 +2,49 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import html
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from dfqbench.analysis.cost import clock_of, seconds_of
 from dfqbench.analysis.plots.drawn import Drawn
-from dfqbench.analysis.records import Reading, read_history
+from dfqbench.analysis.records import read_history, said_of
+from dfqbench.analysis.report.assets import Assets
+from dfqbench.analysis.report.keytable import place_of_cells
 from dfqbench.analysis.size import gigabops, megabytes, sizes_of, text_of, three_digits
 from dfqbench.analysis.tables.without_data import nats
-from dfqbench.errors import counted
 from dfqbench.sweep.cell import without_data
 from dfqbench.sweep.reproduce import recipe
 
-PAGE = Path(__file__).parent / "page"
 LOG_LINES = 20
-POINTS = 60  # of a curve
-SHEETS = 48  # sheets of synthetic images that are embedded; equal ones count once
+POINTS, FEWEST = 60, 12  # of a curve
+POINTS_IN_ALL = 60_000  # of the curves of a page: many cells have fewer each
+SAMPLES = "samples.png"
+OPENED = ("student.safetensors", "log.txt", "history.csv", "result.json")
 SHEET_SIDE = 420  # pixels
 
 
 class Data:
     """What the page's script needs about every cell; whatever several cells share is stored once."""
 
-    def __init__(self, reading: Reading, drawn: Drawn):
-        self.reading = reading
+    def __init__(self, drawn: Drawn, assets: Assets, root: str | None):
+        """root: the results folder as seen from the page, whose files cells then link to; None where the page does not lie in it."""
+        self.reading, self.assets, self.root = drawn.reading, assets, root
+        self._places = place_of_cells(drawn)
         self._shared: dict[str, int] = {}
         self._values: list[Any] = []
-        self._sheets: dict[str, int] = {}
+        self._sheets: dict[str, int | None] = {}
         self._images: list[str] = []
-        self._captions: list[str] = []
+        self._room: Counter[str] = Counter()
+        self.captions: dict[int, str] = {}
         self.left_out = 0
-        self.cells = [self._cell(result) for result in sorted(reading.finished, key=_table_order)]
+        lost = [*self.reading.unfinished, *self.reading.unfinished_without_data]
+        self._said = {failure["id"]: said_of(failure) for failure in self.reading.failures}
+        self._points = max(FEWEST, min(POINTS, POINTS_IN_ALL // max(len(self.reading.finished), 1)))
+        self.cells = [self._cell(result) for result in sorted([*self.reading.finished, *lost], key=_table_order)]
 
     def _share(self, value: Any) -> int:
         key = json.dumps(value, sort_keys=True)
@@ -48,12 +55,9 @@ class Data:
 
     def _cell(self, r: dict[str, Any]) -> dict[str, Any]:
         cell, folder = r["cell"], self.reading.store.folder(r["id"])
-        history = read_history(folder / "history.csv", POINTS)
-        curve = {name: [_rounded(v) for v in history.get(name, [])] for name in ("epoch", "top1", "agreement", "loss") if name in history}
-        clock = clock_of([r])
-        provenance = {k: v for k, v in r["provenance"].items() if v is not None}
-        return {
+        known = {
             "id": r["id"],
+            "row": self._places.get(r["id"]),
             "method": cell["label"],
             "bits": cell["bits"],
             "seed": cell["seed"],
@@ -62,56 +66,65 @@ class Data:
             "protocol": cell["protocol"],
             "precision": cell["precision"],
             "on": _on(cell),
+            "config": self._share(cell["identity"]["config"]),
+            "log": _tail(folder / "log.txt"),
+            "files": self._share(_files(folder)),
+        }
+        if "status" in r:
+            return known | {"status": r["status"], "said": self._said.get(r["id"], "")}
+        history = read_history(folder / "history.csv", self._points)
+        curve = {name: _thinned(history[name], self._points) for name in ("epoch", "top1", "agreement", "loss") if name in history}
+        clock = clock_of([r])
+        return known | {
             **_scores(r),
             "last_epoch": r["last_epoch"],
             "seconds": round(seconds_of(r, clock), 3),
             "clock": clock,
-            **{part: r["cpu_seconds" if clock == "CPU" else "seconds"][part] for part in ("own", "shared")},
+            **{part: round(r["cpu_seconds" if clock == "CPU" else "seconds"][part], 3) for part in ("own", "shared")},
             **_size(r),
             "curve": curve,
-            "config": self._share(cell["identity"]["config"]),
-            "provenance": self._share(provenance),
+            "provenance": self._share({k: v for k, v in r["provenance"].items() if v is not None}),
             "recipe": self._share(recipe(r)),
-            "log": _tail(folder / "log.txt"),
-            "images": self._sheet(folder / "samples.png", f"{cell['label']}, {cell['teacher']['label']} {_on(cell)}, seed {cell['seed']}"),
+            "images": self._sheets_of(folder, f"{cell['label']}, {cell['teacher']['label']} {_on(cell)}, seed {cell['seed']}"),
             "replicates": [_replicate(other, r) for other in self.reading.replicates.get(r["id"], [])],
         }
 
+    def _sheets_of(self, folder: Path, caption: str) -> list[int]:
+        """The numbers of a cell's sheets of images, what they show of its last batch first, as far as there is room."""
+        files = sorted(folder.glob("*.png"), key=lambda path: (path.name != SAMPLES, path.name))
+        numbers = [self._sheet(path, caption if path.name == SAMPLES else f"{caption}: {path.stem}") for path in files]
+        return [number for number in numbers if number is not None]
+
     def _sheet(self, path: Path, caption: str) -> int | None:
-        """The index of a sheet of images; None where there is none, or no room for one more. Cells that ran in lockstep share theirs."""
+        """None where it is no picture, or there is no room for one more. Cells that ran in lockstep share theirs."""
         try:
             content = path.read_bytes()
         except OSError:
             return None
         key = hashlib.sha256(content).hexdigest()
-        if key in self._sheets:
-            return self._sheets[key]
-        if len(self._images) >= SHEETS:
-            self.left_out += 1
-            return None
-        small = _small(content)
-        if small is None:
-            return None
-        self._sheets[key] = len(self._images)
-        self._images.append("data:image/webp;base64," + base64.b64encode(small).decode())
-        self._captions.append(caption)
+        if key not in self._sheets:
+            if self._room[path.name] >= self.assets.sheets:
+                self.left_out += path.name == SAMPLES
+                return None
+            small = _small(content)
+            self._sheets[key] = len(self._images) if small else None
+            if small:
+                self._room[path.name] += 1
+                self.captions |= {len(self._images): caption} if path.name == SAMPLES else {}
+                self._images.append(self.assets.image(small, "webp"))
         return self._sheets[key]
-
-    def gallery(self) -> str:
-        """One sheet per method, settings, teacher and seed, as far as there is room."""
-        if not self._images:
-            return "<p>No cell made images.</p>"
-        sheets = [
-            f'<figure><figcaption>{html.escape(caption)}</figcaption><img data-image="{i}" alt="synthetic images of {html.escape(caption)}"></figure>'
-            for i, caption in enumerate(self._captions)
-        ]
-        more = f"<p>{counted(self.left_out, 'cell')} more have sheets: runs/&lt;cell&gt;/samples.png.</p>" if self.left_out else ""
-        return f'<p>What the last batch of a run looked like, each under its class.</p><div class="gallery">{"".join(sheets)}</div>{more}'
 
     def json(self) -> str:
         """Safe inside a script element."""
-        text = json.dumps({"cells": self.cells, "shared": self._values, "images": self._images}, ensure_ascii=False, separators=(",", ":"))
-        return text.replace("<", "\\u003c")
+        content = {"cells": self.cells, "shared": self._values, "images": self._images, "root": self.root}
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _files(folder: Path) -> list[tuple[str, int]]:
+    """(name, bytes) of what a cell keeps for people to open."""
+    found = [path for path in (folder / name for name in OPENED) if path.is_file()]
+    found += sorted(folder.glob("*.png"))
+    return [(path.name, path.stat().st_size) for path in found]
 
 
 def _on(cell: dict[str, Any]) -> str:
@@ -156,8 +169,10 @@ def _table_order(r: dict[str, Any]) -> tuple[Any, ...]:
     )
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.5g}") if isinstance(value, float) else None
+def _thinned(values: list[Any], points: int) -> list[float | None]:
+    """Of a curve, about as many as `points` and the last; five digits of each."""
+    step = max(1, len(values) // points)
+    return [float(f"{value:.5g}") if isinstance(value, float) else None for value in [*values[:-1:step], *values[-1:]]]
 
 
 def _tail(path: Path) -> str:

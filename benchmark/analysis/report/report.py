@@ -2,75 +2,106 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import json
-from collections.abc import Iterator
+import os
+import re
 from pathlib import Path
 from typing import Any
 
-from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
-from dfqbench.analysis.plots.figures import drawn_kinds, prepare
-from dfqbench.analysis.plots.kinds import KINDS
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from dfqbench.analysis.plots.drawn import Drawn
+from dfqbench.analysis.plots.figures import prepare
 from dfqbench.analysis.records import DIVERGED, Reading, said_of
+from dfqbench.analysis.report import pictures
+from dfqbench.analysis.report.assets import PAGE, Assets, Inside
+from dfqbench.analysis.report.comparisons import HEADS, bold_means, comparisons
 from dfqbench.analysis.report.data import Data
+from dfqbench.analysis.report.keytable import arrange, key_tables
 from dfqbench.analysis.tables import formats
-from dfqbench.analysis.tables.blocks import Block, Rule
+from dfqbench.analysis.tables.blocks import Rule
 from dfqbench.analysis.tables.printed import ranking
 from dfqbench.analysis.tables.without_data import agreements
 from dfqbench.errors import counted
 from dfqbench.quantization.protocol_words import in_words
 from dfqbench.store import Store
 
-PAGE = Path(__file__).parent / "page"
 NOT_SHOWN = " (not in the tables: a newer try counts, or its cell.json cannot be read)"
+BREAKS = re.compile(r"([_=(,])(?=[^\s&])")
+OPEN = 4  # blocks that are unfolded; of more, each is opened by its title
 
 
-def write_report(reading: Reading, out: Path, title: str, rule: Rule = "last") -> None:
-    """Raises OSError where the file cannot be written; then the old one, if any, stays."""
+def write_report(reading: Reading, out: Path, title: str, rule: Rule = "last", sort: str = "") -> None:
+    """sort: as in Choice. Raises OSError where the file cannot be written; then the old one, if any, stays."""
     from dfqbench.files import write_atomically
 
-    write_atomically(out, page(reading, title, rule))
+    write_atomically(out, page(reading, title, rule, root_from(out.parent, reading.store), sort))
 
 
-def page(reading: Reading, title: str, rule: Rule = "last") -> str:
-    """The whole file; the same store gives the same text."""
-    drawn = prepare(reading, rule)
-    data = Data(reading, drawn)
-    parts = {
-        "title": html.escape(title),
-        "style": (PAGE / "style.css").read_text(encoding="utf-8"),
-        "script": (PAGE / "page.js").read_text(encoding="utf-8"),
-        "summary": _summary(reading, drawn, rule),
-        "tables": formats.html(drawn.blocks, ranking(drawn.blocks), page=False) if drawn.blocks else "<p>No cell has an accuracy.</p>",
-        "without_data": _without_data(reading),
-        "link": '<a href="#without-data">Without data</a>' * bool(reading.without_data or reading.unfinished_without_data),
-        "comparisons": "\n".join(_comparisons(drawn)) or "<p>No two rows of a column have per-image results under this rule.</p>",
-        "plots": "\n".join(_plots(drawn)) if drawn.blocks else "<p>No cell has an accuracy to draw.</p>",
-        "images": data.gallery(),
-        "protocols": _protocols(reading),
-        "failures": _failures(reading),
-        "data": data.json(),
-    }
-    text = (PAGE / "page.html").read_text(encoding="utf-8")
-    pieces = text.split("{{")
-    return pieces[0] + "".join(parts[piece.split("}}", 1)[0]] + piece.split("}}", 1)[1] for piece in pieces[1:])
+def root_from(folder: Path, store: Store) -> str | None:
+    """The results folder as seen from one of its folders; None from elsewhere: a page must not say where things lie on this machine."""
+    here, root = folder.resolve(), store.root.resolve()
+    return Path(os.path.relpath(root, here)).as_posix() if here.is_relative_to(root) else None
 
 
-def _without_data(reading: Reading) -> str:
-    """A section of its own, where there are such cells."""
-    found = agreements(reading)
-    if not found:
-        return ""
-    return f'<section id="without-data"><h2>Without data</h2>\n{formats.html(found, page=False)}</section>'
+def page(reading: Reading, title: str, rule: Rule = "last", root: str | None = None, sort: str = "") -> str:
+    """The whole file; the same store gives the same text. root: the results folder as seen from the file, whose cells it then links to."""
+    return view(arrange(prepare(reading, rule), sort), title, Inside(), root)
 
 
-def _summary(reading: Reading, drawn: Drawn, rule: Rule) -> str:
+def view(drawn: Drawn, title: str, assets: Assets, root: str | None = None, index: str = "") -> str:
+    """A page about these blocks, and what their reading has without data. index: the address of the page that it belongs to."""
+    reading, data = drawn.reading, Data(drawn, assets, root)
+    without_data = agreements(reading)
+    return render(
+        "page.html",
+        assets,
+        title=title,
+        index=index,
+        summary=summary_of(drawn),
+        bold_means=bold_means(drawn),
+        tables=list(zip(key_tables(drawn), pictures.of_blocks(drawn, assets), strict=True)),
+        opened=len(drawn.blocks) <= OPEN,
+        ranks=ranking(drawn.blocks) if drawn.blocks else [],
+        without_data=Markup(formats.html(without_data, page=False)) if without_data else "",
+        comparisons=list(comparisons(drawn)),
+        comparison_heads=HEADS,
+        plots=pictures.of_all(drawn, assets) if drawn.blocks else [],
+        data=data,
+        protocols=_protocols(reading),
+        failures=_failures(reading),
+        skipped=skipped_of(reading),
+    )
+
+
+def render(template: str, assets: Assets, **parts: Any) -> str:
+    """A page from page/: everything is escaped there but style, script and data."""
+    found = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    inside = {"style": "style.css", "script": "page.js"}
+    texts = {name: Markup("" if file in assets.addresses else (PAGE / file).read_text(encoding="utf-8")) for name, file in inside.items()}
+    found.filters["breakable"] = _breakable
+    return found.get_template(template).render(parts, addresses=assets.addresses, inside=texts, counted=counted)
+
+
+def _breakable(name: str) -> Markup:
+    """Escaped, with places where a narrow column may break it: between settings rather than inside words."""
+    return Markup(BREAKS.sub(r"\1<wbr>", str(escape(name))))
+
+
+def skipped_of(reading: Reading) -> list[str]:
+    """Files that could not be read, by their place in the results folder."""
+    return [line.replace(f"{reading.store.root}/", "") for line in reading.skipped]
+
+
+def summary_of(drawn: Drawn) -> str:
+    """How many cells there are, of what, and what became of the others."""
+    reading = drawn.reading
     methods = {r["cell"]["method"] for r in reading.finished}
     teachers = {r["cell"]["teacher"]["weights_sha256"] for r in reading.finished}
-    said = [f"{len(reading.finished)} finished cells: {counted(len(methods), 'method')}, {counted(len(teachers), 'teacher')}"]
+    said = [f"{counted(len(reading.finished), 'finished cell')}: {counted(len(methods), 'method')}, {counted(len(teachers), 'teacher')}"]
     if drawn.blocks or not reading.without_data:
-        chosen = "the last epoch" if rule == "last" else "the best epoch on the test set, which is a choice made with test labels"
+        chosen = "the last epoch" if drawn.rule == "last" else "the best epoch on the test set, which is a choice made with test labels"
         said[0] += f", {counted(len(drawn.blocks), 'block')} of what can be compared. Reported is {chosen}"
     said[0] += "."
     if reading.without_data:
@@ -82,103 +113,32 @@ def _summary(reading: Reading, drawn: Drawn, rule: Rule) -> str:
         said.append(
             f"{counted(len(reading.skipped), 'file')} could not be read and {'is' if len(reading.skipped) == 1 else 'are'} listed at the end."
         )
-    if drawn.per_image.missing:
-        said.append(f"{counted(len(drawn.per_image.missing), 'cell')} without per-image results: in no comparison.")
-    return html.escape(" ".join(said))
+    uncompared = sum(len(entry.ids) for b in drawn.blocks for row in b.rows for entry in row.entries.values() if entry.estimate is None)
+    if uncompared and drawn.rule == "last":
+        said.append(f"{counted(uncompared, 'cell')} without per-image results of all seeds: in no comparison.")
+    return " ".join(said)
 
 
-def _comparisons(drawn: Drawn) -> Iterator[str]:
-    """Each row against the best of its column."""
-    if any(e.against_best for b in drawn.blocks for row in b.rows for e in row.entries.values()):
-        yield (
-            "<p>Each row against the best of its column: difference with its 95 % interval (paired over test images, with the variance between "
-            "seeds), p after Holm's correction within the column; and for the lowest common seed McNemar's exact test, with the images that only "
-            "the one and only the other got right.</p>"
-            "<p>Bold is the best row of a column, and each next one down to the first that can be told from it: p below 5 %, or three spreads "
-            "below it where seeds are too few for a test. The variance between seeds is estimated over all rows of the column (empirical Bayes), "
-            "so that two seeds are enough; a row that scatters far more than the others keeps its own. With 95 % confidence the truly best row is "
-            "among the bold ones; not every row that equals it need be.</p>"
-        )
-    for block in drawn.blocks:
-        parts = [part for width in block.widths if (part := _against_best(drawn, block, width))]
-        if parts:
-            yield f"<details><summary>{html.escape(block.title)}</summary>{''.join(parts)}</details>"
-
-
-def _against_best(drawn: Drawn, block: Block, width: str) -> str:
-    there = sorted(((row, entry) for row in block.rows if (entry := row.complete(width))), key=lambda pair: -pair[1].mean)
-    if len(there) < 2 or not any(entry.against_best for _, entry in there):
-        return ""
-    best = there[0][0].label
-    lines = []
-    for row, entry in there:
-        against = entry.against_best
-        if against is None:
-            continue
-        test = drawn.per_image.mcnemar(*entry.pair) if entry.pair else None
-        cells = [
-            f"{against.value:+.2f}",
-            f"{against.low:+.2f} to {against.high:+.2f}",
-            f"{against.p:.2g}",
-            f"{test.p:.2g}" if test else "-",
-            f"{test.only_first} / {test.only_second}" if test else "-",
-        ]
-        lines.append(_line(row.label, cells))
-    lines += [_line(row.label, [str(row.lost[width]), *"----"]) for row in block.rows if width in row.lost]
-    heads = "".join(
-        f'<th scope="col" class="number">{name}</th>' for name in ("difference", "95 % interval", "p (Holm)", "p (McNemar)", "only it / only best")
-    )
-    return (
-        f'<h3>{width.upper()}, best: {html.escape(best)}</h3><div class="scroll"><table class="sortable">'
-        f'<thead><tr><th scope="col">method</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def _line(label: str, cells: list[str]) -> str:
-    return f"<tr><td>{html.escape(label)}</td>" + "".join(f'<td class="number">{cell}</td>' for cell in cells) + "</tr>"
-
-
-def _plots(drawn: Drawn) -> Iterator[str]:
-    for kind, pages in drawn_kinds(drawn, KINDS, ["svg"]):
-        caption = KINDS[kind][0]
-        if isinstance(pages, NothingToDraw):
-            yield f"<p><b>{html.escape(caption[0].upper() + caption[1:])}</b>: {html.escape(str(pages))}.</p>"
-            continue
-        for number, (_, content) in enumerate(pages, 1):
-            words = caption[0].upper() + caption[1:] + (f" ({number} of {len(pages)})" if len(pages) > 1 else "")
-            address = "data:image/svg+xml;base64," + base64.b64encode(content).decode()
-            yield f'<figure><figcaption>{html.escape(words)}</figcaption><img alt="{html.escape(words)}" src="{address}"></figure>'
-
-
-def _protocols(reading: Reading) -> str:
-    """Each set of rules once, with what a method changed for itself as a set of its own."""
+def _protocols(reading: Reading) -> list[tuple[str, str, str]]:
+    """(name, methods, rules in words): each set of rules once, with what a method changed for itself as a set of its own."""
     seen: dict[str, tuple[str, dict[str, Any], set[str]]] = {}
     for result in reading.finished:
         rules = result["cell"]["identity"]["protocol"]
         key = json.dumps([result["cell"]["protocol"], rules], sort_keys=True)
         seen.setdefault(key, (result["cell"]["protocol"], rules, set()))[2].add(result["cell"]["method"])
-    return "\n".join(
-        f"<h3>{html.escape(name)} <small>({html.escape(', '.join(sorted(methods)))})</small></h3><p>{html.escape(in_words(rules))}</p>"
-        for name, rules, methods in (seen[key] for key in sorted(seen))
-    )
+    return [(name, ", ".join(sorted(methods)), in_words(rules)) for name, rules, methods in (seen[key] for key in sorted(seen))]
 
 
-def _failures(reading: Reading) -> str:
-    parts = []
+def _failures(reading: Reading) -> list[tuple[str, str, str, str]]:
+    """(name, cell, what is said of it, traceback)."""
     shown = {cell["id"] for cell in (*reading.unfinished, *reading.unfinished_without_data)}
+    found = []
     for failure in reading.failures:
         cell = failure["cell"]
         name = f"{cell.get('label', '?')} {cell.get('teacher', {}).get('label', '')} {cell.get('bits', '')} seed {cell.get('seed', '?')}"
         said = said_of(failure) + NOT_SHOWN * (failure["id"] not in shown)
-        parts.append(
-            f"<details><summary><b>{html.escape(name)}</b> (cell {html.escape(failure['id'])}) {html.escape(said)}</summary>"
-            f"<pre>{html.escape(str(failure['traceback']) or 'no traceback')}</pre></details>"
-        )
-    skipped = [line.replace(f"{reading.store.root}/", "") for line in reading.skipped]
-    if skipped:
-        parts.append("<p>Not read, and left as they are:</p><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in skipped) + "</ul>")
-    return "\n".join(parts) or "<p>No cell diverged or failed, and every file could be read.</p>"
+        found.append((name, failure["id"], said, str(failure["traceback"]) or "no traceback"))
+    return found
 
 
 def default_title(store: Store) -> str:

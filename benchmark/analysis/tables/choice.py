@@ -120,12 +120,14 @@ class Choice:
 
         return sorted(rows, key=key)
 
-    def in_words(self, columns: Sequence[Any]) -> str:
+    def in_words(self, rows: Sequence[Any], columns: Sequence[Any]) -> str:
         """How `ordered` orders."""
+        first = "those of the group reference, then " * any(row.group == REFERENCE for row in rows)
         by = self.sort or ("mean distance to the columns' means" if any(isinstance(column, tuple) for column in columns) else str(columns[-1]))
         if self.sort == "method":
-            return "rows go by name"
-        return f"rows go from {'best to worst' if self.best_first else 'worst to best'} by {by}; last are those that lack a column or diverged in one"
+            return f"rows: {first}by name"
+        order = "best to worst" if self.best_first else "worst to best"
+        return f"rows: {first}{order} by {by}, those that lack a column or diverged in one last"
 
 
 EVERYTHING = Choice()

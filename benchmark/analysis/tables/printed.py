@@ -45,9 +45,9 @@ def arranged(table: T, choice: Choice) -> T:
     if isinstance(table, Written):
         return table
     if isinstance(table, WideTable):
-        return replace(table, rows=choice.ordered(table.rows, table.columns), order=choice.in_words(table.columns))
+        return replace(table, rows=choice.ordered(table.rows, table.columns), order=choice.in_words(table.rows, table.columns))
     widths = choice.widths(table.widths)
-    return replace(table, rows=choice.ordered(table.rows, widths), widths=widths, shown=choice.columns, order=choice.in_words(widths))
+    return replace(table, rows=choice.ordered(table.rows, widths), widths=widths, shown=choice.columns, order=choice.in_words(table.rows, widths))
 
 
 def texts_of(table: Table, significant: bool = False) -> tuple[pd.DataFrame, pd.DataFrame]:

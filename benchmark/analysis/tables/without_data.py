@@ -115,7 +115,7 @@ def _table(title: str, cells: list[Cell], choice: Choice) -> Written:
         "KL: mean divergence of the student's class probabilities from the teacher's, in nats, the lower the better",
         f"one standard error of an agreement from the number of images is at most {error:.2f}"
         + "; ± is the standard deviation over seeds" * any(entry.sd is not None for entry in entries),
-        f"{choice.in_words(widths)} (lowest KL first); nothing is bold: how a student does on real images is not known",
+        f"{choice.in_words(rows, widths)} (lowest KL first); nothing is bold: how a student does on real images is not known",
         *["plain rounding: the same teacher, rounded without any training, on the same images"] * bool(plain),
         *["no plain rounding where the teacher's batch norms do not say enough for it"] * any(cell["plain_kl"] is None for cell in done),
         *notes_on_lost(rows),

@@ -1,0 +1,44 @@
+"""The plots of a page, as pictures in it or beside it. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
+from dfqbench.analysis.plots.figures import drawn_kinds
+from dfqbench.analysis.plots.kinds import KINDS
+from dfqbench.analysis.report.assets import Assets
+
+FIRST = "accuracy"  # of every block, below its table; the other kinds are of all blocks together
+
+
+@dataclass(frozen=True)
+class Picture:
+    """address: empty where there is nothing to draw; `words` then say why."""
+
+    words: str
+    address: str = ""
+
+
+def of_blocks(drawn: Drawn, assets: Assets) -> list[list[Picture]]:
+    """The first kind, for each block."""
+    return [_drawn(replace(drawn, blocks=[block]), [kind for kind in KINDS if kind == FIRST], assets) for block in drawn.blocks]
+
+
+def of_all(drawn: Drawn, assets: Assets) -> list[Picture]:
+    """The other kinds."""
+    return _drawn(drawn, [kind for kind in KINDS if kind != FIRST], assets)
+
+
+def _drawn(drawn: Drawn, kinds: Sequence[str], assets: Assets) -> list[Picture]:
+    found = []
+    for kind, pages in drawn_kinds(drawn, kinds, ["svg"]):
+        caption = KINDS[kind][0][0].upper() + KINDS[kind][0][1:]
+        if isinstance(pages, NothingToDraw):
+            found.append(Picture(f"{caption}: {pages}."))
+            continue
+        for number, (_, content) in enumerate(pages, 1):
+            words = caption + (f" ({number} of {len(pages)})" if len(pages) > 1 else "")
+            found.append(Picture(words, assets.image(content, "svg")))
+    return found
