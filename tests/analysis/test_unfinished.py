@@ -120,7 +120,7 @@ def test_what_is_left_of_a_row_is_in_no_comparison_and_no_ranking(store: Store, 
     for label in ("acq", "lrq", "round"):
         assert rows[label] == expected[label], "the others are compared as if it were not there"
     assert any(entry and entry.best for entry in rows.values())
-    assert ranking([found] * 2)[-1] == "not ranked, as they are not in every column with all their seeds: acq(matching_weight=0), gdfq, lrq, zaq"
+    assert ranking([found] * 2)[-1] == "not ranked, as they are not in every column with all their seeds: acq(matching_weight=0); gdfq; lrq; zaq"
 
 
 def test_a_row_is_not_the_better_for_cells_that_diverged_at_hard_widths(block: Block) -> None:

@@ -127,7 +127,8 @@ class Choice:
         if self.sort == "method":
             return f"rows: {first}by name"
         order = "best to worst" if self.best_first else "worst to best"
-        return f"rows: {first}{order} by {by}, those that lack a column or diverged in one last"
+        last = ", those that lack a column or diverged in one last" * any(not row.complete(column) for row in rows for column in columns)
+        return f"rows: {first}{order} by {by}{last}"
 
 
 EVERYTHING = Choice()
