@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import Run
 from synthetic_store import cells, make_store, write_cell, write_failure
 
 from dfqbench.analysis.records import read_store
@@ -140,7 +141,7 @@ def test_the_table_comes_first_best_row_first_with_what_diverged_last_and_when(t
     assert text.index('class="sortable key"') < text.index('<figure class="plot">') < text.index('id="comparisons"')
     lost = [cell for cell in embedded(text)["cells"] if cell.get("status")]
     assert [(cell["status"], cell["said"], cell["row"][0]) for cell in lost] == [("diverged", "diverged: the loss is nan in epoch 5", 0)] * 2
-    (explained,) = re.findall(r'<p class="bold-means"><b>.*?</b>(.*?)</p>', text)
+    (explained,) = re.findall(r'<summary>What bold means</summary><p class="notes">(.*?)</p>', text)
     assert len(re.findall(r"[a-z]\.(?: |$)", explained)) == 3, "what bold means, in three sentences"
 
 
@@ -233,6 +234,23 @@ def test_a_site_is_not_written_among_other_peoples_files(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"index\.html: not written by this command, and would be overwritten"):
         write_site(reading, folder, "ours")
     assert (folder / "index.html").read_text() == "mine"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_command_writes_a_site_of_the_rows_that_are_asked_for(dfqbench: Run, two_blocks: Store, tmp_path: Path) -> None:
+    where = ("report", "--results", two_blocks.root)
+    code, _, err = dfqbench(*where, "--site", tmp_path / "s", "--out", tmp_path / "r.html")
+    assert (code, err) == (2, "dfqbench: --out is one file, --site a folder of files: give one of them\n")
+    (tmp_path / "names.csv").write_text("row,label,group\ngdfq,Ours & others,mine\n")
+    code, out, err = dfqbench(*where, "--site", tmp_path / "s", "--rows", "Ours*", "--names-from", tmp_path / "names.csv")
+    assert (code, out, err) == (0, f"{tmp_path / 's' / 'index.html'}\n", "")
+    (name,) = [name for name in contents(tmp_path / "s") if name.startswith("resnet32")]
+    text = (tmp_path / "s" / name).read_text()
+    assert {cell["method"] for cell in embedded(text)["cells"]} == {"Ours & others"}
+    assert '<tr data-group="mine"><th scope="row"><a class="name" href="#row=0.0">Ours &amp; others</a>' in text
+    assert len(contents(tmp_path / "s")) == 5, "index, one block, style, script, and what lists them"
+    code, _, err = dfqbench(*where, "--site", two_blocks.root)
+    assert (code, err) == (2, f"dfqbench: --site {two_blocks.root}: holds runs, and no earlier site; name an empty or a new folder\n")
 
 
 def test_pages_have_plain_names_that_are_each_there_once(tmp_path: Path) -> None:

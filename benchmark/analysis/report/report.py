@@ -29,6 +29,7 @@ from dfqbench.store import Store
 
 NOT_SHOWN = " (not in the tables: a newer try counts, or its cell.json cannot be read)"
 BREAKS = re.compile(r"([_=(,])(?=[^\s&])")
+CODE = re.compile(r"`([^`]+)`")
 OPEN = 4  # blocks that are unfolded; of more, each is opened by its title
 
 
@@ -80,7 +81,7 @@ def render(template: str, assets: Assets, **parts: Any) -> str:
     found = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     inside = {"style": "style.css", "script": "page.js"}
     texts = {name: Markup("" if file in assets.addresses else (PAGE / file).read_text(encoding="utf-8")) for name, file in inside.items()}
-    found.filters["breakable"] = _breakable
+    found.filters |= {"breakable": _breakable, "coded": _coded}
     return found.get_template(template).render(parts, addresses=assets.addresses, inside=texts, counted=counted)
 
 
@@ -92,6 +93,11 @@ def _breakable(name: str) -> Markup:
 def skipped_of(reading: Reading) -> list[str]:
     """Files that could not be read, by their place in the results folder."""
     return [line.replace(f"{reading.store.root}/", "") for line in reading.skipped]
+
+
+def _coded(text: str) -> Markup:
+    """Escaped, with what stands between backticks as code."""
+    return Markup(CODE.sub(r"<code>\1</code>", str(escape(text))))
 
 
 def summary_of(drawn: Drawn) -> str:
