@@ -38,9 +38,9 @@ def _section(drawn: Drawn, block: Block) -> Section:
     for width, its in guides.items():
         if np.isfinite(block.teacher_top1):
             its.append(Guide(f"teacher {block.teacher_top1:.1f}", block.teacher_top1, DASHED))
-        rounded = next((row.entries[width].mean for row in block.rows if _is_rounding(row) and row.complete(width)), None)
-        if rounded is not None:
-            its.append(Guide(ROUNDING, rounded, DOTTED, reference=False))
+        rounded = next(((row, entry) for row in block.rows if _is_rounding(row) and (entry := row.complete(width))), None)
+        if rounded:
+            its.append(Guide(rounded[0].label, rounded[1].mean, DOTTED, reference=False))
     return Section(block_title(block, drawn.blocks), lines, block.widths, guides)
 
 

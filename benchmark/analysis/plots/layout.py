@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 SMALL, USUAL = 6.0, 6.5  # points: the least, and labels of rows
 HINTING = 1.02  # letters are a little wider at some resolutions than at others
 LEADING = 1.2  # from line to line, in sizes
+BESIDE = 7.0  # points: how far a name may be from its point without a line to it
+DISTANCES = (4, 7, 11, 15, 20, 25, 32, 40, 50, 60, 70, 82, 100)
 BREAKS = re.compile(r"(?<=[,(=_+/-])")  # a label may be broken after these
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
@@ -88,6 +90,7 @@ class Labels:
 
     ax: Axes
     taken: list[Box] = field(default_factory=list)
+    markers: list[Box] = field(default_factory=list)
     lines: list[Box] = field(default_factory=list)  # from (x0, y0) to (x1, y1): no name stands on one
 
     @property
@@ -108,7 +111,7 @@ class Labels:
     def occupy(self, x: float, y: float, reach: float = 2.4) -> None:
         """A marker, which no name may cover."""
         px, py = self.place(x, y)
-        self.taken.append((px - reach, py - reach, px + reach, py + reach))
+        self.markers.append((px - reach, py - reach, px + reach, py + reach))
 
     def occupy_line(self, xs: Sequence[float], ys: Sequence[float]) -> None:
         """A line through these points of the data."""
@@ -122,30 +125,34 @@ class Labels:
         left = x * self.size[0] - wide * {"left": 0.0, "center": 0.5, "right": 1.0}[text.get_horizontalalignment()]
         self.taken.append((left, foot, left + wide, foot + high))
 
-    def add(self, x: float, y: float, text: str, color: str, far: float = 30.0) -> bool:
-        """Writes the name at the nearest free place around the point, at most so far from it, with a line to it where it is not beside it."""
-        at, (wide, high) = self.place(x, y), extent(text)
-        for distance, angle in product([d for d in (4, 7, 11, 15, 20, 25, 32, 40, 50, 60, 70, 82) if d <= far], np.arange(24) * np.pi / 12):
-            toward = np.array([np.cos(angle), np.sin(angle)])
-            middle = at + distance * toward + np.sign(np.round(toward, 6)) * [wide / 2, high / 2] * _reach(toward)
-            box = (middle[0] - wide / 2, middle[1] - high / 2, middle[0] + wide / 2, middle[1] + high / 2)
-            end = float(np.clip(at[0], box[0], box[2])), float(np.clip(at[1], box[1], box[3]))
-            leader = (*at, *end)
-            if self._free(box, leader if distance > 7 else None):
-                self._write(at, box, text, color, leader if distance > 7 else None)
-                return True
+    def add(self, xs: Sequence[float], y: float, text: str, color: str, far: float, through: bool = False) -> bool:
+        """Writes the name at the nearest free place around a point, at most so far from it (points), with a line to it where it is not beside it.
+
+        xs: of the points that have this name. through: whether that line may pass over markers where there is no other place.
+        """
+        places, (wide, high) = [self.place(x, y) for x in xs], extent(text)
+        for over in (False, True)[: 1 + through]:
+            for distance, at, angle in product([d for d in DISTANCES if d <= far], places, np.arange(24) * np.pi / 12):
+                toward = np.array([np.cos(angle), np.sin(angle)])
+                middle = at + distance * toward + np.sign(np.round(toward, 6)) * [wide / 2, high / 2] * _reach(toward)
+                box = (middle[0] - wide / 2, middle[1] - high / 2, middle[0] + wide / 2, middle[1] + high / 2)
+                end = float(np.clip(at[0], box[0], box[2])), float(np.clip(at[1], box[1], box[3]))
+                leader = (*at, *end) if distance > BESIDE else None
+                if self._free(box, leader, over):
+                    self._write(box, text, color, leader)
+                    return True
         return False
 
-    def _free(self, box: Box, leader: Box | None) -> bool:
+    def _free(self, box: Box, leader: Box | None, over: bool) -> bool:
         wide, high = self.size
-        if box[0] < 1 or box[1] < 1 or box[2] > wide - 1 or box[3] > high - 1 or any(_overlap(box, other) for other in self.taken):
+        if box[0] < 1 or box[1] < 1 or box[2] > wide - 1 or box[3] > high - 1:
             return False
-        own = leader and (leader[0], leader[1])
-        if leader and any(_crosses(leader, other) for other in self.taken if not _inside(own, other)):
+        if any(_overlap(box, other) for other in (*self.taken, *self.markers)) or any(_crosses(line, box) for line in self.lines):
             return False
-        return not any(_crosses(other, box) for other in self.lines)
+        in_its_way = [*self.taken, *(marker for marker in self.markers if not over and leader and not _inside(leader[:2], marker))]
+        return not (leader and any(_crosses(leader, other) for other in in_its_way))
 
-    def _write(self, at: tuple[float, float], box: Box, text: str, color: str, leader: Box | None) -> None:
+    def _write(self, box: Box, text: str, color: str, leader: Box | None) -> None:
         from matplotlib.patheffects import withStroke
 
         wide, high = self.size

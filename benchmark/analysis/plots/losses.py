@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-LEFT, BELOW, NARROWEST, WIDEST, TALL = 21.0, 27.0, 112.0, 200.0, 76.0  # points
+LEFT, BELOW, NARROWEST, WIDEST, TALL = 21.0, 27.0, 106.0, 200.0, 76.0  # points
 SWATCH = 11.0  # points: of a line beside the name of a variant
 DASHES: list[Any] = ["-", (0, (3, 1.2)), (0, (1, 1)), (0, (4, 1, 1, 1))]  # by bit width
 DASH_NAMES = ("solid", "dashed", "dotted", "dash-dotted")
@@ -46,6 +46,11 @@ class Family:
     method: str
     block: str
     traces: list[Trace]
+
+    @property
+    def name(self) -> str:
+        """The method's, or what its only variant is called."""
+        return self.method if self.variants else self.traces[0].name
 
     @property
     def variants(self) -> dict[str, Style]:
@@ -110,7 +115,7 @@ def _traces(drawn: Drawn, row: Row, width: str) -> Iterator[Trace]:
 
 def _heading(family: Family, cell: float) -> list[tuple[str, Style | None]]:
     """Lines above a panel, each with the style of what it names: method, block, and variants where there are several."""
-    lines: list[tuple[str, Style | None]] = [(wrapped_to(text, cell - 6), None) for text in (family.method, family.block) if text]
+    lines: list[tuple[str, Style | None]] = [(wrapped_to(text, cell - 6), None) for text in (family.name, family.block) if text]
     return lines + [(wrapped_to(name, cell - SWATCH), style) for name, style in family.variants.items()]
 
 

@@ -62,4 +62,4 @@ def _draw(ax: Axes, drawn: Drawn, points: list[Measured]) -> None:
         claim = entry.published
         assert claim is not None
         name = f"{drawn.brief[row.label]} {f'{block.teacher} ' * several}{width.upper()}"
-        labels.add((claim.low + claim.high) / 2, entry.mean, name, drawn.look[row.label].ink, 82.0)
+        labels.add([(claim.low + claim.high) / 2], entry.mean, name, drawn.look[row.label].ink, 100.0, through=True)

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 LEAST = 1e-3  # seconds: the left end of a logarithmic axis
 LEFT, BELOW, NARROWEST, WIDEST = 30.0, 26.0, 200.0, 250.0  # points
-TALL = 0.72  # of a panel's width
-FAR, FARTHEST = 40.0, 82.0  # points: from a point to its name; those of the front may stand farther away
+TALL, TALLER, MANY = 0.72, 0.92, 15  # of a panel's width: its height, and with so many points
+STEP = 8.2  # points: from name to name of what lies below the axis
+FAR, FARTHEST = 60.0, 100.0  # points: from a point to its name; those of the front may stand farther away
 MEASURES: dict[str, Callable[[Size], float]] = {"size (MB)": megabytes, "work per image (GBOPs)": gigabops}
 
 
@@ -59,7 +60,7 @@ def scatters(panels: Sequence[Scatter], width: float, ylabel: str, said: list[st
     columns, cell = columns_in(width, len(panels), NARROWEST, 2)
     cell = min(cell, WIDEST)
     inner = cell - LEFT - 7
-    tall = TALL * inner
+    tall = inner * (TALL if max(len(panel.points) for panel in panels) <= MANY else TALLER)
     some = any(point.partial for panel in panels for point in panel.points)
 
     def draw(sheet: Sheet, panel: Scatter, x: float, top: float, axes: float) -> None:
@@ -80,9 +81,10 @@ def _draw(ax: Axes, panel: Scatter) -> None:
     floor = floor_of([point.y for point in panel.points])
     kept = [point.y for point in panel.points if point.y >= floor] + [panel.teacher] * bool(np.isfinite(panel.teacher))
     margin = max(0.06 * (max(kept) - min(kept)), 0.5)  # two decimals of its ticks would say nothing
-    cut = any(point.y < floor for point in panel.points)
-    tall = ax.bbox.height * 72 / ax.figure.dpi
-    ax.set_ylim(min(kept) - margin * (4 if cut else 1), max(kept) + max(margin, (max(kept) - min(kept)) * 9.5 / tall))
+    beyond = [point for point in panel.points if point.y < floor]
+    tall, under = ax.bbox.height * 72 / ax.figure.dpi, STEP * len(beyond) + 4
+    a_point = (max(kept) - min(kept) + 2 * margin) / (tall - under)
+    ax.set_ylim(min(kept) - margin - a_point * under * bool(beyond), max(kept) + max(margin, 9.5 * a_point))
     ax.set_xscale("log")
     ax.set_xlim(_limits([x for point in panel.points for x in (point.low, point.high)]))
     set_ticks(ax.xaxis, *ax.get_xlim(), 6)
@@ -96,17 +98,35 @@ def _draw(ax: Axes, panel: Scatter) -> None:
         steps = [ax.get_ylim()[0], *(point.y for point in front), front[-1].y]
         ax.step(ends, steps, where="post", color="#aaaaaa", lw=0.9, zorder=1)
         labels.occupy_line([x for pair in pairwise(ends) for x in pair], [y for y in steps[:-1] for _ in range(2)])
-    bottom = ax.get_ylim()[0]
-    for point in panel.points:
-        _mark(ax, point, bottom)
-        labels.occupy_line([point.low, point.high], [max(point.y, bottom)] * 2)
+    _beyond(ax, beyond, labels)
+    there = [point for point in panel.points if point.y >= floor]
+    for point in there:
+        _mark(ax, point)
+        labels.occupy_line([point.low, point.high], [point.y] * 2)
         for x in {point.low, point.high}:
-            labels.occupy(x, max(point.y, bottom), 3.2)
-    for point in sorted(panel.points, key=lambda point: (point not in front, point.y >= bottom, -point.high if point.y < bottom else -point.y)):
-        said = point.name if point.y >= bottom else f"{point.name} {point.y:.1f}"
-        far = FARTHEST if point in front or point.y < bottom else FAR
-        labels.add(point.high, max(point.y, bottom), said, point.style.ink, far)
+            labels.occupy(x, point.y, 3.2)
+    for point in sorted(there, key=lambda point: (point not in front, -point.y)):
+        wanted = point in front
+        labels.add(sorted({point.high, point.low}, reverse=True), point.y, point.name, point.style.ink, FARTHEST if wanted else FAR, through=wanted)
     _above(ax, panel.above, labels)
+
+
+def _beyond(ax: Axes, points: Sequence[Point], labels: Labels) -> None:
+    """Arrows at the lower edge, each with a name and a value at a height of its own, on the side where there is room."""
+    if not points:
+        return
+    (wide, high), bottom = labels.size, ax.get_ylim()[0]
+    names = {f"{point.name}: {point.y:.1f}": (labels.place(point.high, bottom)[0], point) for point in points}
+    left = min(x - extent(name)[0] for name, (x, _) in names.items()) > 5
+    for i, (name, (x, point)) in enumerate(sorted(names.items(), key=lambda item: item[1][0] if left else -item[1][0])):
+        color, y = point.style.ink, 3 + STEP * (i + 0.5)
+        ax.plot(x / wide, 0.0, marker=7, ms=4, color=color, transform=ax.transAxes, clip_on=False, zorder=4)
+        ax.plot([x / wide] * 2, [0.0, y / high], color=color, lw=0.4, transform=ax.transAxes, zorder=1.5)
+        labels.lines.append((x, 0.0, x, y))
+        look: dict[str, Any] = {"ha": "right" if left else "left", "va": "center_baseline", "fontsize": SMALL, "color": color}
+        ax.text((x - 3 if left else x + 3) / wide, y / high, name, transform=ax.transAxes, **look)
+        edge = x - 3 - extent(name)[0] if left else x + 3
+        labels.taken.append((edge, y - STEP / 2, edge + extent(name)[0], y + STEP / 2))
 
 
 def _teacher(ax: Axes, top1: float, labels: Labels) -> None:
@@ -126,13 +146,10 @@ def _above(ax: Axes, names: Mapping[str, float], labels: Labels) -> None:
         ax.text(x / wide, 1 + 1.5 / high, name, transform=ax.transAxes, fontsize=SMALL, color=GREY, ha="center", va="bottom")
 
 
-def _mark(ax: Axes, point: Point, bottom: float) -> None:
-    """One or, where its place is a range, two markers with a line between them; an arrow at the edge for what lies below it."""
+def _mark(ax: Axes, point: Point) -> None:
+    """One or, where its place is a range, two markers with a line between them."""
     ends = [point.low, point.high][: 1 + (point.low != point.high)]
     look: dict[str, Any] = {"color": point.style.color, "zorder": 3}
-    if point.y < bottom:
-        ax.plot(ends[-1], 0.0, marker=7, ms=4, color=point.style.ink, transform=ax.get_xaxis_transform(), clip_on=False, zorder=4)
-        return
     ax.plot(ends, [point.y] * len(ends), lw=0.7, **look)
     ax.plot(ends, [point.y] * len(ends), marker=point.style.marker, ms=4, mfc="white" if point.partial else point.style.color, ls="", **look)
 
