@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Run
-from synthetic_store import cells, make_store, write_cell, write_failure
+from synthetic_store import cells, make_store, without_data, write_cell, write_failure, write_without_data
 
 from dfqbench.analysis.records import read_store
 from dfqbench.analysis.report import pictures
@@ -251,6 +251,16 @@ def test_the_command_writes_a_site_of_the_rows_that_are_asked_for(dfqbench: Run,
     assert len(contents(tmp_path / "s")) == 5, "index, one block, style, script, and what lists them"
     code, _, err = dfqbench(*where, "--site", two_blocks.root)
     assert (code, err) == (2, f"dfqbench: --site {two_blocks.root}: holds runs, and no earlier site; name an empty or a new folder\n")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_site_has_what_was_measured_without_data_on_a_page_of_its_own(two_blocks: Store) -> None:
+    ids = [write_without_data(two_blocks, without_data(cell))["id"] for cell in cells(2)]
+    files = {name: content.decode() for name, content in site(read_store(two_blocks), "ours").items() if name.endswith(".html")}
+    assert '<a href="without-data.html">' in files["index.html"]
+    assert {cell["id"] for cell in embedded(files["without-data.html"])["cells"]} == set(ids)
+    assert "agreement with the teacher on" in files["without-data.html"]
+    assert all(not set(ids) & {cell["id"] for cell in embedded(files[name])["cells"]} for name in files if name.startswith("resnet"))
 
 
 def test_pages_have_plain_names_that_are_each_there_once(tmp_path: Path) -> None:
