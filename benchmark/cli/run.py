@@ -76,7 +76,7 @@ def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = N
             lines.append(f"  {cell.id}  {cell.bits}  {state.status.value}{why}")
     counts = {status: sum(s.status is status for s in states.values()) for status in Status}
     lines.append(f"{len(loaded.cells)} cells: " + ", ".join(f"{n} {status.value}" for status, n in counts.items() if n))
-    lines += loaded.presets
+    lines += loaded.remarks
     lines += [f"what is not done: {line}" for line in (hours_anywhere(left, known) if left else [])]
     typer.echo("\n".join(lines))  # at once: a console that is asked line by line takes seconds for a large sweep
     for line in [*damaged, *skipped]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from dfqbench.network.inplace import with_item, with_view
-from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, WeightGrid
 
-PACKAGES = ("torch.nn", "timm", "torchvision", "pytorchcv")  # whose module classes a text may name
+PACKAGES = ("torch.nn", "timm", "torchvision", "pytorchcv", "dfqbench.network.canonical")  # whose module classes a text may name
 _OPERATORS = {
     f"operator.{f.__name__}": f
     for f in (
@@ -58,7 +58,7 @@ def plain_graph(traced: fx.GraphModule) -> fx.Graph:
     for node in list(graph.nodes):
         module = traced.get_submodule(str(node.target)) if node.op == "call_module" else None
         layer = module.layer if isinstance(module, QuantizedLayer) else module
-        if layer is not None and not isinstance(layer, ActivationQuantizer) and not _is_known(type(layer).__module__):
+        if layer is not None and not isinstance(layer, ActivationQuantizer | WeightGrid) and not _is_known(type(layer).__module__):
             _take_apart(node, graph, layer, str(node.target))
     graph.owning_module = None  # in a circle, the student's weights would live until Python's collector runs
     return graph

@@ -1,43 +1,19 @@
-"""How large a network is, and how much work it does for one image: bytes, average bits, MACs, BOPs.
-
-BOPs (bit operations) are multiply-accumulates x bits of the weights x bits of what enters, summed over all convolutions, linear layers and matrix
-products, as HAWQ-V3 counts them (Yao et al., ICML 2021, arXiv:2011.10680). What is not quantized counts with 32 bits.
-"""
+"""How large a network is, and how much work it does for one image: bytes, average bits, MACs, BOPs (see quantization/work.py)."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import operator
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from dfqbench.network import Network
 from dfqbench.network.frozen_batch_norm import module_of
-from dfqbench.quantization.insert import keeps_values
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
-
-FLOAT_BITS = 32
-_CONCATENATIONS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
-
-
-class Work(NamedTuple):
-    """What one call of a layer, or one product of tensors, does for one image."""
-
-    name: str
-    macs: int
-    weight_bits: int
-    activation_bits: int
-
-    @property
-    def bops(self) -> int:
-        return self.macs * self.weight_bits * self.activation_bits
+from dfqbench.quantization.work import FLOAT_BITS, Share, Work, share_of, work_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +39,13 @@ class Size:
 
     def as_dict(self) -> dict[str, Any]:
         """What result.json holds."""
-        return {"bytes": self.bytes, "weight_bits": round(self.weight_bits, 4), "macs": self.macs, "bops": self.bops}
+        counted = {"bytes": self.bytes, "weight_bits": round(self.weight_bits, 4), "macs": self.macs, "bops": self.bops}
+        return counted | {"quantized": {what: round(share, 4) for what, share in self.quantized._asdict().items()}}
+
+    @property
+    def quantized(self) -> Share:
+        """How much of the work has operands on a grid."""
+        return share_of(self.work)
 
 
 def size_of(network: Network) -> Size:
@@ -72,7 +54,7 @@ def size_of(network: Network) -> Size:
     weights = [(bits, count) for _, bits, count, is_weight in stored if is_weight]
     entries = sum(count for _, count in weights)
     average = sum(bits * count for bits, count in weights) / entries if entries else float(FLOAT_BITS)
-    return Size(sum(size for size, *_ in stored), average, _work_of(network))
+    return Size(sum(size for size, *_ in stored), average, work_of(network))
 
 
 def _stored(traced: fx.GraphModule, left_float: Collection[str]) -> Iterator[tuple[int, int, int, bool]]:
@@ -105,60 +87,3 @@ def _grid_bytes(module: QuantizedLayer) -> int:
     """Of a weight's scales and zero points, float32."""
     grids = module.layer.weight.shape[0] if module.protocol.weight_granularity == "per-channel" else 1
     return 4 * grids * (1 if module.protocol.weight_symmetric else 2)
-
-
-def _work_of(network: Network) -> list[Work]:
-    """Counted while it runs, one node after the other: whatever multiplies tensors is found, in layers or not."""
-    device = next((tensor.device for tensor in (*network.parameters(), *network.buffers())), None)
-    counting = _Counting(network.traced)
-    with torch.no_grad(), _plain_attention(), counting.counter:
-        counting.run(torch.zeros(1, *network.task.image_shape, device=device))
-    return counting.work
-
-
-class _Counting(fx.Interpreter):
-    def __init__(self, traced: fx.GraphModule):
-        super().__init__(traced)
-        self.traced, self.counter, self.work = traced, FlopCounterMode(display=False), list[Work]()
-
-    def run_node(self, n: fx.Node) -> Any:
-        before = self.counter.get_total_flops()
-        answer = super().run_node(n)
-        macs = (self.counter.get_total_flops() - before) // 2
-        if macs:
-            self.work.append(Work(str(n.target) if n.op == "call_module" else n.name, macs, *_bits_of(n, self.traced)))
-        return answer
-
-
-@contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Inside, attention is made of products that can be counted, not of one fused kernel."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def _bits_of(node: fx.Node, traced: fx.GraphModule) -> tuple[int, int]:
-    """(of the weights, of what enters); a product of two activations has those of the second in the weights' place."""
-    module = module_of(node, traced)
-    operands = [_activation_bits(n, traced) for n in node.all_input_nodes if "shape" in n.meta]
-    entering = operands[0] if operands else FLOAT_BITS
-    if module is not None:
-        return module.bits if isinstance(module, QuantizedLayer) else FLOAT_BITS, entering
-    return operands[1] if len(operands) > 1 else entering, entering
-
-
-def _activation_bits(node: fx.Node, traced: fx.GraphModule) -> int:
-    """Of the quantizer that made these values: poolings and reshapes pass them on, a concatenation has the widest of its parts'."""
-    module = module_of(node, traced)
-    if isinstance(module, ActivationQuantizer):
-        return module.bits
-    if node.target in _CONCATENATIONS:
-        return max(_activation_bits(part, traced) for part in node.all_input_nodes)
-    if keeps_values(node, traced) and node.args and isinstance(node.args[0], fx.Node):
-        return _activation_bits(node.args[0], traced)
-    return FLOAT_BITS

@@ -24,9 +24,11 @@ from dfqbench.errors import UserError
 from dfqbench.export.graph_text import NotWritable, attach, graph_of, module_as_text, module_of, nodes_as_text, plain_graph
 from dfqbench.export.packing import pack, unpack
 from dfqbench.files import write_atomically
+from dfqbench.network.canonical import Layer, TransposedConv
 from dfqbench.network.network import Network
+from dfqbench.network.products import LAYERS
 from dfqbench.quantization.fake_quantize import levels
-from dfqbench.quantization.layers import ActivationQuantizer, Codes, QuantizedLayer
+from dfqbench.quantization.layers import ActivationQuantizer, Codes, QuantizedLayer, WeightGrid
 from dfqbench.quantization.protocol import Bits, Protocol
 from dfqbench.quantization.student import Student
 from dfqbench.task import Task
@@ -43,7 +45,7 @@ LARGEST_GRAPH = 2**28  # bytes of text: what a file unpacks to must not fill the
 class StoredLayer(QuantizedLayer):
     """A layer whose weight is already on its grid: it has no float original, and what it computes with is `layer.weight` itself."""
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, bits: int, protocol: Protocol, codes: Codes):
+    def __init__(self, layer: Layer | TransposedConv, bits: int, protocol: Protocol, codes: Codes):
         super().__init__(layer, bits, protocol)
         self.register_buffer("levels", codes.levels.to(torch.int16), persistent=False)
         self.register_buffer("scale", codes.scale, persistent=False)
@@ -127,6 +129,9 @@ def save_student(student: Student, path: Path, about: dict[str, Any] | None = No
             module = student.traced.get_submodule(name)
             if isinstance(module, ActivationQuantizer):
                 modules[name] = {"quantizer": module.bits, "scale": float(module.scale), "zero_point": float(module.zero_point)}
+                continue
+            if isinstance(module, WeightGrid):
+                modules[name] = {"weight_grid": module.bits, "axis": module.axis}
                 continue
             layer = module.layer if isinstance(module, QuantizedLayer) else module
             modules[name] = module_as_text(layer)
@@ -215,9 +220,12 @@ def _student_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredStu
         if "quantizer" in text:
             _place(root, name, _stored_quantizer(text["quantizer"], protocol, text["scale"], text["zero_point"]))
             continue
+        if "weight_grid" in text:
+            _place(root, name, WeightGrid(text["weight_grid"], protocol, text["axis"]))
+            continue
         module = module_of(text, tensors, f"{name}.")
         weight = codes.get(f"{name}.weight")
-        if weight is not None and isinstance(module, nn.Conv2d | nn.Linear):
+        if weight is not None and isinstance(module, LAYERS):
             module = StoredLayer(module, header["packed"][f"{name}.weight"][0], protocol, weight).eval()
         _place(root, name, module)
     for node in graph.nodes:

@@ -9,7 +9,7 @@ import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -108,6 +108,13 @@ class Network(nn.Module):
     def _prepared(self, other: fx.GraphModule, observing: bool = False) -> fx.GraphModule:
         """Another graph over the same modules, as this network wants to run it; one that observes may also give `Observation.moments`."""
         return other
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """As torch's; a memory format is that of tensors with four axes, and leaves others as they are."""
+        if args or kwargs.keys() != {"memory_format"}:
+            return super().to(*args, **kwargs)
+        self._apply(lambda tensor: tensor.to(**kwargs) if tensor.dim() == 4 else tensor)
+        return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Network:
         for name in self._other_graphs:

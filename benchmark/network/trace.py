@@ -14,10 +14,15 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from dfqbench.errors import UserError
 from dfqbench.network.activations import is_activation_module
+from dfqbench.network.attention import make_attention_plain
+from dfqbench.network.canonical import make_canonical
 from dfqbench.network.frozen_batch_norm import BatchNorm
 from dfqbench.network.inplace import InPlaceProxy, watched, without_side_effects
 from dfqbench.network.plain_batch_norm import make_batch_norms_plain, with_plain_batch_norms
+from dfqbench.network.products import operands
 from dfqbench.task import Task
+
+FORM = 1  # of networks that are not made of layers alone: raised when what is quantized in them, or how, changes
 
 
 class _Tracer(fx.Tracer):
@@ -30,7 +35,7 @@ class _Tracer(fx.Tracer):
         self.failed_in: str | None = None
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        whole = isinstance(module, (nn.Conv2d, nn.Linear, BatchNorm)) or is_activation_module(module)
+        whole = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, BatchNorm)) or is_activation_module(module)
         return whole or super().is_leaf_module(module, qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -60,7 +65,8 @@ class _Tracer(fx.Tracer):
 def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     """A traced copy of `network` in eval mode; the network itself stays as it is.
 
-    It has no side effects (inplace.py), one input, and torch's own batch norms (plain_batch_norm.py); `meta["network"]` is the network's class.
+    It has no side effects (inplace.py), one input, torch's own batch norms (plain_batch_norm.py), and weights in layers (canonical.py).
+    `meta["network"]` is the network's class; `meta["form"]` is 0 where nothing had to be rewritten for that, else `FORM`.
     Every node knows its output's shape (`meta["shape"]`, batch of 1; `meta["several"]` where it gives several tensors);
     `meta["stage"]` marks the end of stage i and `meta["bn_input"]` what enters the i-th BN layer.
 
@@ -70,6 +76,7 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     images = torch.randn(2, *task.image_shape, generator=torch.Generator().manual_seed(0)).to(_device(network))
     answer = _answer(copy.deepcopy(network).eval(), images)  # of a copy of its own: a first run may leave something behind
     network = with_plain_batch_norms(copy.deepcopy(network)).eval()
+    attention = make_attention_plain(network)
     tracer = _Tracer()
     try:
         graph = tracer.trace(network)
@@ -84,6 +91,7 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     with _running(traced, task):
         seen = watched(traced, images.clone())
     without_side_effects(traced, seen)
+    rewritten = make_canonical(traced)
     _propagate_shapes(traced, task)
     make_batch_norms_plain(traced)
     if answer is not None and not _is_close(_answer(traced, images), answer):
@@ -92,6 +100,7 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
             "of the two (the type of its input, or state that it keeps)"
         )
     _mark(traced)
+    traced.meta["form"] = FORM if attention or rewritten or any(o.is_weight for n in traced.graph.nodes for o in operands(n, traced)) else 0
     return traced
 
 
@@ -142,6 +151,8 @@ def _propagate_shapes(traced: fx.GraphModule, task: Task) -> None:
         tensors = node.meta.pop("tensor_meta", None)
         shape = getattr(tensors, "shape", None)
         node.meta = {"shape": tuple(shape)} if shape is not None else {"several": True} if tensors is not None else {}
+        if getattr(tensors, "dtype", None) == torch.bool:
+            node.meta["boolean"] = True
     answer = next(n for n in traced.graph.nodes if n.op == "output").args[0]
     given = answer.meta.get("shape") if isinstance(answer, fx.Node) else None
     if given != (1, task.classes):

@@ -18,8 +18,10 @@ from torch.nn import functional as F
 
 from dfqbench.errors import UserError
 from dfqbench.network.activations import is_activation
+from dfqbench.network.canonical import Layer, TransposedConv
 from dfqbench.network.frozen_batch_norm import SUMS
-from dfqbench.quantization.insert import LAYERS, bn_distribution
+from dfqbench.network.products import LAYERS
+from dfqbench.quantization.insert import bn_distribution
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
 from dfqbench.task import Task
 
@@ -89,7 +91,7 @@ def mean_inputs(traced: fx.GraphModule) -> dict[str, Tensor | None]:
         moments[node] = _of_this_shape(_after(node, module, moments, traced), node)
         if isinstance(module, QuantizedLayer):
             entering, shape = moments.get(node.args[0]), node.args[0].meta["shape"]
-            known = entering is not None and len(shape) == (4 if isinstance(module.layer, nn.Conv2d) else 2) and node.target not in found
+            known = entering is not None and len(shape) == module.layer.weight.dim() and node.target not in found
             found[node.target] = entering[0].view([-1 if d == 1 else 1 for d in range(len(shape))]).expand(shape) if entering and known else None
     return found
 
@@ -178,10 +180,12 @@ def _through(activation: Callable[[Tensor], Tensor], entering: Moments) -> Momen
     return first, ((values - first[:, None]) ** 2 * _DENSITY).sum(1)
 
 
-def _weighed(layer: nn.Conv2d | nn.Linear, entering: Moments) -> Moments | None:
-    """Every weight sees its own independent input: means add by w, variances by w^2."""
+def _weighed(layer: Layer | TransposedConv, entering: Moments) -> Moments | None:
+    """Every weight sees its own independent input: means add by w, variances by w^2. Of a transposed convolution, not every weight sees one."""
+    if isinstance(layer, TransposedConv):
+        return None
     weight = layer.weight.detach().double().cpu()
-    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    groups = 1 if isinstance(layer, nn.Linear) else layer.groups
     taps = weight.flatten(2) if weight.dim() > 2 else weight[:, :, None]
     if len(entering[0]) != taps.shape[1] * groups:
         return None

@@ -13,11 +13,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from dfqbench.errors import UserError
 from dfqbench.network.activations import is_activation
+from dfqbench.network.canonical import Layer, TransposedConv
 from dfqbench.network.frozen_batch_norm import SUMS, BatchNorm
-from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.network.products import LAYERS, Operand, is_constant, operands, take_attention_apart
+from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, WeightGrid
 from dfqbench.quantization.protocol import Bits, Protocol
 
-LAYERS = (nn.Conv2d, nn.Linear)
 # the output's values are all values of the input (or zero): what is on a grid stays on it
 _SAME_VALUES_MODULES = (
     nn.MaxPool2d,
@@ -45,30 +46,32 @@ def module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
 def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) -> list[str]:
     """Quantizes `traced` in place; new modules are `quantizers.<name of the node they follow>`.
 
-    Returns what keeps float weights because no quantizer is known for it (attention modules, transposed convolutions), to be said to the
-    user: nothing is left out silently. Under a protocol that folds, also batch norms without running statistics, which nothing can fold; where
-    activation functions are quantized, also what may be one that is written otherwise.
+    Returns what keeps float weights because no quantizer is known for it (modules with weights of another kind), to be said to the user: nothing is
+    left out silently. Under a protocol that folds, also batch norms without running statistics, which nothing can fold; where activation functions
+    are quantized, also what may be one that is written otherwise.
 
     Raises UserError where there is no weight, or the protocol finds no activation, to quantize: one of the two would stay in full precision,
     whatever `bits` says.
     """
     if protocol.batch_norm == "folded":
         _fold_batch_norms(traced)
-    layers = [n for n in traced.graph.nodes if isinstance(module_of(n, traced), LAYERS)]
-    targets = list(dict.fromkeys(str(n.target) for n in layers))
-    if not targets:
-        raise UserError(f"{traced.meta['network']}: no weight to quantize: it has no nn.Conv2d and no nn.Linear")
+    if protocol.placement == "operands":
+        take_attention_apart(traced)
+    targets = list(dict.fromkeys(str(n.target) for n in traced.graph.nodes if isinstance(module_of(n, traced), LAYERS)))
+    products = {n: found for n in traced.graph.nodes if (found := operands(n, traced))}
+    if not targets and not any(o.is_weight for found in products.values() for o in found):
+        raise UserError(f"{traced.meta['network']}: no weight to quantize: it has no convolution, no linear layer and no product with a parameter")
     widths = dict.fromkeys(targets, bits.weights)
-    widths[targets[0]] = protocol.first_bits or widths[targets[0]]
-    widths[targets[-1]] = protocol.last_bits or widths[targets[-1]]
-    left_float = _layers_left_float(traced, set(targets)) + (_norms_left_float(traced) if protocol.batch_norm == "folded" else [])
+    first, last = (targets[0], targets[-1]) if targets else ("", "")
+    widths |= {first: protocol.first_bits or bits.weights} | ({last: protocol.last_bits} if protocol.last_bits else {})
+    left_float = _norms_left_float(traced) if protocol.batch_norm == "folded" else []
     left_float += _may_be_activations(traced) if protocol.placement == "activations" else []
 
     traced.add_submodule("quantizers", nn.Module())
-    at_layers = protocol.placement == "layer-inputs"
-    places = _before_layers_and_at_sums(traced, layers) if at_layers else _images_and_after_activations(traced)
+    at_layers = protocol.placement != "activations"
+    places = _at_operands(traced, products, protocol.placement == "layer-inputs") if at_layers else _images_and_after_activations(traced)
     images = _image_nodes(traced)
-    last_only = [n for n in places if at_layers and protocol.last_bits and _feeds_only(n, targets[-1], traced)]
+    last_only = [n for n in places if at_layers and protocol.last_bits and _feeds_only(n, last, traced)]
     if not any(n not in images or (at_layers and protocol.input_bits) for n in places):
         what = (
             "it has no convolution or linear layer that reads anything but the image"
@@ -81,6 +84,8 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
         if width is None:  # the image stays float
             continue
         _insert_after(node, traced, ActivationQuantizer(width, protocol))
+    _grids_of_weights(traced, products, protocol, bits.weights)
+    left_float = _layers_left_float(traced, set(targets)) + left_float
     for target in targets:
         parent, _, name = target.rpartition(".")
         setattr(traced.get_submodule(parent), name, QuantizedLayer(traced.get_submodule(target), widths[target], protocol))  # type: ignore[arg-type]
@@ -116,18 +121,35 @@ def _image_nodes(traced: fx.GraphModule) -> set[fx.Node]:
     return images
 
 
-def _before_layers_and_at_sums(traced: fx.GraphModule, layers: list[fx.Node]) -> list[fx.Node]:
-    """What enters a layer, found where it was computed, and every residual sum.
+def _at_operands(traced: fx.GraphModule, products: dict[fx.Node, list[Operand]], of_layers: bool) -> list[fx.Node]:
+    """What is multiplied, found where it was computed; `of_layers`: only by weights, and every residual sum.
 
     A sum that only an activation function reads is quantized behind that function, as fused integer kernels do.
     """
-    wanted = {_origin(n.args[0], traced) for n in layers if isinstance(n.args[0], fx.Node)}
-    for node in traced.graph.nodes:
+    multiplied = [found for n, found in products.items() if not of_layers or n.op == "call_module" or any(o.is_weight for o in found)]
+    wanted = {_origin(operand.node, traced) for found in multiplied for operand in found if not operand.is_weight}
+    for node in traced.graph.nodes if of_layers else ():
         if node.target in SUMS and sum(isinstance(a, fx.Node) and "shape" in a.meta for a in node.args) == 2:
             reading = readers(node)
             only = reading[0] if len(reading) == 1 else None
             wanted.add(only if only is not None and is_activation(only, traced) else node)
     return [n for n in traced.graph.nodes if n in wanted and any(u.op != "output" for u in n.users)]
+
+
+def _grids_of_weights(traced: fx.GraphModule, products: dict[fx.Node, list[Operand]], protocol: Protocol, bits: int) -> None:
+    """Between a product and each weight that no layer holds."""
+    for node, found in products.items():
+        for operand in found:
+            if not operand.is_weight:
+                continue
+            name = f"weights.{node.name}"
+            traced.add_submodule("weights", traced.weights if hasattr(traced, "weights") else nn.Module())  # type: ignore[arg-type]
+            name += "" if not hasattr(traced.weights, node.name) else "_other"
+            traced.add_submodule(name, WeightGrid(bits, protocol, operand.axis))
+            with traced.graph.inserting_before(node):
+                new = traced.graph.call_module(name, (operand.node,))
+            new.meta = {"shape": operand.node.meta["shape"]}
+            node.replace_input_with(operand.node, new)
 
 
 def _origin(node: fx.Node, traced: fx.GraphModule) -> fx.Node:
@@ -175,7 +197,7 @@ def _fold_batch_norms(traced: fx.GraphModule) -> None:
             continue
         if not weighs_linearly(layer, layer_node.args[0].meta["shape"]):
             continue
-        fused = fuse_conv_bn_eval(layer, norm) if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var]
+        fused = fuse_linear_bn_eval(layer, norm) if isinstance(layer, nn.Linear) else fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]
         parent, _, name = str(layer_node.target).rpartition(".")
         setattr(traced.get_submodule(parent), name, fused)
         layer_node.meta.pop("bn_input", None)
@@ -190,9 +212,9 @@ def _fold_batch_norms(traced: fx.GraphModule) -> None:
 
 
 @torch.no_grad()
-def weighs_linearly(layer: nn.Conv2d | nn.Linear, shape: tuple[int, ...]) -> bool:
+def weighs_linearly(layer: Layer | TransposedConv, shape: tuple[int, ...]) -> bool:
     """Whether twice the weight gives twice the output: not so in a subclass that standardises its weight, which BN cannot be folded into."""
-    if type(layer) in LAYERS:
+    if type(layer) in LAYERS:  # all of them as torch has them, or as canonical.py makes them
         return True
     x = torch.arange(math.prod(shape), dtype=layer.weight.dtype, device=layer.weight.device).sin().view(shape)
     none, once, twice = (torch.func.functional_call(layer, {"weight": k * layer.weight}, (x,)) for k in (0, 1, 2))
@@ -228,6 +250,9 @@ def _may_be_activations(traced: fx.GraphModule) -> list[str]:
 def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]:
     """Names of modules and parameters with weights (two or more axes) that take part without a quantizer."""
 
+    def reaches_grid(node: fx.Node) -> bool:
+        return any(isinstance(module_of(u, traced), WeightGrid) or (is_constant(u) and reaches_grid(u)) for u in node.users)
+
     def candidates() -> Iterator[tuple[str, nn.Module | None]]:
         for node in traced.graph.nodes:
             if node.op == "call_module" and str(node.target) not in quantized:
@@ -236,8 +261,7 @@ def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]
                     yield str(node.target), module
             elif node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(traced)
-                feeds_layer = any(getattr(u.target, "__name__", "") in ("conv2d", "linear", "conv1d", "matmul") for u in node.users)
-                if isinstance(value, nn.Parameter) and value.dim() > 1 and (feeds_layer or str(node.target).endswith("weight")):
+                if isinstance(value, nn.Parameter) and value.dim() > 1 and str(node.target).endswith("weight") and not reaches_grid(node):
                     yield str(node.target), None
 
     return list(dict.fromkeys(f"{name} ({type(m).__name__})" if m is not None else name for name, m in candidates()))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfqbench.network.canonical import Layer, TransposedConv
 from dfqbench.quantization.fake_quantize import fake_quantize, grid, levels, reached
 from dfqbench.quantization.protocol import Protocol
 from dfqbench.quantization.ranges import RangeEstimator
@@ -38,11 +39,11 @@ class QuantizedLayer(nn.Module):
     The grid is that of the weight as it is now, per output channel (or per tensor), found anew in every forward pass.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear, bits: int, protocol: Protocol):
+    def __init__(self, layer: Layer | TransposedConv, bits: int, protocol: Protocol):
         super().__init__()
         self.layer, self.bits, self.protocol = layer, bits, protocol
         self.enabled = True
-        self._plain = type(layer) in (nn.Conv2d, nn.Linear)
+        self._plain = type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid: same shape, float32."""
@@ -122,14 +123,41 @@ class QuantizedLayer(nn.Module):
             result: Tensor = self.layer(x)
             return result
         weight = self.quantized_weight()
-        if self._plain and isinstance(self.layer, nn.Conv2d):
-            result = self.layer._conv_forward(x, weight, self.layer.bias)
+        if self._plain and not isinstance(self.layer, nn.Linear):
+            result = self.layer._conv_forward(x, weight, self.layer.bias)  # type: ignore[operator]
             return result
         if self._plain:
             return F.linear(x, weight, self.layer.bias)
         # a subclass may do more than convolve ("same" padding, standardised weights): run its own forward with the other weight
         result = torch.func.functional_call(self.layer, {"weight": weight}, (x,))
         return result
+
+    def extra_repr(self) -> str:
+        return f"weight bits={self.bits}"
+
+
+class WeightGrid(nn.Module):
+    """Puts a weight that no layer holds (computed in the forward pass, say) on a grid that spans it as it is now, anew in every pass.
+
+    axis: of its output channels, each of which has a grid; None: one grid for all of it.
+    """
+
+    def __init__(self, bits: int, protocol: Protocol, axis: int | None):
+        super().__init__()
+        self.bits, self.protocol = bits, protocol
+        self.axis = axis if protocol.weight_granularity == "per-channel" else None
+        self.enabled = True
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.enabled:
+            return weight
+        p, axis = self.protocol, None if self.axis is None else self.axis % weight.dim()
+        with torch.no_grad():
+            low, high = weight.aminmax() if axis is None else weight.transpose(0, axis).flatten(1).aminmax(dim=1)
+            low, high = (-torch.maximum(low.abs(), high.abs()), torch.maximum(low.abs(), high.abs())) if p.weight_symmetric else (low, high)
+            scale, zero_point = grid(low, high, self.bits, p.weight_symmetric)
+        clipped = p.gradient == "clipped"
+        return fake_quantize(weight, scale, zero_point, self.bits, symmetric=p.weight_symmetric, channel_axis=axis, clipped_gradient=clipped)
 
     def extra_repr(self) -> str:
         return f"weight bits={self.bits}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from dfqbench.network.canonical import TransposedConv
 from dfqbench.quantization.bn_ranges import FLATTEN, KEEP, KEEP_MODULES, single_input_function
 from dfqbench.quantization.insert import bn_distribution, module_of, readers, weighs_linearly
 from dfqbench.quantization.layers import QuantizedLayer
@@ -47,7 +48,7 @@ class Pair:
         Largest less smallest, or twice the largest absolute value where grids are symmetric.
         """
         into, second = self.first.layer.weight.flatten(1), self.second.layer.weight
-        groups = self.second.layer.groups if isinstance(self.second.layer, nn.Conv2d) else 1
+        groups = getattr(self.second.layer, "groups", 1)
         out = second.reshape(groups, second.shape[0] // groups, second.shape[1], -1)  # G x O/G x I/G x taps
         one, other = self._range(into.amin(1), into.amax(1)), self._range(out.amin((1, 3)).flatten(), out.amax((1, 3)).flatten())
         return one if self.norm is None else one * self._scale().abs(), other
@@ -86,7 +87,7 @@ class Pair:
         first.weight.mul_(factor.to(first.weight).view(-1, *[1] * (first.weight.dim() - 1)))
         if first.bias is not None:
             first.bias.copy_(first.bias.double() * factor)
-        groups = second.groups if isinstance(second, nn.Conv2d) else 1
+        groups = getattr(second, "groups", 1)
         per_input = s.view(groups, 1, -1).expand(-1, second.weight.shape[0] // groups, -1).flatten(0, 1)  # O x I/G
         second.weight.mul_(per_input.to(second.weight).view(*per_input.shape, *[1] * (second.weight.dim() - 2)))
 
@@ -104,7 +105,7 @@ class Pair:
             mean, variance = self._node.meta["folded"]
             self._node.meta["folded"] = mean - c.to(mean.device), variance
         taps = second.weight.double().flatten(2).sum(2) if second.weight.dim() > 2 else second.weight.double()
-        groups = second.groups if isinstance(second, nn.Conv2d) else 1
+        groups = getattr(second, "groups", 1)
         added = torch.einsum("goi,gi->go", taps.view(groups, -1, taps.shape[1]), c.view(groups, -1)).flatten().to(second.weight)
         second.bias = nn.Parameter(added if second.bias is None else second.bias + added)
 
@@ -119,10 +120,10 @@ def find_pairs(traced: fx.GraphModule) -> list[Pair]:
 def _is_layer(node: fx.Node, traced: fx.GraphModule, used: Counter[str]) -> bool:
     """A layer used once, whose channels are those of the second axis and whose output doubles with its weight."""
     layer = module_of(node, traced)
-    if not isinstance(layer, QuantizedLayer) or used[str(node.target)] > 1:
+    if not isinstance(layer, QuantizedLayer) or used[str(node.target)] > 1 or isinstance(layer.layer, TransposedConv):
         return False
     shape = node.args[0].meta["shape"]  # type: ignore[union-attr]
-    return len(shape) == (4 if isinstance(layer.layer, nn.Conv2d) else 2) and weighs_linearly(layer.layer, shape)
+    return len(shape) == layer.layer.weight.dim() and weighs_linearly(layer.layer, shape)
 
 
 def _pair_from(start: fx.Node, traced: fx.GraphModule, used: Counter[str]) -> Pair | None:

@@ -12,6 +12,7 @@ from dfqbench.errors import UserError, UserErrors, nearest
 from dfqbench.yaml_file import read_yaml
 
 RangeEstimatorName = Literal["ema", "minmax", "percentile", "mse"]
+Placement = Literal["activations", "layer-inputs", "operands"]
 BatchNormMode = Literal["fixed", "trained", "folded"]
 
 
@@ -36,22 +37,23 @@ class Bits(NamedTuple):
 class Protocol(BaseModel):
     """How a network is quantized. Two numbers can be compared only under equal protocols.
 
-    Two are built in. `lineage` is what GDFQ's public code does and what its successors copied. `hardware` can be run by
-    integer kernels: whatever enters a convolution or a linear layer, and every residual sum, lies on a grid.
+    Three are built in. `lineage` is what GDFQ's public code does and what its successors copied. `hardware` can be run by
+    integer kernels: whatever enters a convolution or a linear layer, and every residual sum, lies on a grid. `full` is for networks that
+    `lineage` was not made for: every operand of every convolution, linear layer and matrix product lies on a grid, attention included.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(default="custom", description="what tables call it; not part of what is hashed")
-    placement: Literal["activations", "layer-inputs"] = Field(
+    placement: Placement = Field(
         default="activations",
         description="where activations are quantized: after every activation function; "
-        "or whatever enters a convolution or linear layer, and every residual sum",
+        "whatever enters a convolution or linear layer, and every residual sum; or every operand of convolutions, linear layers and matrix products",
     )
     input_bits: int | None = Field(default=None, ge=2, le=8, description="bits of the network's input image; null leaves it float")
     first_bits: int | None = Field(default=None, ge=2, le=8, description="weight bits of the first layer; null: as all others")
     last_bits: int | None = Field(
-        default=None, ge=2, le=8, description="weight (and, with layer-inputs, input) bits of the last layer; null: as all others"
+        default=None, ge=2, le=8, description="weight (and, where what enters layers is quantized, input) bits of the last layer; null: as all others"
     )
     weight_granularity: Literal["per-channel", "per-tensor"] = Field(
         default="per-channel", description="one grid for each output channel of a weight, or one for all of it"
@@ -97,6 +99,7 @@ PROTOCOLS = {
             gradient="clipped",
             batch_norm="folded",
         ),
+        Protocol(name="full", placement="operands", input_bits=8, zero_in_range=True, gradient="clipped"),
     )
 }
 

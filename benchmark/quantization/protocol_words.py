@@ -7,6 +7,7 @@ from typing import Any
 PLACEMENT = {
     "activations": "Activations are quantized behind every activation function; residual sums and pooled features stay float.",
     "layer-inputs": "Activations are quantized wherever they enter a convolution or a linear layer, and residual sums are quantized too.",
+    "operands": "Activations are quantized wherever they enter a convolution, a linear layer or a matrix product, attention included.",
 }
 RANGES = {
     "ema": "a bias-corrected moving average of each batch's minimum and maximum, then frozen",

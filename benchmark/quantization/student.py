@@ -16,7 +16,7 @@ from dfqbench.network.frozen_batch_norm import BatchNorm
 from dfqbench.network.network import without_owner
 from dfqbench.quantization.bn_ranges import activation_ranges, mean_inputs
 from dfqbench.quantization.insert import insert_quantizers
-from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, WeightGrid
 from dfqbench.quantization.pairs import Pair, find_pairs
 from dfqbench.quantization.protocol import Bits, Protocol
 from dfqbench.quantization.tune_mode import tuned
@@ -110,7 +110,7 @@ class Student(Network):
                 x = inputs.pop()
                 inputs.clear()
             added = quantized(x) - layer(x)
-            channels = 1 if isinstance(layer, nn.Conv2d) else added.dim() - 1
+            channels = added.dim() - 1 if isinstance(layer, nn.Linear) else 1
             shift = added.mean([d for d in range(added.dim()) if d != channels])
             layer.bias = nn.Parameter(-shift if layer.bias is None else layer.bias - shift)
         return [name for name in self.layers if images is None and means.get(name) is None]
@@ -143,7 +143,7 @@ class Student(Network):
     @contextlib.contextmanager
     def full_precision(self) -> Iterator[None]:
         """Inside, every quantizer is off: the network computes what the float network with these weights computes."""
-        parts = [m for m in self.modules() if isinstance(m, ActivationQuantizer | QuantizedLayer)]
+        parts = [m for m in self.modules() if isinstance(m, ActivationQuantizer | QuantizedLayer | WeightGrid)]
         before = [part.enabled for part in parts]
         for part in parts:
             part.enabled = False

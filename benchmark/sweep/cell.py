@@ -105,6 +105,7 @@ class Cell:
                 "weights": self.teacher.weights_sha256,
                 "source": self.teacher.source_sha256,
                 "task": self.teacher.task.as_dict(),
+                **({"form": self.teacher.form} if self.teacher.form else {}),
             },
             "evaluation": self.evaluation.digest,
             "protocol": self.protocol.fingerprint(),

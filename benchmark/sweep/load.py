@@ -22,7 +22,7 @@ from dfqbench.sweep.config_file import VARIABLE, text_digest
 from dfqbench.sweep.presets import about_presets
 from dfqbench.sweep.problems import Problems, described
 from dfqbench.sweep.schema import WITHOUT_DATA, NamedSet, Sweep
-from dfqbench.sweep.students import student_of
+from dfqbench.sweep.students import about_work, student_of
 from dfqbench.sweep.variants import Variant, find_variants
 from dfqbench.teachers import InMemory, TeacherCard, TeacherSpec, examine, parse_teacher
 from dfqbench.yaml_file import read_yaml
@@ -30,7 +30,8 @@ from dfqbench.yaml_file import read_yaml
 
 @dataclass(frozen=True)
 class LoadedSweep:
-    """A sweep with the cells it spans. evaluation: None where it has no evaluation set (`evaluate: none`). presets: what is to be said of them."""
+    """A sweep with the cells it spans. evaluation: None where it has no evaluation set (`evaluate: none`). remarks: what is to be said
+    of teachers and presets."""
 
     sweep: Sweep
     path: Path
@@ -39,7 +40,7 @@ class LoadedSweep:
     teachers: dict[TeacherCard, TeacherSpec | InMemory]
     cells: list[Cell]
     selection: LoadedSelection | None = None
-    presets: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -79,10 +80,11 @@ def span_sweep(
     assert sweep is not None
     assert found is not None
     selection = _selection(sweep, found)
-    presets = about_presets([(teacher, [v for v in found.variants if v.asked == asked and v.widths]) for teacher, asked in found.presets.items()])
+    ran = [(teacher, [v for v in found.variants if v.asked == asked and v.widths]) for teacher, asked in found.presets.items()]
+    remarks = found.quantized + about_presets(ran)
     cells = _span(sweep, found, selection)
     _check_labels(sweep, cells, found.variants, problems)
-    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, cells, selection, presets)
+    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, cells, selection, remarks)
 
 
 def _check_labels(sweep: Sweep, cells: list[Cell], variants: list[Variant], problems: Problems) -> None:
@@ -141,6 +143,7 @@ class _Parts:
     evaluation_card: EvaluationCard | None
     teachers: dict[TeacherCard, TeacherSpec | InMemory]
     presets: dict[TeacherCard, str]
+    quantized: list[str]
     variants: list[Variant]
     image_makers: list[Variant]
 
@@ -153,7 +156,7 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
     evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate.set)) if has_data else None
     card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate, cache)) if evaluation else None
     teachers: dict[TeacherCard, TeacherSpec | InMemory] = {}
-    found: list[tuple[int, TeacherCard, dict[str, str | None]]] = []
+    found: list[tuple[int, TeacherCard, dict[str, Any]]] = []
     presets: dict[TeacherCard, str] = {}
     question = student_of(protocol) if protocol else None
     for i, given in enumerate(sweep.teachers):
@@ -191,7 +194,8 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
             problems.add(f"teachers[{i}]", f"{teacher.label} does not have what method {variant.method} needs: {lack}")
     if problems.lines or protocol is None or (has_data and card is None):
         return None
-    return _Parts(protocol, bits, evaluation, card, teachers, presets, variants, makers)
+    quantized = [line for _, teacher, student in found if (line := about_work(teacher.label, protocol.name, student))]
+    return _Parts(protocol, bits, evaluation, card, teachers, presets, quantized, variants, makers)
 
 
 def _selection(sweep: Sweep, parts: _Parts) -> LoadedSelection | None:

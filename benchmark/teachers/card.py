@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dfqbench.network import Teacher
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt")
-CARD_VERSION = 5  # raised when what a card says changes, so that remembered ones are not used any more
+CARD_VERSION = 6  # raised when what a card says changes, so that remembered ones are not used any more
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TeacherCard:
     `model` names a user's file without its folder, and `weights` (a path, 'zoo' or 'factory') is for people: what identifies the teacher is
     `model`, `weights_sha256` and `source_sha256`. The latter is of the one file that holds the factory; where a user's file imports others from
     beside it, of all of them with their module names; for an installed module, of its package (packages.py). `offers` (`Network.offers`) is for
-    planning, and no part of a record; empty where nobody counted.
+    planning, and no part of a record; empty where nobody counted. `form` (see `network.trace`) is not 0 where the network had to be rewritten.
     """
 
     label: str
@@ -46,10 +46,12 @@ class TeacherCard:
     source_sha256: str | None
     task: Task
     parameters: int
+    form: int = 0
     offers: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if key != "offers"} | {"task": self.task.as_dict()}
+        left_out = {"offers", *(() if self.form else ("form",))}
+        return {key: value for key, value in asdict(self).items() if key not in left_out} | {"task": self.task.as_dict()}
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> TeacherCard:
@@ -199,6 +201,7 @@ def _examine(spec: TeacherSpec, built: Built, teacher: Teacher) -> dict[str, Any
         source_sha256=source_sha256,
         task=built.task,
         parameters=sum(parameter.numel() for parameter in built.network.parameters()),
+        form=teacher.traced.meta["form"],
     )
     return {
         "card": card.as_dict(),

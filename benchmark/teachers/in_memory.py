@@ -47,6 +47,7 @@ def in_memory(given: nn.Module, task: Task | None = None, name: str | None = Non
         source_sha256=hashlib.sha256(text.encode()).hexdigest(),
         task=found,
         parameters=sum(parameter.numel() for parameter in network.parameters()),
+        form=teacher.traced.meta["form"],
         offers=teacher.offers,
     )
     return InMemory(card, network, teacher)

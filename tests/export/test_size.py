@@ -29,7 +29,7 @@ def sizes(network: nn.Module, size: int, protocol: Protocol = LINEAGE, bits: Bit
 
 
 def counted(size: Size) -> list[tuple[str, int, int, int]]:
-    return [tuple(work) for work in size.work]  # type: ignore[misc]
+    return [work[:4] for work in size.work]
 
 
 class Plain(nn.Module):
@@ -52,7 +52,13 @@ WEIGHTS = [108, 36, 160]
 def test_a_teacher_has_four_bytes_for_each_number_and_1024_bops_for_each_mac() -> None:
     teacher, _ = sizes(Plain(), 8)
     assert counted(teacher) == [("c1", MACS[0], 32, 32), ("c2", MACS[1], 32, 32), ("fc", MACS[2], 32, 32)]
-    assert teacher.as_dict() == {"bytes": 4 * (108 + 16 + 36 + 4 + 160 + 10), "weight_bits": 32.0, "macs": 7216, "bops": 7216 * 1024}
+    assert teacher.as_dict() == {
+        "bytes": 4 * (108 + 16 + 36 + 4 + 160 + 10),
+        "weight_bits": 32.0,
+        "macs": 7216,
+        "bops": 7216 * 1024,
+        "quantized": {"weights": 0, "activations": 0},
+    }
 
 
 def test_under_lineage_the_image_is_float_and_everything_else_is_at_its_bits() -> None:
@@ -125,7 +131,7 @@ def test_a_sum_and_an_average_pooling_are_float_where_the_protocol_leaves_them()
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.attention = nn.Conv2d(3, 8, 4, 4), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.stem, self.attention = nn.Conv2d(3, 8, 4, 4), nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)
         self.up, self.head = nn.ConvTranspose2d(8, 4, 2, 2, bias=False), nn.Linear(4, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,12 +142,13 @@ class Attention(nn.Module):
 
 
 def test_what_no_quantizer_is_known_for_counts_as_float() -> None:
-    """4 tokens of 8: three projections in and one out; 2 heads x (4 x 4) products of 4 numbers, for the scores and for the values."""
+    """4 tokens of 8: three projections in and one out; 2 heads x (4 x 5) products of 4 numbers (one key is of the module's own), scores and values."""
     teacher, student = sizes(Attention(), 8)
-    attention, up = 4 * 4 * 8 * 8 + 2 * (2 * 16 * 4), 2 * 2 * 8 * 4 * 4
+    attention, up = 4 * 4 * 8 * 8 + 2 * (2 * 20 * 4), 2 * 2 * 8 * 4 * 4
     assert [work.macs for work in teacher.work] == [4 * 8 * 48, attention, up, 40]
-    assert counted(student)[1:3] == [("attention", attention, 32, 3), ("up", up, 32, 32)]
-    quantized, left = 8 * 48 + 40, 4 * 64 + 8 * 4 * 4
+    assert counted(student)[1:3] == [("attention", attention, 32, 3), ("up", up, 4, 32)]
+    assert student.quantized.weights == pytest.approx(1 - attention / teacher.macs)
+    quantized, left = 8 * 48 + 40 + 8 * 4 * 4, 4 * 64 + 2 * 8
     assert student.weight_bits == pytest.approx((quantized * 4 + left * 32) / (quantized + left))
 
 

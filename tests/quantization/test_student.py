@@ -257,7 +257,10 @@ def test_batch_norm_is_not_folded_into_a_layer_that_standardises_its_weight() ->
 
 def test_what_stays_float_is_listed() -> None:
     vit = torchvision.models.VisionTransformer(32, 16, 2, 2, 16, 32, num_classes=10)
-    names = [f"encoder.layers.encoder_layer_{i}.self_attention (MultiheadAttention)" for i in (0, 1)]
+    assert Student(Teacher(vit, task_of(32)), LINEAGE, W4A4).left_float == []
+    attention = nn.MultiheadAttention(16, 2, batch_first=True, add_bias_kv=True)  # with a key of its own: torch's module stays whole
+    vit.encoder.layers[1].self_attention = attention
+    names = ["encoder.layers.encoder_layer_1.self_attention (MultiheadAttention)"]
     assert Student(Teacher(vit, task_of(32)), LINEAGE, W4A4).left_float == names
     swin = torchvision.models.SwinTransformer([4, 4], 8, [2], [2], [2, 2], num_classes=10)
     left = Student(Teacher(swin, task_of(32)), LINEAGE, W4A4).left_float
@@ -274,7 +277,7 @@ def test_a_layer_that_reads_one_of_several_outputs_is_quantized_there() -> None:
             x = x.flatten(1, 2)
             return self.fc(self.attention(x, x, x)[0].flatten(1))  # type: ignore[no-any-return]
 
-    assert len(calibrated(Attends().eval(), 8, HARDWARE).quantizers) == 1
+    assert len(calibrated(Attends().eval(), 8, HARDWARE).quantizers) == 3, "the image; what the attention joins; what the classifier reads"
 
 
 def test_a_deep_copy_is_independent_and_a_state_restores_every_bit() -> None:

@@ -85,6 +85,15 @@ def split_head():
     return net
 
 
+def by_hand():
+    return ByHand(nn.BatchNorm2d)
+
+
+class ByHand(Net):
+    def forward(self, x):
+        return torch.nn.functional.linear(self.body(x).mean((2, 3)), self.head.weight * 1.0, self.head.bias)
+
+
 class Weightless(Net):
     def forward(self, x):
         return torch.relu(x - 0.1).flatten(1)[:, :10] * 2
@@ -185,7 +194,7 @@ def test_a_network_that_a_protocol_finds_nothing_in_is_told_once_and_for_all(
     said = [line for line in lines(config) if "does not have" not in line]
     assert [line.split(": ")[1:4] for line in said] == [["teachers[0]", "bare", "Net"], ["teachers[2]", "weightless", "Weightless"]]
     assert "finds no activation to quantize: it has no activation function that is known" in said[0]
-    assert "no weight to quantize: it has no nn.Conv2d and no nn.Linear" in said[1]
+    assert "no weight to quantize: it has no convolution, no linear layer and no product with a parameter" in said[1]
 
     def forbidden(*_: object) -> None:
         raise AssertionError("built again")
@@ -276,3 +285,17 @@ def test_a_set_that_the_teacher_cannot_be_shown_is_told(
     (tmp_path / "net.py").write_text(text)
     (line,) = lines(sweep_file(teachers=[f"{tmp_path / 'net.py'}:plain"], methods=["zaq"], evaluate=f"imagefolder:{tmp_path / 'set'}", budget={}))
     assert re.search(said, line), line
+
+
+def test_how_much_is_quantized_is_told_and_a_network_that_was_rewritten_is_another_one(nets: Path, sweep_file: SweepFile) -> None:
+    config = sweep_file(teachers=[f"{nets}:{net}" for net in ("plain", "by_hand")], methods=["round"], budget={})
+    loaded = load_sweep(config, cache_folder())
+    first, second, head = 64 * 8 * 27, 64 * 8 * 72, 80
+    share = f"{100 * second / (first + second + head):.4g} %"
+    told = f"under lineage, 100 % of the multiplications by a weight have a quantized one, {share} of all multiply quantized activations"
+    assert [line for line in loaded.remarks if "multiplications" in line] == [f"plain: {told}", f"by_hand: {told}"]
+    forms = [cell.identity()["teacher"].get("form") for cell in loaded.cells]
+    assert set(forms[: len(forms) // 2]) == {None}
+    assert set(forms[len(forms) // 2 :]) == {1}
+    all_of_it = load_sweep(sweep_file(teachers=[f"{nets}:plain"], methods=["gdfq"], budget={}, protocol="hardware"), cache_folder())
+    assert not any("multiplications" in line for line in all_of_it.remarks)

@@ -18,7 +18,7 @@ def said(sweep_file: SweepFile, tiny_teacher: str, tmp_path: Path, classes: int,
     network = Path(tiny_teacher.rpartition(":")[0]).read_text()
     path.write_text(network.replace("= 10, 16", f"= {classes}, 16").replace("(16, 10)", f"(16, {classes})"))
     config = sweep_file(**{"teachers": [f"{path}:tiny"], "evaluate": "none", "selection": {"images": "gdfq", "seed": 9}, "methods": METHODS, **keys})
-    return list(load_sweep(config, cache_folder()).presets)
+    return [line for line in load_sweep(config, cache_folder()).remarks if "preset" in line]
 
 
 def test_where_nothing_has_a_preset_nothing_is_said(sweep_file: SweepFile, tiny_teacher: str, tmp_path: Path) -> None:
