@@ -16,6 +16,7 @@ from dfqbench.errors import UserError
 from dfqbench.network.activations import is_activation_module
 from dfqbench.network.attention import make_attention_plain
 from dfqbench.network.canonical import make_canonical
+from dfqbench.network.concrete import ConcreteTracer
 from dfqbench.network.frozen_batch_norm import BatchNorm
 from dfqbench.network.inplace import InPlaceProxy, watched, without_side_effects
 from dfqbench.network.plain_batch_norm import make_batch_norms_plain, with_plain_batch_norms
@@ -62,6 +63,14 @@ class _Tracer(fx.Tracer):
             raise
 
 
+class _RunningTracer(ConcreteTracer, _Tracer):
+    """Where shapes decide what is computed."""
+
+    def __init__(self, images: tuple[Tensor, Tensor]):
+        _Tracer.__init__(self)
+        self.images = images
+
+
 def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     """A traced copy of `network` in eval mode; the network itself stays as it is.
 
@@ -74,34 +83,57 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     compute what the network does.
     """
     images = torch.randn(2, *task.image_shape, generator=torch.Generator().manual_seed(0)).to(_device(network))
-    answer = _answer(copy.deepcopy(network).eval(), images)  # of a copy of its own: a first run may leave something behind
+    original = copy.deepcopy(network).eval()
+    answer = _answer(original, images)  # of a copy of its own: a first run may leave something behind
     network = with_plain_batch_norms(copy.deepcopy(network)).eval()
     attention = make_attention_plain(network)
-    tracer = _Tracer()
-    try:
-        graph = tracer.trace(network)
-    except UserError:
-        raise
-    except Exception as error:
-        where = f"in {tracer.failed_in}" if tracer.failed_in else "in its forward"
-        raise UserError(f"{type(network).__name__} cannot be traced by torch.fx {where}: {_first_line(error)}") from error
+    graph, concrete = _graph_of(network, images)
     traced = fx.GraphModule(network, graph, type(network).__name__)
     traced.eval()
     traced.meta["network"] = type(network).__name__  # a copy of a GraphModule forgets its name
     with _running(traced, task):
         seen = watched(traced, images.clone())
     without_side_effects(traced, seen)
+    for node in traced.graph.nodes:
+        if hasattr(nn.Module, node.name):  # modules are named after nodes: `to` is a method of theirs
+            node._rename(f"{node.name}_")
+    if concrete:  # what was only asked for shapes
+        traced.graph.eliminate_dead_code()
+        traced.recompile()
     rewritten = make_canonical(traced)
     _propagate_shapes(traced, task)
     make_batch_norms_plain(traced)
-    if answer is not None and not _is_close(_answer(traced, images), answer):
+    more = torch.cat([images, images, images[:1]])
+    same = answer is None or _is_close(_answer(traced, images), answer)
+    if not same or (answer is not None and concrete and not _is_close(_answer(traced, more), _answer(original, more))):
         raise UserError(
             f"{traced._get_name()} traced by torch.fx computes something else than the network itself: its forward asks for what only holds in one "
             "of the two (the type of its input, or state that it keeps)"
         )
     _mark(traced)
-    traced.meta["form"] = FORM if attention or rewritten or any(o.is_weight for n in traced.graph.nodes for o in operands(n, traced)) else 0
+    by_weights = (operand.is_weight for node in traced.graph.nodes for operand in operands(node, traced))
+    traced.meta["form"] = FORM if concrete or attention or rewritten or any(by_weights) else 0
+        FORM if concrete or attention or rewritten or any(o.is_weight for n in traced.graph.nodes for o in operands(n, traced)) else 0
+    )
     return traced
+
+
+def _graph_of(network: nn.Module, images: Tensor) -> tuple[fx.Graph, bool]:
+    """The graph, and whether the network had to run along to get it. Raises UserError that names the module where it cannot be had."""
+    tracer = _Tracer()
+    try:
+        return tracer.trace(network), False
+    except UserError:
+        raise
+    except Exception as error:
+        where = f"in {tracer.failed_in}" if tracer.failed_in else "in its forward"
+        refusal = UserError(f"{type(network).__name__} cannot be traced by torch.fx {where}: {_first_line(error)}")
+        refusal.__cause__ = error
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _RunningTracer((images, torch.cat([images, images[:1]]))).trace(network), True
+    except Exception:  # what the plain tracer said is about the network, and not about its shapes
+        raise refusal from refusal.__cause__
 
 
 def _device(network: nn.Module) -> torch.device | None:

@@ -43,6 +43,11 @@ def rows(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)  # batch x 64 x 4
 
 
+def conditional(x: Tensor, w: Tensor) -> Tensor:
+    """A 1x1 convolution with weights of its own for each image."""
+    return F.conv2d(x.reshape(1, -1, 8, 8), w.reshape(-1, 4, 1, 1), groups=x.shape[0]).view(-1, 4, 8, 8)
+
+
 WRITTEN: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "F.conv2d": (lambda n, x: conv(x, n.w, bias=n.b), {"w": torch.randn(4, 4, 3, 3), "b": torch.randn(4)}),
     "F.conv2d, groups by keyword": (lambda n, x: F.relu(F.conv2d(input=x, weight=n.w, padding=(1, 1), groups=2)), {"w": torch.randn(4, 2, 3, 3)}),
@@ -58,19 +63,24 @@ WRITTEN: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "nn.ConvTranspose2d": (lambda n, x: F.relu(n.up(x)), {"up": nn.ConvTranspose2d(4, 4, 3, 2, 1, 1, groups=2)}),
     "nn.Conv1d": (lambda n, x: F.relu(n.c(x.flatten(2))), {"c": nn.Conv1d(4, 4, 3)}),
     "nn.Conv3d": (lambda n, x: F.relu(n.c(x.unsqueeze(2))).squeeze(2), {"c": nn.Conv3d(4, 4, (1, 3, 3))}),
-    "nn.MultiheadAttention": (lambda n, x: F.relu(n.a(rows(x), rows(x), rows(x), need_weights=False)[0]).transpose(1, 2), {"a": nn.MultiheadAttention(4, 2, batch_first=True)}),
+    "nn.MultiheadAttention": (
+        lambda n, x: F.relu(n.a(rows(x), rows(x), rows(x), need_weights=False)[0]).transpose(1, 2),
+        {"a": nn.MultiheadAttention(4, 2, batch_first=True)},
+    ),
     "nn.TransformerEncoder": (
         lambda n, x: n.t(rows(x)).transpose(1, 2),
-        {"t": nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True, activation="gelu", norm_first=True), 2, enable_nested_tensor=False)},
+        {"t": nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, 0.1, "gelu", batch_first=True, norm_first=True), 2, None, False)},
     ),
 }  # fmt: skip
 COMPUTED: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, Any]]] = {
     "standardised": (lambda n, x: conv(x, (n.w - n.w.mean()) / n.w.std()), {"w": torch.randn(4, 4, 3, 3)}),
     "turned": (lambda n, x: F.relu(F.linear(rows(x), n.w.t())).transpose(1, 2), {"w": torch.randn(4, 4)}),
     "einsum": (lambda n, x: F.relu(torch.einsum("nchw,cd->ndhw", x, n.w)), {"w": torch.randn(4, 4)}),
-    "positions": (lambda n, x: F.relu(rows(x) @ n.w.transpose(-2, -1)).mean(2, keepdim=True).expand(-1, -1, 4).transpose(1, 2), {"w": torch.randn(1, 7, 4)}),
-    "by the image": (
-        lambda n, x: F.relu(F.conv2d(x.reshape(1, -1, 8, 8), torch.matmul(x.mean((2, 3)).sigmoid(), n.w).reshape(-1, 4, 1, 1), groups=x.shape[0]).view(-1, 4, 8, 8)),
+    "positions": (
+        lambda n, x: F.relu(rows(x) @ n.w.transpose(-2, -1)).mean(2, keepdim=True).expand(-1, -1, 4).transpose(1, 2),
+        {"w": torch.randn(1, 7, 4)},
+    ),
+    "by the image": (lambda n, x: F.relu(conditional(x, torch.matmul(x.mean((2, 3)).sigmoid(), n.w))),
         {"w": torch.randn(4, 16)},
     ),
 }  # fmt: skip
