@@ -3,7 +3,7 @@
 | kind | the rule |
 |---|---|
 | loss | the mean loss of five epochs in a row is above that of the first epoch in which the student was trained |
-| agreement | on the last batch the student agrees with the teacher less than plain rounding: by five points, and by more than chance (5 %, one-sided) |
+| agreement | on the last batch the student agrees with the teacher less than plain rounding: by five points, and more than chance (5 %, one-sided) |
 | clipped | after an epoch of training a layer clips more than 10 % of its activations, and twice as many as before training |
 | ranges | in an epoch of training a layer's range became wider or narrower by more than a factor of two |
 """
