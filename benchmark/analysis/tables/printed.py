@@ -16,7 +16,7 @@ import pandas as pd
 from dfqbench.analysis import seeds, size
 from dfqbench.analysis.cost import in_column, in_words
 from dfqbench.analysis.stats import average_ranks
-from dfqbench.analysis.tables.blocks import BELOW_ROUNDING, Block, Entry, Row
+from dfqbench.analysis.tables.blocks import Block, Entry, Row
 from dfqbench.analysis.tables.choice import Choice, Columns
 from dfqbench.analysis.tables.wide import JOINED, WideTable
 from dfqbench.analysis.warning_signs import REASONS
@@ -201,6 +201,7 @@ def notes_of(table: Table) -> list[str]:
         "bold: the best of a column and those next to it, down to the first that can be told from it (paired over test images, with the variance "
         "between seeds; Holm, 5 %; or three spreads below it, where seeds are too few for a test)": best,
         **dict.fromkeys(seeds.in_words(bases, any(entry.sd is None for entry in entries)) if best else [], True),
+        **dict.fromkeys(notes_on_images(rows), True),
         **dict.fromkeys(notes_on_lost(rows) + notes_on_warnings(rows), True),
         "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
         f"{uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged": uncompared > 0,
@@ -216,6 +217,13 @@ def notes_of(table: Table) -> list[str]:
         where = [f"{block.teacher} on {block.evaluation}" for block in parts if why in block.why_no_claims]
         notes.append(why if len(where) == len(parts) else f"{why} ({', '.join(dict.fromkeys(where))})")
     return notes
+
+
+def notes_on_images(rows: Sequence[Row]) -> list[str]:
+    """Whose seeds are not all of their noise: hundreds of steps on pixels make what differs in its last digit another image."""
+    long = {row.method for row in rows if row.entries and int(row.settings.get("config", {}).get("synthesis_iterations") or 0) >= 100}
+    why = "images are optimised for hundreds of steps, where another order of summation (machine, threads, version of torch) is as another seed"
+    return [f"{why}: {', '.join(sorted(long))}"] * bool(long)
 
 
 def notes_on_lost(rows: Sequence[Row]) -> list[str]:
@@ -238,9 +246,8 @@ def notes_on_warnings(rows: Sequence[Row]) -> list[str]:
         for width, entry in row.entries.items():
             for kind in entry.warnings:
                 which.setdefault(kind, {}).setdefault(row.label, []).append(width if isinstance(width, str) else width[1])
-    reasons = REASONS | {BELOW_ROUNDING: "below plain rounding (`round`) by more than a standard error"}
     said = {kind: "; ".join(f"{label} ({', '.join(dict.fromkeys(widths))})" for label, widths in its.items()) for kind, its in which.items()}
-    return [f"! {reason}: {said[kind]}" for kind, reason in reasons.items() if kind in said]
+    return [f"! {reason}: {said[kind]}" for kind, reason in REASONS.items() if kind in said]
 
 
 def notes_on_marks(marks: Mapping[str, str]) -> list[str]:
