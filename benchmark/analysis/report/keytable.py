@@ -10,7 +10,8 @@ from dfqbench.analysis.plots.drawn import Drawn
 from dfqbench.analysis.records import said_of
 from dfqbench.analysis.tables.blocks import Block, Row
 from dfqbench.analysis.tables.choice import Choice, Columns
-from dfqbench.analysis.tables.printed import LEFT, arranged, notes_of, texts_of
+from dfqbench.analysis.tables.printed import LEFT, WARNED, arranged, notes_of, texts_of
+from dfqbench.analysis.warning_signs import REASONS
 
 SIZES = ("size", "compression", "weight-bits", "bops")
 OFF = {size.COLUMNS[name].head for name in SIZES[1:]}  # columns that a reader has to ask for
@@ -129,6 +130,8 @@ def _accuracy(row: Row, width: str, text: str, strong: bool, to: str, said: dict
             more.append(f"95 % interval {interval.low:.2f} to {interval.high:.2f}")
         if against := entry.against_best:
             more.append(f"{against.value:+.2f} against the best, p {against.p:.2g} (Holm)")
+        more += [REASONS[kind] for kind in entry.warnings]
     more += [f"cell {cell_id}: {said[cell_id]}" for cell_id in (lost.ids if lost else ()) if cell_id in said]
-    text, _, under = text.partition(" (" if entry else ", ")  # how many diverged, and when
-    return Figure(text, entry.mean if entry else None, strong, under.removesuffix(")"), "\n".join(more), to)
+    mark = WARNED * text.endswith(WARNED)
+    text, _, under = text.removesuffix(mark).partition(" (" if entry else ", ")  # how many diverged, and when
+    return Figure(text + mark, entry.mean if entry else None, strong, under.removesuffix(")"), "\n".join(more), to)

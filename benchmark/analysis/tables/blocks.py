@@ -18,11 +18,11 @@ from dfqbench.analysis.size import Sizes, common_sizes
 from dfqbench.analysis.stats import Estimate, binomial_error
 from dfqbench.analysis.tables.cells import Cell, comparable, told_apart
 from dfqbench.analysis.tables.choice import USUAL, Columns
+from dfqbench.analysis.warning_signs import BELOW_ROUNDING
 
 Rule = Literal["last", "best-on-test"]
 NOT_OF_A_ROW = ("bits", "seed", "teacher", "evaluation", "precision")  # of a cell's identity: they say which column, seed or table it is in
 DECIMALS = 2  # of percentages
-BELOW_ROUNDING = "below"  # a warning
 SHARED = ("teacher", "teacher_top1", "evaluation", "protocol", "shared_rules", "precision")  # what a block has of its cells
 
 
