@@ -11,7 +11,7 @@ import pytest
 
 from dfqbench.errors import UserError, UserErrors
 from dfqbench.store.cache import cache_folder
-from dfqbench.sweep.cell import bundles, canonical_json, fingerprint
+from dfqbench.sweep.cell import bundles, coordinates_of, fingerprint
 from dfqbench.sweep.config_file import find_config, text_digest
 from dfqbench.sweep.load import load_sweep
 
@@ -296,5 +296,4 @@ def test_what_is_put_together_of_parts_is_the_canonical_text(sweep_file: SweepFi
     assert len(loaded.cells) == 14
     for cell in loaded.cells:
         assert cell.id == fingerprint(cell.identity())
-        where = [cell.method, cell.changed, cell.teacher.weights_sha256, cell.evaluation.digest, str(cell.bits), cell.seed]
-        assert cell.coordinates == canonical_json(where)
+        assert cell.coordinates == coordinates_of(cell.record())
