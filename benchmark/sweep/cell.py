@@ -77,7 +77,8 @@ class Cell:
     config holds every setting with its value; `changed` those that differ from the method's defaults (for labels only). `plugin` and `source`
     (package, version, file, sha256) are provenance of the method's code; only its declared `version` takes part in the identity. `files`: where those
     lie that settings name, which `config` has by their sha256. `steps` by phase is for estimates only; None where nobody asked. `name` and `group`:
-    what tables are to call the settings and where they belong, where the sweep says so. `preset`: the method's that settings started from, if any.
+    what tables are to call the settings and where they belong, where the sweep says so. `preset`: the method's that settings started from, if any;
+    `by_width`: settings that it has otherwise at other bit widths of the same sweep, which is one row for tables.
     """
 
     method: str
@@ -98,6 +99,7 @@ class Cell:
     name: str = field(default="", compare=False)
     group: str = field(default="", compare=False)
     preset: str = field(default="", compare=False)
+    by_width: tuple[str, ...] = field(default=(), compare=False)
     steps: dict[str, int] | None = field(default=None, compare=False)
 
     def identity(self) -> dict[str, Any]:
@@ -177,6 +179,7 @@ class Cell:
             "fidelity": self.fidelity,
             "plugin": self.plugin,
             "source": self.source,
+            **({"by_width": list(self.by_width)} if self.by_width else {}),
             **({"files": {name: PurePath(path).name for name, path in self.files.items()}} if self.files else {}),
             "teacher": {**self.teacher.as_dict(), "weights": PurePath(self.teacher.weights).name},
             "evaluation": {key: value for key, value in vars(self.evaluation).items() if key != "digest" and value not in ("", None)},

@@ -199,6 +199,7 @@ def test_a_preset_is_the_networks_own_and_that_for_the_bits_where_there_is_one(s
     assert [mixed[i, "ait", "w5a5"] for i in range(3)] == [100, 25, 250]
     presets = [found[0, "qimera", "w5a5"].preset, found[0, "ait", "w4a4"].preset, found[1, "gdfq", "w4a4"].preset, found[1, "round", "w4a4"].preset]
     assert presets == ["imagenet-resnet50-w5", "imagenet-resnet50", "imagenet", ""]
+    assert [found[i, "qimera", "w4a4"].record().get("by_width") for i in range(3)] == [["mixed_classes"], ["mixed_classes"], None]
     assert found[0, "qimera", "w5a5"].label == found[0, "qimera", "w4a4"].label == "qimera", "one row"
     assert loaded.selection is not None
     assert [c.config["mixed_classes"] for c in loaded.selection.cells] == [100, 50, 100]

@@ -267,6 +267,7 @@ def notes_on_names(rows: Sequence[Row]) -> list[str]:
         "follows 'abstract': reconstructed, details of the method are not public": "abstract" in fidelities,
         "follows 'released': trained elsewhere, evaluated here": "released" in fidelities,
     }
+    said |= {f"by bit width, as its preset has it: {row.label} {row.by_width}": True for row in rows if row.by_width}
     left_out: dict[str, list[str]] = {}
     for method, common in sorted({(row.method, row.left_out) for row in rows if row.left_out}):
         left_out.setdefault(common, []).append(method)
