@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from dfqbench.run.options import Options, StopFlag
+from dfqbench.run.watcher import Watcher
+from dfqbench.store import Store
 
 SweepFile = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -84,3 +89,23 @@ def test_a_student_that_gives_other_answers_than_plain_rounding_is_told_at_the_e
     header, *rows = (tmp_path / "r" / "runs" / str(result["id"]) / "history.csv").read_text().splitlines()
     assert {"clipped", "student_agrees", "rounding_agrees", "agreement_error"} <= set(header.split(","))
     assert len(rows) == 3
+
+
+def test_after_an_interruption_what_was_told_is_not_told_again(tmp_path: Path) -> None:
+    """The watcher of the process that goes on reads it from the histories."""
+    said: list[str] = []
+    progress = SimpleNamespace(say=lambda line, style="": said.append(line))
+    history = [{"epoch": 1, "loss": 1.0, "clipped": 50.0}]
+    trainee = SimpleNamespace(name="w4a4", history=history, cell=SimpleNamespace(id="0" * 12))
+    lockstep = SimpleNamespace(trainees=[trainee], active=[trainee], steps_done=0, steps=1)
+    store = Store(tmp_path)
+    store.folder("0" * 12).mkdir(parents=True)
+    watcher = Watcher(store, tmp_path / "c.pt", Options(), progress, StopFlag(), None)  # type: ignore[arg-type]
+    watcher.start(lockstep)  # type: ignore[arg-type]
+    watcher.warn(lockstep)  # type: ignore[arg-type]
+    assert said == []
+    history.append({"epoch": 2, "loss": 1.0, "clipped": 60.0, "range_change": 9.0})
+    for _ in range(2):
+        watcher.warn(lockstep)  # type: ignore[arg-type]
+    (line,) = said
+    assert "an activation range changed by a factor of 9 in one epoch (epoch 2)" in line
