@@ -139,7 +139,7 @@ class Labels:
                 end = float(np.clip(at[0], box[0], box[2])), float(np.clip(at[1], box[1], box[3]))
                 leader = (*at, *end) if distance > BESIDE else None
                 if self._free(box, leader, over):
-                    self._write(box, text, color, leader)
+                    self.write(box, text, color, leader)
                     return True
         return False
 
@@ -152,7 +152,8 @@ class Labels:
         in_its_way = [*self.taken, *(marker for marker in self.markers if not over and leader and not _inside(leader[:2], marker))]
         return not (leader and any(_crosses(leader, other) for other in in_its_way))
 
-    def _write(self, box: Box, text: str, color: str, leader: Box | None) -> None:
+    def write(self, box: Box, text: str, color: str, leader: Box | None = None) -> None:
+        """In the middle of the box, which is then taken."""
         from matplotlib.patheffects import withStroke
 
         wide, high = self.size
