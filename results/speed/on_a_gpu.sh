@@ -31,9 +31,13 @@ step() { # SECONDS NAME COMMAND...: what it prints into NAME.txt, how it ended i
     echo "$name: $said after $((SECONDS - began)) s" | tee -a "$out/summary.txt"
 }
 
+case ${1:-} in
+    1 | 2) ;;
+    *) sed -n '2,6s/^# //p' "$0"; exit 2 ;;
+esac
 if [ -n "${LIST:-}" ]; then out=$(mktemp -d); fi
 mkdir -p "$out"
-case ${1:-} in
+case $1 in
     1)
         step 20 environment bash -c 'nvidia-smi; "$0/python" -c "import json, sys, torch; from dfqbench.store.provenance import provenance
 print(json.dumps(provenance(torch.device(sys.argv[1])), indent=1))" "$1"' "$BIN" "$device"
@@ -52,9 +56,5 @@ budget: $budget
 SWEEP
         step 540 cells "$BIN/dfqbench" run "$out/sweep.yaml" --results "$out/cells" --device "$device" $graphs --checkpoint-every 60
         step 20 table "$BIN/dfqbench" table "$out/sweep.yaml" --results "$out/cells"
-        ;;
-    *)
-        sed -n '2,6s/^# //p' "$0"
-        exit 2
         ;;
 esac
