@@ -27,15 +27,12 @@ def arrange(drawn: Drawn, sort: str = "") -> Drawn:
 
 @dataclass(frozen=True)
 class Heading:
-    """kind: by what a reader selects columns; what stands beside every accuracy (`drop`) is one kind. number: set flush right."""
+    """kind: by what a reader selects columns; what stands beside every accuracy (`drop`) is one kind. number: set flush right; off: at first."""
 
     name: str
     kind: str
     number: bool
-
-    @property
-    def off(self) -> bool:
-        return self.kind in OFF
+    off: bool
 
 
 @dataclass(frozen=True)
@@ -111,14 +108,16 @@ def _key_table(block: Block, number: int, said: dict[str, str]) -> KeyTable:
             measured = column in accuracies and ids_of(row, width)
             figures.append(_accuracy(row, width, text, strong, f"{to}.{width}", said) if measured else Figure(text))
         lines.append(Line(row.label + row.mark, row.group, to, figures))
-    return KeyTable(number, block, [_heading(columns[i], block) for i in order], lines, notes_of(block))
+    return KeyTable(number, block, [_heading(columns[i], block, list(texts.iloc[:, i])) for i in order], lines, notes_of(block))
 
 
-def _heading(column: Any, block: Block) -> Heading:
+def _heading(column: Any, block: Block, texts: list[str]) -> Heading:
+    """texts: what stands below it; a column that is for the most part empty is off."""
     group, name = map(str, column)
+    off = name in OFF or 2 * texts.count("-") > len(texts)
     if group not in block.widths:
-        return Heading(name, name, name not in LEFT)
-    return Heading(name.upper(), name, True) if name == group else Heading(f"{name} {group.upper()}", name, True)
+        return Heading(name, name, name not in LEFT, off)
+    return Heading(name.upper(), name, True, False) if name == group else Heading(f"{name} {group.upper()}", name, True, off)
 
 
 def _accuracy(row: Row, width: str, text: str, strong: bool, to: str, said: dict[str, str]) -> Figure:
