@@ -17,7 +17,8 @@ from dfqbench.analysis.records import read_store
 from dfqbench.analysis.tables.blocks import Block, Row, blocks
 from dfqbench.analysis.tables.formats import html, markdown
 from dfqbench.analysis.tables.latex import latex
-from dfqbench.analysis.tables.printed import means_frame, names_of, notes_of, ranking, texts_of
+from dfqbench.analysis.tables.means import means_frame, ranking
+from dfqbench.analysis.tables.printed import names_of, notes_of, texts_of
 from dfqbench.store import Store
 
 RULES = {"ranges": "ema", "batch_norm": "fixed"}

@@ -21,8 +21,9 @@ from dfqbench.analysis.records import read_store
 from dfqbench.analysis.tables.blocks import Block, blocks
 from dfqbench.analysis.tables.choice import Choice, Columns
 from dfqbench.analysis.tables.latex import PACKAGES, escaped, latex
+from dfqbench.analysis.tables.means import ranking
 from dfqbench.analysis.tables.papers import bibliography, papers
-from dfqbench.analysis.tables.printed import Tables, arranged, ranking
+from dfqbench.analysis.tables.printed import Tables, arranged
 from dfqbench.analysis.tables.wide import side_by_side
 from dfqbench.analysis.tables.without_data import agreements
 from dfqbench.method.registry import built_in_names, find_method
