@@ -154,8 +154,6 @@ class Labels:
 
     def write(self, box: Box, text: str, color: str, leader: Box | None = None) -> None:
         """In the middle of the box, which is then taken."""
-        from matplotlib.patheffects import withStroke
-
         wide, high = self.size
         self.taken.append(box)
         if leader:
@@ -164,7 +162,8 @@ class Labels:
             self.ax.plot(xs, ys, color=color, lw=0.4, alpha=0.7, transform=self.ax.transAxes, zorder=1.5, label="_leader")
         middle = (box[0] + box[2]) / 2 / wide, (box[1] + box[3]) / 2 / high
         look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALL, "color": color, "zorder": 6}
-        self.ax.text(*middle, text, transform=self.ax.transAxes, path_effects=[withStroke(linewidth=1.4, foreground="white")], **look)
+        look["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0}  # the grid is behind it
+        self.ax.text(*middle, text, transform=self.ax.transAxes, **look)
 
 
 def _reach(toward: Any) -> Any:
