@@ -11,9 +11,9 @@ it repeats up to rounding, where statistics are those of BN inputs (theirs pairs
 noise is uniform in +-127.5 divided by a variance of 5418.75 where its root was meant: kept. Reached here (CIFAR-10 as JPEG, ResNet-20 with 87.44 %,
 W4A4 / W3A3, means of seeds 0 and 1): 82.78 / 61.38 %.
 
-The optimisation is chaotic: a difference in the last digit grows until the images are others, so the same seed with another order of summation
-(another machine, number of threads or version of torch) ends 2 to 3 points apart at W3A3, and the authors' code does so against itself. One run
-says little, and the spread over seeds is not the whole noise.
+The optimisation is chaotic: one pixel of 64 images moved by its last digit moves all by 0.003 (root mean square) after 20 steps and by 0.09 after
+500, in units of a pixel's deviation. So the same seed with another order of summation (another machine, number of threads or version of torch) ends
+2 to 3 points apart at W3A3, and the authors' code does so against itself. One run says little, and the spread over seeds is not the whole noise.
 """
 
 from __future__ import annotations

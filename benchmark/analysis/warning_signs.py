@@ -3,7 +3,7 @@
 | kind | the rule |
 |---|---|
 | loss | the mean loss of five epochs in a row is above that of the first epoch in which the student was trained |
-| agreement | on the last batch the student agrees with the teacher less than plain rounding: by five points, and by more than chance (5 %, one-sided) |
+| agreement | on the last batch the student agrees with the teacher less than plain rounding: by five points, and more than chance (5 %, one-sided) |
 | clipped | after an epoch of training a layer clips more than 10 % of its activations, and twice as many as before training |
 | ranges | in an epoch of training a layer's range became wider or narrower by more than a factor of two |
 """
@@ -22,11 +22,13 @@ EPOCHS = 5  # that a loss is averaged over: the loss of a single one follows its
 POINTS, ERRORS = 5.0, 1.64  # of agreement, and of its standard errors
 CLIPPED = 10.0  # percent; students that learned clipped less than 1 % with ranges of extremes, less than 5 % with those of least error
 FACTOR = 2.0  # of a range, in one epoch; of what is clipped, since training began
+BELOW_ROUNDING = "below"  # seen where rows are compared
 REASONS = {  # what a table says, where several cells have one
     "loss": "the loss rose above that of the first epoch",
     "agreement": "the student agrees with the teacher on synthetic images less than plain rounding does",
     "clipped": "a layer clips a large share of its activations",
     "ranges": "an activation range jumped in training",
+    BELOW_ROUNDING: "below plain rounding (`round`) by more than a standard error",
 }
 
 Row = Mapping[str, Any]
@@ -91,8 +93,8 @@ def _sign(kind: str, row: Row, text: str) -> Sign:
 def signs_of(result: Mapping[str, Any], history: Path) -> list[dict[str, Any]]:
     """Those of a finished cell as its result.json has them; where an earlier version wrote it, what its history.csv shows, none if it is damaged."""
     if "warnings" in result:
-        known = result["warnings"]
-        return [sign for sign in known if isinstance(sign, dict) and sign.get("kind") in REASONS] if isinstance(known, list) else []
+        known = result["warnings"] if isinstance(result["warnings"], list) else []
+        return [sign for sign in known if isinstance(sign, dict) and {"epoch", "text"} <= sign.keys() and sign.get("kind") in REASONS]
     try:
         return [sign.as_dict() for sign in signs(read_rows(history))]
     except (ValueError, TypeError, csv.Error):

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dfqbench.cli.options import DEFAULT_RESULTS, Plugins, Results
-from dfqbench.cli.results import Group, NamesFrom, OnlyConfig, Rows, RuleOption, named, read_cells, rule_of
+from dfqbench.cli.reading import Group, NamesFrom, OnlyConfig, Rows, RuleOption, named, read_cells, rule_of
 from dfqbench.errors import UserError
 
 

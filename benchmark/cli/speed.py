@@ -19,7 +19,7 @@ def speed(
     preset: Annotated[str | None, typer.Option(help="The methods' own set of settings, like imagenet; no default budget.")] = None,
     device: Device = "auto",
     threads: Threads = None,
-    precisions: Annotated[str, typer.Option(help="fp32, bf16 or both.")] = "fp32,bf16",
+    precisions: Annotated[str, typer.Option(help="fp32, bf16, and on a GPU tf32, which cells do not have; with commas between.")] = "fp32,bf16",
     rounds: Annotated[int, typer.Option(min=1, help="How often all contenders take their turn.")] = 3,
     seconds: Annotated[float, typer.Option(min=0, help="About how long a turn is.")] = 5.0,
     out: Annotated[Path | None, typer.Option(readable=False, help="Write the figures here too; `auto`: results/speed/DEVICE.json.")] = None,
@@ -38,8 +38,8 @@ def speed(
     wanted = methods.split(",")
     given = precisions.split(",")
     for precision in given:
-        if precision not in ("fp32", "bf16"):
-            raise UserError(f"--precisions {precision!r}: {nearest(precision, ('fp32', 'bf16'))}")
+        if precision not in ("fp32", "tf32", "bf16"):
+            raise UserError(f"--precisions {precision!r}: {nearest(precision, ('fp32', 'tf32', 'bf16'))}")
     import torch
 
     from dfqbench.engine.device import use_device
@@ -63,6 +63,8 @@ def speed(
     if threads is not None:
         torch.set_num_threads(threads)
     where = use_device(device)
+    if "tf32" in given and where.type == "cpu":
+        raise UserError("--precisions tf32: a CPU has none")
     built = build(parse_teacher({"model": network, "weights": UNTRAINED}))
     stand = steps.Stand(built.network, built.task, batch_size, where, network_of(network), preset)
     textbooks = loops() if network.startswith("cifar:") else {}  # they are written for these networks

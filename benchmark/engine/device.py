@@ -67,6 +67,23 @@ def use_device(name: str) -> torch.device:
     return device
 
 
+@contextmanager
+def settings_kept() -> Iterator[None]:
+    """Afterwards torch's settings are as they were before `use_device`: for a program that has other things to compute, too."""
+    places: list[tuple[Any, str]] = [(torch.backends.cudnn, name) for name in ("allow_tf32", "deterministic", "benchmark")]
+    places += [(torch.backends.cuda.matmul, "allow_tf32"), (torch.utils.deterministic, "fill_uninitialized_memory")]
+    before = [getattr(place, name) for place, name in places]
+    mode, index = torch.get_deterministic_debug_mode(), torch.cuda.current_device() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        for (place, name), value in zip(places, before, strict=True):
+            setattr(place, name, value)
+        torch.set_deterministic_debug_mode(mode)
+        if index is not None:
+            torch.cuda.set_device(index)
+
+
 def is_lost(error: Exception, device: torch.device) -> bool:
     """Whether the GPU is dead for this process: after some errors (an illegal address, a fallen bus) every later call fails too."""
     if device.type != "cuda" or not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):

@@ -25,8 +25,10 @@ def is_listened_to(module: nn.Module | None) -> bool:
 def moments_of(x: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel, C each, by the kernel of a training batch norm: it reads x twice and writes nothing.
 
-    It answers in the precision of running statistics (`about` is such), which a momentum of 0 leaves as they are.
+    It answers in the precision of running statistics (`about` is such), which a momentum of 0 leaves as they are; on a GPU any will do.
     """
+    if x.device.type != "cpu":
+        return torch.batch_norm_update_stats(x, torch.empty_like(about), torch.empty_like(about), 0.0)
     return torch.batch_norm_update_stats(x, about.clone(), torch.ones_like(about), 0.0)
 
 

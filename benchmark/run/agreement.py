@@ -24,7 +24,8 @@ from dfqbench.method.registry import find_method
 from dfqbench.network import Network, Teacher
 from dfqbench.quantization.student import Student
 from dfqbench.run.options import StopFlag
-from dfqbench.sweep.cell import Cell
+from dfqbench.run.rehearsal import rehearse
+from dfqbench.sweep.cell import Bundle, Cell
 
 BATCH = 256
 
@@ -78,6 +79,7 @@ def kept_images(path: Path, maker: Cell, teacher: Teacher, device: torch.device,
     """`made_images`, from the file where an earlier call left them; `say` is told when they are made."""
     if not path.exists():
         say(f"making {count} images with {maker.label}, seed {maker.seed}")
+        rehearse(Bundle((maker,)), teacher, device, say)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
         save_file({"images": made_images(maker, teacher, device, count, stop).cpu().contiguous()}, partial)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 
+from dfqbench.engine.device import settings_kept
 from dfqbench.errors import UserError
 from dfqbench.export.find import load_student
 from dfqbench.run.options import Options, StopFlag
@@ -63,7 +64,7 @@ def quantize(
     """
     held = in_memory(network, size=size, classes=classes, mean=mean, std=std)
     content = content_of(held.card.label, method, bits, protocol, seed, selection, settings)
-    with _folder(folder) as place, torch.random.fork_rng():
+    with _folder(folder) as place, torch.random.fork_rng(), settings_kept():
         shown = make_progress(Console(quiet=not progress))
         return quantized(spanned(content, shown.say, networks={held.card.label: held}), Store(place, writable=True), device, shown)
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dfqbench.engine.device import keep_freed_memory, use_device
+from dfqbench.engine.device import autocast_of, keep_freed_memory, use_device
 from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_json
@@ -20,6 +20,7 @@ from dfqbench.method.contract import Phase
 from dfqbench.network import Teacher
 from dfqbench.run.agreement import agreement, kept_images
 from dfqbench.run.progress import Progress
+from dfqbench.run.rehearsal import rehearse
 from dfqbench.store import Store
 from dfqbench.store.provenance import provenance
 from dfqbench.sweep.cell import Bundle, bundles, fingerprint
@@ -64,7 +65,9 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
 
 
 def _compared(bundle: Bundle, teacher: Teacher, images: Tensor, device: torch.device, progress: Progress, stop: StopFlag) -> Iterator[dict[str, Any]]:
-    lockstep = Lockstep(bundle, teacher, device, lambda student: agreement(student, teacher, images, lockstep.autocast))
+    rehearse(bundle, teacher, device, progress.say)
+    autocast = autocast_of(bundle.cells[0], device)
+    lockstep = Lockstep(bundle, teacher, device, lambda student: agreement(student, teacher, images, autocast))
     progress.bundle(bundle, lockstep.steps, 0)
     lockstep.run(_Stopping(progress, stop))
     for trainee in lockstep.trainees:

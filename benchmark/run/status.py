@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dfqbench.store import Store
-from dfqbench.sweep.cell import Bundle, Cell, bundles
+from dfqbench.sweep.cell import Bundle, Cell, bundles, coordinates_of
 
 
 class Status(enum.Enum):
@@ -36,7 +36,7 @@ def statuses(cells: Iterable[Cell], store: Store, finished: list[dict[str, Any]]
     finished = store.results()[0] if finished is None else finished
     by_coordinates: dict[str, list[dict[str, Any]]] = {}
     for result in finished:
-        by_coordinates.setdefault(result["cell"].get("coordinates", ""), []).append(result["cell"])
+        by_coordinates.setdefault(coordinates_of(result["cell"]), []).append(result["cell"])
     done = {result["id"] for result in finished}
     checkpointed = {cell.id for bundle in bundles(c for c in cells if c.id not in done) for cell in _checkpointed(bundle, store)}
     begun = set(store.ids())  # a cell without a folder has neither a holder nor a failure: two files fewer to look for

@@ -37,6 +37,7 @@ from dfqbench.run.agreement import agreement, kept_images, plain_rounding, round
 from dfqbench.run.class_order import doubt_about_classes
 from dfqbench.run.options import Options, StopFlag, Summary
 from dfqbench.run.progress import Progress
+from dfqbench.run.rehearsal import rehearse
 from dfqbench.run.samples import png, sample_grid, sample_images
 from dfqbench.run.watcher import Watcher
 from dfqbench.store import Store
@@ -127,6 +128,7 @@ class Worker:
                 raise RuntimeError("evaluation changed the student: its weights or ranges are not those from before")
             return result
 
+        rehearse(bundle, teacher, self.device, lambda line: self._log(bundle, line))
         work = self.store.bundle_folder(bundle.id)
         watcher = Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop, self.watching)
         every = self.loaded.sweep.evaluate_every

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 MATRIX = 2048  # side of the matrices whose product the device's rate is measured with
 LAYER = (64, 128, 32)  # images, channels and pixels of a side of the convolution that it is measured with, too
 COPIED = 64 * 2**20  # floats copied to measure its bandwidth
+
+
+@contextlib.contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """`tf32`: inside, a GPU's products of float32 round what enters them to 10 bits of mantissa, which is no `fp32` that a cell may have."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed
 
 
 class Bytes(TorchDispatchMode):
@@ -53,12 +68,16 @@ def measured_device(device: torch.device) -> Device:
     """
     rates = {}
     images, channels, side = LAYER
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    dtypes = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+    for precision, dtype in dtypes.items():
+        if precision == "tf32" and device.type == "cpu":
+            continue
         a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
         x = torch.randn(images, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
         weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
-        product = 2 * MATRIX**3 / _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
-        layer = 2 * 9 * channels**2 * images * side**2 / _best(lambda x=x, w=weight: conv2d(x, w, padding=1), device)  # type: ignore[misc]
+        with products_in(precision):
+            product = 2 * MATRIX**3 / _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+            layer = 2 * 9 * channels**2 * images * side**2 / _best(lambda x=x, w=weight: conv2d(x, w, padding=1), device)  # type: ignore[misc]
         rates[precision] = max(product, layer)
     source = torch.ones(COPIED, device=device)
     target = torch.empty_like(source)

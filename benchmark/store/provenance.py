@@ -72,8 +72,9 @@ def driver_version() -> str | None:
 
 
 def _of_gpu() -> dict[str, Any]:
-    """Whose kernels ran."""
-    return {"driver": driver_version(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    """Whose kernels ran, and whether all of them give the same bits every time."""
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    return {"driver": driver_version(), "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "deterministic": strict}
 
 
 def provenance(device: torch.device) -> dict[str, Any]:

@@ -44,6 +44,13 @@ def without_data(record: dict[str, Any]) -> bool:
     return str(record["identity"]["evaluation"]).startswith("none ")
 
 
+def coordinates_of(record: dict[str, Any]) -> str:
+    """Those of the cell that has this record, whatever version wrote it."""
+    method, changed, protocol, precision, bits, seed = (record.get(key) for key in ("method", "changed", "protocol", "precision", "bits", "seed"))
+    weights, evaluation = record.get("teacher", {}).get("weights_sha256"), record.get("identity", {}).get("evaluation")
+    return canonical_json([method, changed, weights, evaluation, protocol, precision, bits, seed])
+
+
 @dataclass(frozen=True)
 class EvaluationCard:
     """An evaluation set as a cell knows it: by its content's digest, never by its path.
@@ -70,7 +77,8 @@ class Cell:
     config holds every setting with its value; `changed` those that differ from the method's defaults (for labels only). `plugin` and `source`
     (package, version, file, sha256) are provenance of the method's code; only its declared `version` takes part in the identity. `files`: where those
     lie that settings name, which `config` has by their sha256. `steps` by phase is for estimates only; None where nobody asked. `name` and `group`:
-    what tables are to call the settings and where they belong, where the sweep says so. `preset`: the method's that settings started from, if any.
+    what tables are to call the settings and where they belong, where the sweep says so. `preset`: the method's that settings started from, if any;
+    `by_width`: settings that it has otherwise at other bit widths of the same sweep, which is one row for tables.
     """
 
     method: str
@@ -91,6 +99,7 @@ class Cell:
     name: str = field(default="", compare=False)
     group: str = field(default="", compare=False)
     preset: str = field(default="", compare=False)
+    by_width: tuple[str, ...] = field(default=(), compare=False)
     steps: dict[str, int] | None = field(default=None, compare=False)
 
     def identity(self) -> dict[str, Any]:
@@ -130,7 +139,7 @@ class Cell:
         """Canonical JSON of the identity without bits and seed, before and after the place of the seed; and of the coordinates without them."""
         identity = {key: value for key, value in self.identity().items() if key not in ("bits", "seed")}
         after = {key: identity.pop(key) for key in list(identity) if key > "seed"}
-        place = [self.method, self.changed, self.teacher.weights_sha256, self.evaluation.digest]
+        place = [self.method, self.changed, self.teacher.weights_sha256, self.evaluation.digest, self.protocol.name, self.precision]
         return canonical_json(identity)[1:-1], canonical_json(after)[1:-1], canonical_json(place)[1:-1]
 
     @cached_property
@@ -141,7 +150,7 @@ class Cell:
 
     @cached_property
     def coordinates(self) -> str:
-        """What a table's reader takes for the same experiment. Cells that agree in it and differ in their id are stale to each other."""
+        """What a table's reader takes for the same experiment, `coordinates_of` its record: cells that differ in nothing but their id are stale."""
         return f'[{self._common[2]},"{self.bits}",{self.seed}]'
 
     @cached_property
@@ -164,13 +173,13 @@ class Cell:
             "id": self.id,
             "label": self.label,
             **{key: value for key, value in (("name", self.name), ("group", self.group)) if value},
-            "coordinates": self.coordinates,
             "identity": self.identity(),
             "method": self.method,
             "changed": self.changed,
             "fidelity": self.fidelity,
             "plugin": self.plugin,
             "source": self.source,
+            **({"by_width": list(self.by_width)} if self.by_width else {}),
             **({"files": {name: PurePath(path).name for name, path in self.files.items()}} if self.files else {}),
             "teacher": {**self.teacher.as_dict(), "weights": PurePath(self.teacher.weights).name},
             "evaluation": {key: value for key, value in vars(self.evaluation).items() if key != "digest" and value not in ("", None)},

@@ -232,6 +232,7 @@ def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None) ->
             name=variant.name,
             group=variant.group,
             preset=variant.preset,
+            by_width=tuple(variant.by_width),
             steps=variant.steps.get(str(teacher.task)),
         )
         if called := sweep.labels.get(first.label):

@@ -36,7 +36,7 @@ NAMING = ("label", "group")  # beside the method in an entry of `methods`
 
 @dataclass(frozen=True)
 class Configured:
-    """A method with settings. changed: those that are not the method's own; name, group, asked, preset: see `Variant`."""
+    """A method with settings. changed: those that are not the method's own; name, group, asked, preset, by_width: see `Variant`."""
 
     method: type[Method]
     config: MethodConfig
@@ -46,6 +46,7 @@ class Configured:
     group: str
     asked: str
     preset: str
+    by_width: list[str]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Variant:
     """A method with complete settings; all of it JSON. changed: settings that differ from the method's own; needs: with those of the method that it
     wraps; widths: those of the sweep's bit widths at which it has cells; files: paths by setting; steps: by phase, by the teacher's task as text;
     none where nobody asked; name, group: what tables are to call it and where it belongs, empty where the sweep does not say; asked: the preset of
-    the teachers that it is for, preset: that of the method which it starts from; empty where there is none; presets: all that the method has."""
+    the teachers that it is for, preset: that of the method which it starts from; empty where there is none; presets: all that the method has;
+    by_width: settings that presets have otherwise at other bit widths of the sweep."""
 
     method: str
     version: int
@@ -75,6 +77,7 @@ class Variant:
     asked: str
     preset: str
     presets: list[str]
+    by_width: list[str]
 
     @classmethod
     def of(cls, found: Configured, tasks: Collection[Task]) -> Variant:
@@ -103,6 +106,7 @@ class Variant:
             asked=found.asked,
             preset=found.preset,
             presets=list(method.Config.presets),
+            by_width=found.by_width,
         )
 
 
@@ -172,6 +176,8 @@ def _variants(key: str, given: Entry, asked: str, sweep: Sweep, protocol: Protoc
         by_preset.setdefault(preset_of(method.Config.presets, preset or asked, width), []).append(width)
     budget = {k: v for k, v in sweep.budget.given().items() if k in fields}
     axes = {k: v if _spans(v, fields[k].annotation) else [v] for k, v in settings.items() if k in fields}
+    sets = [method.Config.presets.get(own, {}) for own in by_preset]
+    by_width = sorted({k for k in itertools.chain(*sets) if any(k not in s or s[k] != sets[0].get(k) for s in sets)} - {*axes, *budget})
     variants = []
     for (own, bits), values in itertools.product(by_preset.items(), itertools.product(*axes.values())):
         base, chosen = method.Config.presets.get(own, {}) | budget, dict(zip(axes, values, strict=True))
@@ -187,7 +193,7 @@ def _variants(key: str, given: Entry, asked: str, sweep: Sweep, protocol: Protoc
         changed |= {k: Path(path).name for k, path in files_of(config).items() if k in changed}
         widths = problems.catch(key, partial(method.widths, config, bits))
         label = problems.catch(f"{key}.label", partial(_label, named.get("label", ""), config))
-        variants.append(Configured(method, config, changed, widths or [], label or "", named.get("group", ""), asked, own))
+        variants.append(Configured(method, config, changed, widths or [], label or "", named.get("group", ""), asked, own, by_width))
     if "label" in named and len({(v.name, v.preset) for v in variants}) < len(variants):
         problems.add(
             f"{key}.label", f"{named['label']!r}: {len(variants)} variants would have it: put settings into it, like {{{next(iter(axes), 'epochs')}}}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,11 +19,16 @@ def batch_norm_loss(answer: Observation) -> Tensor:
     """
     means, variances = zip(*answer.statistics(), strict=True)
     targets = [(bn.running_mean, bn.running_var) for bn in answer.batch_norms]
-    # one tensor over all layers; each channel weighs 1 / (L c_l)
-    weights = torch.cat([m.new_full(m.shape, 1.0 / (len(means) * m.numel())) for m in means])
+    weights = _channel_weights(tuple(m.numel() for m in means), means[0].dtype, means[0].device)
     mean_error = torch.cat(means) - torch.cat([t[0] for t in targets])  # type: ignore[misc]
     variance_error = torch.cat(variances) - torch.cat([t[1] for t in targets])  # type: ignore[misc]
     return ((mean_error.square() + variance_error.square()) * weights).sum()
+
+
+@functools.cache
+def _channel_weights(channels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of all layers in one tensor: each channel weighs 1 / (L c_l). Kept, since making it anew would be a kernel for each layer in every step."""
+    return torch.cat([torch.full((count,), 1.0 / (len(channels) * count), dtype=dtype, device=device) for count in channels])
 
 
 def distillation_loss(logits: Tensor, labels: Tensor, teacher_logits: Tensor, temperature: float, kd_weight: float = 1.0) -> Tensor:

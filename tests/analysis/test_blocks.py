@@ -17,7 +17,8 @@ from dfqbench.analysis.records import read_store
 from dfqbench.analysis.tables.blocks import Block, Row, blocks
 from dfqbench.analysis.tables.formats import html, markdown
 from dfqbench.analysis.tables.latex import latex
-from dfqbench.analysis.tables.printed import means_frame, names_of, notes_of, ranking, texts_of
+from dfqbench.analysis.tables.means import means_frame, ranking
+from dfqbench.analysis.tables.printed import names_of, notes_of, texts_of
 from dfqbench.store import Store
 
 RULES = {"ranges": "ema", "batch_norm": "fixed"}
@@ -354,3 +355,16 @@ def test_a_terminal_of_any_width_cuts_no_number(found: list[Block], width: int) 
 def test_a_setting_that_is_a_list_is_not_taken_for_a_numbered_row() -> None:
     (block,) = blocks([result("gdfq(milestones=[1,2])")])
     assert not [note for note in notes_of(block) if note.startswith("[1], [2]")]
+
+
+def test_what_a_preset_has_for_each_width_is_one_row_and_told() -> None:
+    def at(bits: str, mixed: int, **changes: Any) -> dict[str, Any]:
+        return result("qimera", bits, cell__identity__config={"batch_size": 64, "mixed_classes": mixed}, **changes)
+
+    given = [("w5a5", 100), ("w4a4", 500), ("w3a3", 500)]
+    (apart,) = blocks([at(bits, mixed) for bits, mixed in given])
+    assert [row.label for row in apart.rows] == ["qimera [1]", "qimera [2]"]
+    (together,) = blocks([at(bits, mixed, cell__by_width=["mixed_classes"]) for bits, mixed in given])
+    (row,) = together.rows
+    assert set(row.entries) == {"w5a5", "w4a4", "w3a3"}
+    assert "by bit width, as its preset has it: qimera mixed_classes 100 (w5a5), 500 (w4a4, w3a3)" in notes_of(together)

@@ -251,6 +251,17 @@ def test_a_label_stays_and_says_what_all_share() -> None:
     assert found == {"m(a=1, b=1)": "mine | a=1", "m(a=1, b=2, cc=3)": "m(b=2, cc=3) | a=1"}
 
 
+def test_a_note_says_whose_seeds_are_not_all_of_their_noise(reading: Reading) -> None:
+    (block,) = blocks([*reading.results, *reading.unfinished])
+    about = "images are optimised for hundreds of steps"
+    for row in block.rows:
+        row.settings["config"] = {"synthesis_iterations": 20}
+    assert not any(note.startswith(about) for note in notes_of(block))
+    block.rows[0].settings["config"] = {"synthesis_iterations": 300}
+    (note,) = [note for note in notes_of(block) if note.startswith(about)]
+    assert note.endswith(f": {block.rows[0].method}")
+
+
 def test_the_note_says_what_the_names_leave_out(reading: Reading) -> None:
     (block,) = blocks([*reading.results, *reading.unfinished])
     row: Row = block.rows[0]

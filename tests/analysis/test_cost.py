@@ -19,7 +19,8 @@ from dfqbench.analysis.records import read_store
 from dfqbench.analysis.report.report import page
 from dfqbench.analysis.tables.blocks import blocks
 from dfqbench.analysis.tables.cells import load_frame
-from dfqbench.analysis.tables.printed import means_frame, names_of, notes_of, texts_of
+from dfqbench.analysis.tables.means import means_frame
+from dfqbench.analysis.tables.printed import names_of, notes_of, texts_of
 from dfqbench.store import Store
 
 CPU = {"device_name": "a CPU", "device": "cpu", "host": "one", "threads": 1}

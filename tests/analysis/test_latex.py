@@ -21,8 +21,9 @@ from dfqbench.analysis.records import read_store
 from dfqbench.analysis.tables.blocks import Block, blocks
 from dfqbench.analysis.tables.choice import Choice, Columns
 from dfqbench.analysis.tables.latex import PACKAGES, escaped, latex
+from dfqbench.analysis.tables.means import ranking
 from dfqbench.analysis.tables.papers import bibliography, papers
-from dfqbench.analysis.tables.printed import Tables, arranged, ranking
+from dfqbench.analysis.tables.printed import Tables, arranged
 from dfqbench.analysis.tables.wide import side_by_side
 from dfqbench.analysis.tables.without_data import agreements
 from dfqbench.method.registry import built_in_names, find_method
@@ -51,7 +52,7 @@ def line_of(text: str, name: str) -> list[str]:
 def test_the_studys_table_is_a_papers(study: list[Block]) -> None:
     text = latex(study[:1])
     assert r"\caption{Top-1 accuracy (\%) of resnet20-jpeg (87.44 \% in full precision) on cifar10-jpeg, protocol lineage, fp32.}" in text
-    assert re.findall(r"\\label\{(.*)\}", text) == ["tab:cifar10-jpeg-resnet20-jpeg-lineage-fp32"]
+    assert re.findall(r"\\label\{(.*?)\}", text) == ["tab:cifar10-jpeg-resnet20-jpeg-lineage-fp32"]
     assert re.findall(r"\\shortstack\{(.*?)\}", text) == ["W4/A4", "W3/A3"]
     assert all(rf"\{rule}rule" in text for rule in ("top", "mid", "bottom"))
     assert text.index(r"\end{tabular}") < text.index(r"\begin{tablenotes}") < text.index(r"\item[] Bold: ") < text.index(r"\end{threeparttable}")
@@ -87,7 +88,7 @@ def test_points_stand_below_points() -> None:
 
 def test_two_tables_have_two_labels() -> None:
     found = blocks([result(), result(cell__identity__protocol={"ranges": "ema", "batch_norm": "fixed", "first_bits": 8})])
-    labels = re.findall(r"\\label\{(.*)\}", latex(found))
+    labels = re.findall(r"\\label\{(.*?)\}", latex(found))
     assert len(set(labels)) == 2
 
 

@@ -13,7 +13,7 @@ from dfqbench.analysis.per_image import PerImage
 from dfqbench.analysis.records import read_store
 from dfqbench.analysis.tables.blocks import blocks
 from dfqbench.analysis.tables.formats import markdown
-from dfqbench.analysis.tables.printed import ranking
+from dfqbench.analysis.tables.means import ranking
 from dfqbench.files import write_json
 from dfqbench.store import Store
 

@@ -22,7 +22,7 @@ from dfqbench.analysis.plots.figures import files, prepare
 from dfqbench.analysis.plots.kinds import KINDS, draw
 from dfqbench.analysis.plots.layout import extent, spread, wrapped_to
 from dfqbench.analysis.plots.names import brief_names
-from dfqbench.analysis.plots.scatter import Point, front_of
+from dfqbench.analysis.plots.scatter import Point, Scatter, front_of, scatters
 from dfqbench.analysis.plots.style import DPI, WIDTHS, Style, settings
 from dfqbench.analysis.plots.ticks import plain, ticks
 from dfqbench.analysis.records import read_store
@@ -282,3 +282,17 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
     at = {"cheap": (1.0, 60.0), "beaten": (5.0, 59.0), "better": (10.0, 70.0), "partial": (20.0, 99.0), "best": (30.0, 80.0)}
     points = [Point(name, PLAIN, x, x, y, ranked=name != "partial") for name, (x, y) in at.items()]
     assert [point.name for point in front_of(points)] == ["cheap", "better", "best"]
+
+
+def test_what_lies_below_the_axis_is_named_at_its_edge() -> None:
+    """Also two points of one name and value, and no more than there is room for."""
+    near = [Point(f"row {i}", PLAIN, 10.0 + i, 10.0 + i, 80.0 + i / 10) for i in range(200)]
+    for count in (3, 50):
+        far = [Point("far", PLAIN, 1.0 + 4 * i, 1.0 + 4 * i, 12.0) for i in range(count)]
+        with settings():
+            (figure,) = scatters([Scatter("net", "seconds", [*near, *far], 101.0)], WIDTHS["column"], "top-1 (%)", [])
+            assert figure.axes[0].get_ylim()[0] > 12.0
+            names = said(figure).count("far: 12.0")
+            assert names == 3 if count == 3 else 3 < names < count
+            assert sum(line.get_marker() == 7 for line in figure.axes[0].lines) == count
+            check(figure)

@@ -23,7 +23,8 @@ from dfqbench.analysis.tables.blocks import Block, blocks
 from dfqbench.analysis.tables.choice import Choice, Columns
 from dfqbench.analysis.tables.formats import html, markdown
 from dfqbench.analysis.tables.latex import latex
-from dfqbench.analysis.tables.printed import arranged, means_frame, names_of, notes_of, texts_of
+from dfqbench.analysis.tables.means import means_frame
+from dfqbench.analysis.tables.printed import arranged, names_of, notes_of, texts_of
 from dfqbench.analysis.tables.wide import WideTable, side_by_side
 from dfqbench.errors import UserError
 from dfqbench.store import Store

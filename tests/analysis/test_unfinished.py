@@ -28,7 +28,8 @@ from dfqbench.analysis.tables.blocks import Block, blocks
 from dfqbench.analysis.tables.cells import load_frame
 from dfqbench.analysis.tables.formats import html, markdown
 from dfqbench.analysis.tables.latex import latex
-from dfqbench.analysis.tables.printed import means_frame, names_of, notes_of, ranking, texts_of
+from dfqbench.analysis.tables.means import means_frame, ranking
+from dfqbench.analysis.tables.printed import names_of, notes_of, texts_of
 from dfqbench.analysis.tables.terminal import print_tables
 from dfqbench.analysis.tables.wide import side_by_side
 from dfqbench.errors import UserError

@@ -24,7 +24,8 @@ from dfqbench.analysis.tables.blocks import blocks
 from dfqbench.analysis.tables.choice import Choice, Columns
 from dfqbench.analysis.tables.formats import html, markdown
 from dfqbench.analysis.tables.latex import latex
-from dfqbench.analysis.tables.printed import Written, means_frame, names_of, notes_of, texts_of
+from dfqbench.analysis.tables.means import means_frame
+from dfqbench.analysis.tables.printed import Written, names_of, notes_of, texts_of
 from dfqbench.analysis.tables.terminal import print_tables
 from dfqbench.analysis.tables.wide import side_by_side
 from dfqbench.analysis.tables.without_data import agreements, nats

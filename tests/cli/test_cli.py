@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from dfqbench.store import Lease
+from dfqbench.sweep.cell import ENGINE_VERSION
 
 SweepFile = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -65,7 +66,9 @@ def test_run_leaves_a_complete_record_and_does_nothing_the_second_time(dfqbench:
     assert {p: p.stat().st_mtime_ns for p in results.glob("runs/**/*")} == before
 
 
-def test_plan_says_what_is_done_missing_stale_running_and_failed(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path) -> None:
+def test_plan_says_what_is_done_missing_stale_running_and_failed(
+    dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = tmp_path / "r"
     methods = [{"round": {"n": 3.0}}]
     assert "2 missing" in dfqbench("plan", sweep_file(methods=methods), "--results", results)[1]
@@ -73,9 +76,15 @@ def test_plan_says_what_is_done_missing_stale_running_and_failed(dfqbench: Run, 
     assert dfqbench("run", sweep_file(methods=methods), "--results", results)[0] == 0
     assert "2 done" in dfqbench("plan", sweep_file(methods=methods), "--results", results)[1]
 
-    _, out, _ = dfqbench("plan", sweep_file(methods=methods, protocol={"first_bits": 8}), "--results", results)
+    with monkeypatch.context() as later:
+        later.setattr("dfqbench.sweep.cell.ENGINE_VERSION", ENGINE_VERSION + 1)
+        _, out, _ = dfqbench("plan", sweep_file(methods=methods), "--results", results)
     assert "2 stale" in out
-    assert "stale (finished with protocol.first_bits None, now 8)" in out
+    assert f"stale (finished with engine {ENGINE_VERSION}, now {ENGINE_VERSION + 1})" in out
+    for other in ({"protocol": {"first_bits": 8}}, {"protocol": "hardware"}, {"precision": "bf16"}):
+        _, out, _ = dfqbench("plan", sweep_file(methods=methods, **other), "--results", results)
+        assert "2 missing" in out, "another experiment, in a table of its own"
+        assert "stale" not in out
 
     (cell,) = {r["id"] for r in results_of(results) if r["cell"]["bits"] == "w4a4"}
     (results / "runs" / cell / "result.json").unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 import yaml
 
-from dfqbench.cli import app as cli
 from dfqbench.data import find_set, own
 from dfqbench.method import registry
 from dfqbench.method.registry import find_method, load_plugin
@@ -127,11 +125,21 @@ def test_its_yaml_is_valid(tmp_path: Path) -> None:
     assert find_method(name).Config(**settings).host_identity["mixing"] == 0.7
 
 
-def test_committed_results_stand_in_a_table_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for folder in ("runs", "teachers"):
-        shutil.copytree(ROOT / "results" / "reference" / "cifar10-jpeg" / folder, tmp_path / "my-results" / folder)
-    monkeypatch.setattr(sys, "argv", ["dfqbench", "table", "--results", str(tmp_path / "my-results")])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert not end.value.code
-    assert "gdfq" in capsys.readouterr().out
+@pytest.mark.slow
+def test_committed_results_stand_in_a_table_of_ones_own(tmp_path: Path, dfqbench: Callable[..., tuple[int, str, str]]) -> None:
+    """The guide's sweep asks for the cells of the reference: what is in its store is done, and an own method's row comes into its table."""
+    (text,) = blocks("yaml", "name: comparison")
+    reference, content = ROOT / "results" / "reference" / "digits", yaml.safe_load(text)
+    content["teachers"][0]["weights"] = str(ROOT / content["teachers"][0]["weights"])
+    (tmp_path / "wide.py").write_text(blocks("python", "wide-round")[0])
+    content |= {"methods": ["wide-round", "round", "gdfq"], "plugins": [str(tmp_path / "wide.py")]}
+    (tmp_path / "comparison.yaml").write_text(yaml.safe_dump(content))
+    assert dfqbench("merge", reference, "--results", tmp_path / "my-results")[0] == 0
+    there = set((tmp_path / "my-results" / "runs").iterdir())
+    code, said, _ = dfqbench("run", tmp_path / "comparison.yaml", "--results", tmp_path / "my-results")
+    assert (code, "2 cells to run, 8 already done" in said) == (0, True), said
+    assert len(set((tmp_path / "my-results" / "runs").iterdir()) - there) == 2
+    code, said, _ = dfqbench("table", "--results", tmp_path / "my-results")
+    assert code == 0
+    assert said.count(" on digits (599 images)") == 1, "one table"
+    assert "wide-round" in said

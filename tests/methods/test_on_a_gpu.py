@@ -4,7 +4,7 @@ kernel, an interrupted run and replayed steps end with the same bits. What such 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from dfqbench.engine.device import settings_kept, use_device
 from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.method.contract import Phase
 from dfqbench.method.registry import built_in_names, find_method
@@ -62,13 +63,15 @@ def gpu() -> Iterator[PretendedCuda]:
     torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
-def started(case: str, precision: str, gpu: PretendedCuda) -> Lockstep:
-    """Before its first step; what is noted in steps begins with their phase."""
+def started(case: str, precision: str, gpu: PretendedCuda | None = None) -> Lockstep:
+    """Before its first step; what a pretended GPU notes in steps begins with their phase."""
     name, settings = CASES[case]
     fields, method = find_method(name).Config.model_fields, find_method(name)
     trial = Trial(method, {k: v for k, v in BUDGET.items() if k in fields} | settings)
     lockstep = trial.start(bits=("w4a4", "w3a3")[: 1 + method.info.shares_synthesis], task=small_task(size=16), device=torch.device("cuda"))
     lockstep.autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
+    if gpu is None:
+        return lockstep
     step = lockstep.step
 
     def noted(phase: Phase, calibrating: bool) -> None:
@@ -87,6 +90,40 @@ def through_a_file(state: dict[str, Any]) -> Any:
     return torch.load(buffer, map_location="cpu", weights_only=True)
 
 
+def same_bits_come_out(start: Callable[[], Lockstep], whole: Lockstep) -> None:
+    """Interrupted and resumed through a file, and, where the method's steps are all alike, replayed."""
+    ends = ends_of(whole)
+    if whole.steps:
+        first, second = start(), start()
+        with suppress(Interrupted):
+            first.run(StopAfter(whole.steps // 2))
+        second.restore(through_a_file(first.state()))
+        second.run(StopAfter())
+        assert ends_of(second) == ends, "interrupted and resumed"
+    if whole.method.static_step:
+        replayed, said = start(), list[str]()
+        replayed.replay_steps(said.append)
+        replayed.run(StopAfter())
+        assert said == []
+        assert replayed.parts.replayed > 0
+        assert ends_of(replayed) == ends, "replayed"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is visible here")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_real_gpu_the_same_bits_come_out(case: str, precision: str) -> None:
+    with settings_kept():
+        use_device("cuda")
+        whole, again = started(case, precision), started(case, precision)
+        whole.run(StopAfter())
+        again.run(StopAfter())
+        assert all(trainee.failed is None and trainee.evaluation is not None for trainee in whole.trainees)
+        assert ends_of(again) == ends_of(whole), "run twice"
+        same_bits_come_out(lambda: started(case, precision), whole)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", CASES)
@@ -100,21 +137,7 @@ def test_a_method_runs_on_a_gpu_without_waiting_and_the_same_bits_come_out(case:
     assert [wait for wait in gpu.waits if wait.startswith("in a step") and allowed not in wait] == []
     if case in WAITS:
         assert any(allowed in wait for wait in gpu.waits), "it waits no more: take it out of WAITS"
-    ends = ends_of(whole)
-    if whole.steps:
-        first, second = started(case, precision, gpu), started(case, precision, gpu)
-        with suppress(Interrupted):
-            first.run(StopAfter(whole.steps // 2))
-        second.restore(through_a_file(first.state()))
-        second.run(StopAfter())
-        assert ends_of(second) == ends, "interrupted and resumed"
-    if whole.method.static_step:
-        replayed, said = started(case, precision, gpu), list[str]()
-        replayed.replay_steps(said.append)
-        replayed.run(StopAfter())
-        assert said == []
-        assert replayed.parts.replayed > 0
-        assert ends_of(replayed) == ends, "replayed"
+    same_bits_come_out(lambda: started(case, precision, gpu), whole)
     assert dict(gpu.mixtures) == {}
 
 

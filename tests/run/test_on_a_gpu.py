@@ -7,6 +7,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ import pytest
 import torch
 from pretended_cuda import PretendedCuda
 from torch import Tensor, nn
+from torch.nn import functional
 
+from dfqbench import Batch, Student
 from dfqbench.data import Images
-from dfqbench.engine.device import check_device, use_device
+from dfqbench.engine.device import check_device, settings_kept, use_device
 from dfqbench.engine.evaluate import evaluate
 from dfqbench.engine.lockstep import Lockstep
 from dfqbench.errors import UserError
-from dfqbench.method.registry import find_method
+from dfqbench.method.registry import find_method, register
 from dfqbench.run.agreement import agreement
+from dfqbench.run.rehearsal import small
 from dfqbench.store.provenance import provenance
-from dfqbench.testing import Trial, small_images, small_task, small_teacher
+from dfqbench.testing import BUDGET, Trial, small_images, small_task, small_teacher
 
 SweepFile = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -34,15 +38,8 @@ Run = Callable[..., tuple[int, str, str]]
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCuda]:
     """A pretended GPU; torch's global settings are afterwards as they were."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
-    deterministic = torch.use_deterministic_algorithms  # a test may replace it
-    flags = [(torch.backends.cudnn, name) for name in ("allow_tf32", "deterministic", "benchmark")] + [(torch.backends.cuda.matmul, "allow_tf32")]
-    before, fills = [getattr(place, name) for place, name in flags], torch.utils.deterministic.fill_uninitialized_memory
-    with PretendedCuda() as device:
+    with settings_kept(), PretendedCuda() as device:
         yield device
-    for (place, name), value in zip(flags, before, strict=True):
-        setattr(place, name, value)
-    deterministic(False)
-    torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 @pytest.mark.parametrize(
@@ -142,6 +139,51 @@ def test_a_bundle_that_does_not_fit_says_what_to_lower(dfqbench: Run, sweep_file
     dfqbench("run", sweep_file(), "--results", tmp_path / "r")
     said = "CUDA out of memory. Tried to allocate 2.00 GiB: lower batch_size (8) or fewer bit widths at once (2 trained side by side)"
     assert [(failure["kind"], failure["message"]) for failure in failures(tmp_path / "r")] == [("OutOfMemoryError", said)] * 2
+
+
+class Samples(find_method("gdfq")):  # type: ignore[misc]
+    """Looks at its images through a sampling grid, in training alone."""
+
+    def distill(self, student: Student, batch: Batch) -> Tensor:
+        grid = self.grid.expand(len(batch.images), -1, -1, -1)
+        seen = functional.grid_sample(self.scale * batch.images, grid, align_corners=False)
+        return super().distill(student, Batch(seen, batch.labels, batch.teacher_logits))
+
+    def setup(self) -> None:
+        super().setup()
+        ticks = torch.linspace(-1, 1, self.task.size)
+        self.grid = torch.stack(torch.meshgrid(ticks, ticks, indexing="xy"), 2)
+        self.scale = torch.ones(()).requires_grad_()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["run", "select"])
+def test_what_has_no_deterministic_kernel_is_named_before_the_first_step(
+    gpu: PretendedCuda, dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, command: str
+) -> None:
+    if command == "run":
+        register("samples", paper="x", fidelity="paper", shares_synthesis=True)(Samples)
+    quick = {"warmup_epochs": 1, "calibration_epochs": 1}
+    images = {"images": {"gznq": {"images": 16, "synthesis_batch": 8, "synthesis_iterations": 2, "confidence": 0.0}}, "count": 12, "seed": 9}
+    file = sweep_file(methods=[{"samples": quick}, {"gdfq": quick}], bits=["w4a4"], selection=images)
+    code, out, _ = dfqbench(command, file, "--results", tmp_path / "r", "--device", "cuda")
+    told = "samples: grid_sampler_2d_backward has no deterministic kernel on a GPU: the same settings need not give the same bits again"
+    assert (code, out.count("has no deterministic kernel"), out.count(told)) == (0, 1, 1)
+    if command == "run":
+        results = [json.loads(path.read_text()) for path in (tmp_path / "r").glob("runs/*/result.json")]
+        assert {r["cell"]["method"]: r["provenance"]["deterministic"] for r in results} == {"samples": False, "gdfq": True}
+        log = next(p for p in (tmp_path / "r").glob("runs/*/log.txt") if "samples" in p.read_text()).read_text()
+        assert log.index("no deterministic kernel") < log.index("started, 12 steps")
+
+
+@pytest.mark.parametrize("name", ["gdfq", "ait", "gznq", "lrq", "zeroq", "zaq", "round"])
+def test_what_is_rehearsed_takes_seconds_whatever_the_settings(name: str) -> None:
+    cell = Trial(find_method(name), {"epochs": 1000} if "epochs" in find_method(name).Config.model_fields else None).start().bundle.cells[0]
+    long = replace(cell, config=find_method(name).Config().model_dump(mode="json"))
+    quick = small(long)
+    assert quick is not None
+    phases = find_method(name)(small_teacher(small_task()), find_method(name).Config(**quick.config), 0).phases() if name != "lrq" else []
+    assert sum(phase.epochs * (phase.iterations or BUDGET["iterations"]) for phase in phases) <= 30
 
 
 class OutOfMemory(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 
 from dfqbench.errors import UserError, UserErrors
 from dfqbench.store.cache import cache_folder
-from dfqbench.sweep.cell import bundles, canonical_json, fingerprint
+from dfqbench.sweep.cell import bundles, coordinates_of, fingerprint
 from dfqbench.sweep.config_file import find_config, text_digest
 from dfqbench.sweep.load import load_sweep
 
@@ -199,6 +199,7 @@ def test_a_preset_is_the_networks_own_and_that_for_the_bits_where_there_is_one(s
     assert [mixed[i, "ait", "w5a5"] for i in range(3)] == [100, 25, 250]
     presets = [found[0, "qimera", "w5a5"].preset, found[0, "ait", "w4a4"].preset, found[1, "gdfq", "w4a4"].preset, found[1, "round", "w4a4"].preset]
     assert presets == ["imagenet-resnet50-w5", "imagenet-resnet50", "imagenet", ""]
+    assert [found[i, "qimera", "w4a4"].record().get("by_width") for i in range(3)] == [["mixed_classes"], ["mixed_classes"], None]
     assert found[0, "qimera", "w5a5"].label == found[0, "qimera", "w4a4"].label == "qimera", "one row"
     assert loaded.selection is not None
     assert [c.config["mixed_classes"] for c in loaded.selection.cells] == [100, 50, 100]
@@ -296,5 +297,4 @@ def test_what_is_put_together_of_parts_is_the_canonical_text(sweep_file: SweepFi
     assert len(loaded.cells) == 14
     for cell in loaded.cells:
         assert cell.id == fingerprint(cell.identity())
-        where = [cell.method, cell.changed, cell.teacher.weights_sha256, cell.evaluation.digest, str(cell.bits), cell.seed]
-        assert cell.coordinates == canonical_json(where)
+        assert cell.coordinates == coordinates_of(cell.record())

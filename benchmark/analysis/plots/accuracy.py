@@ -74,15 +74,16 @@ def over_widths(drawn: Drawn) -> list[Figure]:
 
 
 def _over_widths(drawn: Drawn, block: Block, row: Row, aside: float | None) -> Curve:
-    """From the widest width; what diverged is in the name. aside: from the middle, so that intervals do not hide each other; None: without them."""
+    """From the widest width. aside: how far from the middle, so that intervals do not hide each other; None: without them."""
     there = [(i + 0.12 * (aside or 0.0), row.entries[width]) for i, width in enumerate(block.widths) if width in row.entries]
     lost = "".join(f", {width.upper()} {what}" for width, what in row.lost.items())
     return Curve(
-        drawn.brief[row.label] + lost,
+        drawn.brief[row.label],
         drawn.look[row.label],
         [x for x, _ in there],
         [entry.mean for _, entry in there],
         [ends_of(entry) for _, entry in there] if aside is not None else [],
         faint=bool(row.lost),
         marker=drawn.look[row.label].marker,
+        lost=lost,
     )

@@ -139,7 +139,7 @@ class Labels:
                 end = float(np.clip(at[0], box[0], box[2])), float(np.clip(at[1], box[1], box[3]))
                 leader = (*at, *end) if distance > BESIDE else None
                 if self._free(box, leader, over):
-                    self._write(box, text, color, leader)
+                    self.write(box, text, color, leader)
                     return True
         return False
 
@@ -152,9 +152,8 @@ class Labels:
         in_its_way = [*self.taken, *(marker for marker in self.markers if not over and leader and not _inside(leader[:2], marker))]
         return not (leader and any(_crosses(leader, other) for other in in_its_way))
 
-    def _write(self, box: Box, text: str, color: str, leader: Box | None) -> None:
-        from matplotlib.patheffects import withStroke
-
+    def write(self, box: Box, text: str, color: str, leader: Box | None = None) -> None:
+        """In the middle of the box, which is then taken."""
         wide, high = self.size
         self.taken.append(box)
         if leader:
@@ -163,7 +162,8 @@ class Labels:
             self.ax.plot(xs, ys, color=color, lw=0.4, alpha=0.7, transform=self.ax.transAxes, zorder=1.5, label="_leader")
         middle = (box[0] + box[2]) / 2 / wide, (box[1] + box[3]) / 2 / high
         look: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": SMALL, "color": color, "zorder": 6}
-        self.ax.text(*middle, text, transform=self.ax.transAxes, path_effects=[withStroke(linewidth=1.4, foreground="white")], **look)
+        look["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0}  # the grid is behind it
+        self.ax.text(*middle, text, transform=self.ax.transAxes, **look)
 
 
 def _reach(toward: Any) -> Any:

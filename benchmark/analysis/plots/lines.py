@@ -24,7 +24,7 @@ NARROWEST = 230.0  # points: of a panel with its names
 
 @dataclass(frozen=True)
 class Curve:
-    """ends: intervals of the points. last: whether it is only means of what did not diverge. rings: points (x, y) to mark."""
+    """ends: intervals of the points. faint: whether it is only means of what did not diverge. lost: what did. rings: points (x, y) to mark."""
 
     name: str
     style: Style
@@ -34,6 +34,7 @@ class Curve:
     faint: bool = False
     rings: Sequence[tuple[float, float]] = ()
     marker: str = ""
+    lost: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def line_panels(panels: list[Panel], width: float, said: list[str]) -> list[Figu
 def _ends(panel: Panel, wide: float) -> list[tuple[str, float | None, float, str]]:
     """(what is written at the right, where its line ends: x or None for the edge, y; colour)"""
     low = _limits(panel)[0]
-    names = [curve.name + (f": {curve.ys[-1]:.1f}" if curve.ys[-1] < low else "") for curve in panel.curves]
+    names = [curve.name + (f": {curve.ys[-1]:.1f}" if curve.ys[-1] < low else "") + curve.lost for curve in panel.curves]
     found = [(wrapped_to(name, 0.36 * wide), curve.xs[-1], curve.ys[-1], curve.style.ink) for name, curve in zip(names, panel.curves, strict=True)]
     return [*found, *([(f"teacher {panel.teacher:.1f}", None, panel.teacher, GREY)] if np.isfinite(panel.teacher) else [])]
 

@@ -78,18 +78,9 @@ def scatters(panels: Sequence[Scatter], width: float, ylabel: str, said: list[st
 
 
 def _draw(ax: Axes, panel: Scatter) -> None:
-    floor = floor_of([point.y for point in panel.points])
-    kept = [point.y for point in panel.points if point.y >= floor] + [panel.teacher] * bool(np.isfinite(panel.teacher))
-    margin = max(0.06 * (max(kept) - min(kept)), 0.5)  # two decimals of its ticks would say nothing
-    beyond = [point for point in panel.points if point.y < floor]
-    tall, under = ax.bbox.height * 72 / ax.figure.dpi, STEP * len(beyond) + 4
-    a_point = (max(kept) - min(kept) + 2 * margin) / (tall - under)
-    ax.set_ylim(min(kept) - margin - a_point * under * bool(beyond), max(kept) + max(margin, 9.5 * a_point))
-    ax.set_xscale("log")
-    ax.set_xlim(_limits([x for point in panel.points for x in (point.low, point.high)]))
-    set_ticks(ax.xaxis, *ax.get_xlim(), 6)
-    ax.locator_params(axis="y", nbins=6)
-    labels = Labels(ax)
+    labels, floor = Labels(ax), floor_of([point.y for point in panel.points])
+    there, beyond = ([point for point in panel.points if (point.y < floor) == below] for below in (False, True))
+    _set_axes(ax, panel, there, len(beyond), labels.size[1])
     if np.isfinite(panel.teacher):
         _teacher(ax, panel.teacher, labels)
     front = front_of(panel.points)
@@ -99,7 +90,6 @@ def _draw(ax: Axes, panel: Scatter) -> None:
         ax.step(ends, steps, where="post", color="#aaaaaa", lw=0.9, zorder=1)
         labels.occupy_line([x for pair in pairwise(ends) for x in pair], [y for y in steps[:-1] for _ in range(2)])
     _beyond(ax, beyond, labels)
-    there = [point for point in panel.points if point.y >= floor]
     for point in there:
         _mark(ax, point)
         labels.occupy_line([point.low, point.high], [point.y] * 2)
@@ -111,22 +101,41 @@ def _draw(ax: Axes, panel: Scatter) -> None:
     _above(ax, panel.above, labels)
 
 
+def _set_axes(ax: Axes, panel: Scatter, there: Sequence[Point], beyond: int, tall: float) -> None:
+    """Limits and ticks, with room below for the names of what lies beyond and above for the teacher's."""
+    values = [point.y for point in there] + [panel.teacher] * bool(np.isfinite(panel.teacher))
+    low, high, under = min(values), max(values), (STEP * min(beyond, _places(tall)) + 4) * bool(beyond)
+    margin = max(0.06 * (high - low), 0.5)  # two decimals of its ticks would say nothing
+    a_point = (high - low + 2 * margin) / (tall - under)
+    ax.set_ylim(low - margin - a_point * under, high + max(margin, 9.5 * a_point))
+    ax.set_xscale("log")
+    ax.set_xlim(_limits([x for point in panel.points for x in (point.low, point.high)]))
+    set_ticks(ax.xaxis, *ax.get_xlim(), 6)
+    ax.locator_params(axis="y", nbins=6)
+
+
+def _places(tall: float) -> int:
+    """For names of what lies below an axis so tall: not in its upper half."""
+    return int(tall / 2 // STEP)
+
+
 def _beyond(ax: Axes, points: Sequence[Point], labels: Labels) -> None:
-    """Arrows at the lower edge, each with a name and a value at a height of its own, on the side where there is room."""
+    """Arrows at the lower edge, each with a name and a value at a height of its own, to the left where there is room."""
     if not points:
         return
     (wide, high), bottom = labels.size, ax.get_ylim()[0]
-    names = {f"{point.name}: {point.y:.1f}": (labels.place(point.high, bottom)[0], point) for point in points}
-    left = min(x - extent(name)[0] for name, (x, _) in names.items()) > 5
-    for i, (name, (x, point)) in enumerate(sorted(names.items(), key=lambda item: item[1][0] if left else -item[1][0])):
-        color, y = point.style.ink, 3 + STEP * (i + 0.5)
+    said = [(f"{point.name}: {point.y:.1f}", labels.place(point.high, bottom)[0], point.style.ink) for point in points]
+    to_the_left = sorted((each for each in said if each[1] - extent(each[0])[0] > 4), key=lambda each: each[1])
+    others = sorted((each for each in said if each not in to_the_left), key=lambda each: -each[1])
+    for i, (name, x, color) in enumerate([*to_the_left, *others]):
+        left, y = i < len(to_the_left), 3 + STEP * (i + 0.5)
         ax.plot(x / wide, 0.0, marker=7, ms=4, color=color, transform=ax.transAxes, clip_on=False, zorder=4)
+        if i >= _places(high):  # no room for more names
+            continue
         ax.plot([x / wide] * 2, [0.0, y / high], color=color, lw=0.4, transform=ax.transAxes, zorder=1.5)
         labels.lines.append((x, 0.0, x, y))
-        look: dict[str, Any] = {"ha": "right" if left else "left", "va": "center_baseline", "fontsize": SMALL, "color": color}
-        ax.text((x - 3 if left else x + 3) / wide, y / high, name, transform=ax.transAxes, **look)
         edge = x - 3 - extent(name)[0] if left else x + 3
-        labels.taken.append((edge, y - STEP / 2, edge + extent(name)[0], y + STEP / 2))
+        labels.write((edge, y - STEP / 2, edge + extent(name)[0], y + STEP / 2), name, color)
 
 
 def _teacher(ax: Axes, top1: float, labels: Labels) -> None:

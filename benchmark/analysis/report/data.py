@@ -82,6 +82,7 @@ class Data:
             "clock": clock,
             **{part: round(r["cpu_seconds" if clock == "CPU" else "seconds"][part], 3) for part in ("own", "shared")},
             **_size(r),
+            **({"warnings": [f"{sign['text']} (epoch {sign['epoch']})" for sign in r["warnings"]]} if r.get("warnings") else {}),
             "curve": curve,
             "provenance": self._share({k: v for k, v in r["provenance"].items() if v is not None}),
             "recipe": self._share(recipe(r)),

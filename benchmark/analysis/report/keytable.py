@@ -10,7 +10,8 @@ from dfqbench.analysis.plots.drawn import Drawn
 from dfqbench.analysis.records import said_of
 from dfqbench.analysis.tables.blocks import Block, Row
 from dfqbench.analysis.tables.choice import Choice, Columns
-from dfqbench.analysis.tables.printed import LEFT, arranged, notes_of, texts_of
+from dfqbench.analysis.tables.printed import LEFT, WARNED, arranged, notes_of, texts_of
+from dfqbench.analysis.warning_signs import REASONS
 
 SIZES = ("size", "compression", "weight-bits", "bops")
 OFF = {size.COLUMNS[name].head for name in SIZES[1:]}  # columns that a reader has to ask for
@@ -26,15 +27,12 @@ def arrange(drawn: Drawn, sort: str = "") -> Drawn:
 
 @dataclass(frozen=True)
 class Heading:
-    """kind: by what a reader selects columns; what stands beside every accuracy (`drop`) is one kind. number: set flush right."""
+    """kind: by what a reader selects columns; what stands beside every accuracy (`drop`) is one kind. number: set flush right; off: at first."""
 
     name: str
     kind: str
     number: bool
-
-    @property
-    def off(self) -> bool:
-        return self.kind in OFF
+    off: bool
 
 
 @dataclass(frozen=True)
@@ -110,14 +108,16 @@ def _key_table(block: Block, number: int, said: dict[str, str]) -> KeyTable:
             measured = column in accuracies and ids_of(row, width)
             figures.append(_accuracy(row, width, text, strong, f"{to}.{width}", said) if measured else Figure(text))
         lines.append(Line(row.label + row.mark, row.group, to, figures))
-    return KeyTable(number, block, [_heading(columns[i], block) for i in order], lines, notes_of(block))
+    return KeyTable(number, block, [_heading(columns[i], block, list(texts.iloc[:, i])) for i in order], lines, notes_of(block))
 
 
-def _heading(column: Any, block: Block) -> Heading:
+def _heading(column: Any, block: Block, texts: list[str]) -> Heading:
+    """texts: what stands below it; a column that is for the most part empty is off."""
     group, name = map(str, column)
+    off = name in OFF or 2 * texts.count("-") > len(texts)
     if group not in block.widths:
-        return Heading(name, name, name not in LEFT)
-    return Heading(name.upper(), name, True) if name == group else Heading(f"{name} {group.upper()}", name, True)
+        return Heading(name, name, name not in LEFT, off)
+    return Heading(name.upper(), name, True, False) if name == group else Heading(f"{name} {group.upper()}", name, True, off)
 
 
 def _accuracy(row: Row, width: str, text: str, strong: bool, to: str, said: dict[str, str]) -> Figure:
@@ -129,6 +129,8 @@ def _accuracy(row: Row, width: str, text: str, strong: bool, to: str, said: dict
             more.append(f"95 % interval {interval.low:.2f} to {interval.high:.2f}")
         if against := entry.against_best:
             more.append(f"{against.value:+.2f} against the best, p {against.p:.2g} (Holm)")
+        more += [REASONS[kind] for kind in entry.warnings]
     more += [f"cell {cell_id}: {said[cell_id]}" for cell_id in (lost.ids if lost else ()) if cell_id in said]
-    text, _, under = text.partition(" (" if entry else ", ")  # how many diverged, and when
-    return Figure(text, entry.mean if entry else None, strong, under.removesuffix(")"), "\n".join(more), to)
+    mark = WARNED * text.endswith(WARNED)
+    text, _, under = text.removesuffix(mark).partition(" (" if entry else ", ")  # how many diverged, and when
+    return Figure(text + mark, entry.mean if entry else None, strong, under.removesuffix(")"), "\n".join(more), to)

@@ -21,7 +21,7 @@ from dfqbench.analysis.report.data import Data
 from dfqbench.analysis.report.keytable import arrange, key_tables
 from dfqbench.analysis.tables import formats
 from dfqbench.analysis.tables.blocks import Rule
-from dfqbench.analysis.tables.printed import ranking
+from dfqbench.analysis.tables.means import ranking
 from dfqbench.analysis.tables.without_data import agreements
 from dfqbench.errors import counted
 from dfqbench.quantization.protocol_words import in_words

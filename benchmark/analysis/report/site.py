@@ -18,7 +18,7 @@ from dfqbench.analysis.report.comparisons import bold_means
 from dfqbench.analysis.report.keytable import Heading, KeyTable, Line, arrange, ids_of, key_tables
 from dfqbench.analysis.report.report import render, skipped_of, summary_of, view
 from dfqbench.analysis.tables.blocks import Block, Rule
-from dfqbench.analysis.tables.printed import ranking
+from dfqbench.analysis.tables.means import ranking
 from dfqbench.errors import UserError, counted
 from dfqbench.files import read_json, write_atomically
 

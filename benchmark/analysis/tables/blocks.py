@@ -18,11 +18,11 @@ from dfqbench.analysis.size import Sizes, common_sizes
 from dfqbench.analysis.stats import Estimate, binomial_error
 from dfqbench.analysis.tables.cells import Cell, comparable, told_apart
 from dfqbench.analysis.tables.choice import USUAL, Columns
+from dfqbench.analysis.warning_signs import BELOW_ROUNDING
 
 Rule = Literal["last", "best-on-test"]
 NOT_OF_A_ROW = ("bits", "seed", "teacher", "evaluation", "precision")  # of a cell's identity: they say which column, seed or table it is in
 DECIMALS = 2  # of percentages
-BELOW_ROUNDING = "below"  # a warning
 SHARED = ("teacher", "teacher_top1", "evaluation", "protocol", "shared_rules", "precision")  # what a block has of its cells
 
 
@@ -111,9 +111,10 @@ class Row:
     """One method with its settings and budget. `label` is unique within its table; `mark` refers to a note.
 
     entries: by bit width; of blocks side by side by (index of the block, bit width). lost: the same way, where cells diverged or failed: an entry
-    beside it is the mean of those that are left, and is in no comparison. name: as its cells call it, which others may share. steps: None where no
-    cell says it. settings: its cells' identity without what tells columns and seeds apart. group: see Choice.ordered. left_out: changed settings that
-    its name does not show, as all rows of the method have them. differing: settings in which blocks side by side differ. above: see `worst_first`.
+    beside it is the mean of those that are left, and is in no comparison. name: as its cells call it, which others may share. steps: None where
+    no cell says it. settings: its cells' identity without what tells columns and seeds apart. group: see Choice.ordered. left_out: changed
+    settings that its name does not show, as all rows of the method have them. by_width: settings with their values where its preset has others at
+    other bit widths. differing: settings in which blocks side by side differ. above: see `worst_first`.
     """
 
     label: str
@@ -130,6 +131,7 @@ class Row:
     mark: str
     group: str = ""
     left_out: str = ""
+    by_width: str = ""
     differing: Sequence[str] = ()
     above: float = 0.0
 
@@ -237,8 +239,20 @@ def rows_of(cells: list[Cell], marks: dict[str, str], entry_of: Callable[[list[C
         label, method, fidelity, steps, batch = (own[key] for key in ("method", "plain_method", "fidelity", "steps", "batch"))
         called = {"label": label, "name": label, "mark": marks[own["rules"]], "group": cell.get("group") or "", "left_out": cell.get("left_out", "")}
         asked = {"method": method, "fidelity": fidelity, "steps": steps, "batch": batch, "changed": cell.get("changed", {}), "settings": settings}
-        rows.append(Row(**called, **asked, entries=entries, lost=lost, cost=cost))
+        rows.append(Row(**called, **asked, entries=entries, lost=lost, cost=cost, by_width=_by_width([own, *more])))
     return worst_first(rows), widths
+
+
+def _by_width(cells: list[Cell]) -> str:
+    """`mixed_classes 100 (w5a5), 500 (w4a4, w3a3)`: what the preset of one row's cells has otherwise at other widths."""
+    records = [cell["result"]["cell"] for cell in cells]
+    texts = []
+    for name in sorted({name for record in records for name in record.get("by_width", ())}):
+        widths: dict[str, list[str]] = {}
+        for record in records:
+            widths.setdefault(str(record["identity"]["config"].get(name)), []).append(record["bits"])
+        texts.append(f"{name} " + ", ".join(f"{value} ({', '.join(dict.fromkeys(its))})" for value, its in widths.items()))
+    return "; ".join(texts)
 
 
 def _lost(cells: list[Cell]) -> Lost:

@@ -72,8 +72,9 @@ def comparable(results: list[Any]) -> dict[tuple[Any, ...], list[Cell]]:
     for cell in cells:
         cell |= {"evaluation": sets[cell["digest"]], "teacher": teachers[cell["teacher_key"]]}
         cell["steps"] = steps.get(cell["plan"]) if cell["steps"] is None else cell["steps"]
-        # what makes two cells the same row is everything in their identity but bits and seed
+        # what makes two cells the same row is everything in their identity but bits and seed, and what one preset has for each width
         same = {k: v for k, v in cell["result"]["cell"]["identity"].items() if k not in ("bits", "seed")}
+        same["config"] = {k: v for k, v in same["config"].items() if k not in cell["result"]["cell"].get("by_width", ())}
         cell["settings"] = fingerprint([cell["method"], same, cell["steps"]])
         cell["block"] = tuple(cell[key] for key in KEYS)
     return {key: list(its) for key, its in groupby(sorted(cells, key=lambda cell: cell["block"]), key=lambda cell: cell["block"])}

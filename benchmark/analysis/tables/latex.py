@@ -85,7 +85,7 @@ def _table(table: Table, label: str) -> str:
     notes = "\n".join(rf"\item[] {_sentences([note])}" for note in _notes(table, bold))
     floating = "table*" if small else "table"
     lines = [rf"\begin{{{floating}}}", r"\centering\scriptsize\setlength{\tabcolsep}{3pt}" if small else r"\centering\small"]
-    lines += [rf"\caption{{{escaped(_caption(table))}}}", rf"\label{{{label}}}"]
+    lines += [rf"\caption{{{escaped(_caption(table))}}}", rf"\label{{{label}}}\smallskip"]
     lines += [piece + "\\medskip\n" for piece in pieces[:-1]]
     lines += [r"\begin{threeparttable}", pieces[-1] + r"\begin{tablenotes}[para,flushleft]\footnotesize", notes, r"\end{tablenotes}"]
     return "\n".join([*lines, r"\end{threeparttable}", rf"\end{{{floating}}}"]) + "\n"
@@ -154,9 +154,9 @@ def _aligned(column: pd.Series[str]) -> pd.Series[str]:
         whole, decimals, deviation, more, warning = part
         room = [longest[1][len(decimals) :], longest[2][len(deviation) :] if deviation else longest[2] + longest[3]]
         tail = longest[3][len(more) :] if deviation else ""
-        shown = [whole, decimals, _phantom(room[0]), deviation, more, _phantom(tail)]
         mark = WARNING if warning else rf"\phantom{{{WARNING}}}" if longest[4] else ""
-        return "".join(shown) + (_phantom(room[1]) if not deviation else "") + mark
+        shown = [whole, decimals, _phantom(room[0]), deviation, more, _phantom(tail), mark]
+        return "".join(shown) + (_phantom(room[1]) if not deviation else "")
 
     return pd.Series([padded(text, part) for text, part in zip(column, parts, strict=True)], column.index)
 
@@ -199,4 +199,7 @@ def _tabular(texts: pd.DataFrame, first: str) -> str:
 
 
 def _sentences(notes: Sequence[str]) -> str:
-    return " ".join(escaped(f"{note[:1].upper()}{note[1:]}.") for note in notes)
+    """With widths as in headings, quotes as TeX has them, and what stands between backticks in typewriter letters."""
+    said = [escaped(WIDTH.sub(lambda width: _width(width[0]), f"{note[:1].upper()}{note[1:]}.")) for note in notes]
+    quoted = [re.sub(r"(?<!\w)'([^']*)'(?!\w)", r"`\1'", text) for text in said]
+    return " ".join(re.sub(r"\\textasciigrave\{\}(.*?)\\textasciigrave\{\}", r"\\texttt{\1}", text) for text in quoted)

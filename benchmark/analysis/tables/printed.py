@@ -10,13 +10,11 @@ from functools import partial
 from itertools import groupby
 from typing import Any, TypeVar
 
-import numpy as np
 import pandas as pd
 
 from dfqbench.analysis import seeds, size
 from dfqbench.analysis.cost import in_column, in_words
-from dfqbench.analysis.stats import average_ranks
-from dfqbench.analysis.tables.blocks import BELOW_ROUNDING, Block, Entry, Row
+from dfqbench.analysis.tables.blocks import Block, Entry, Row
 from dfqbench.analysis.tables.choice import Choice, Columns
 from dfqbench.analysis.tables.wide import JOINED, WideTable
 from dfqbench.analysis.warning_signs import REASONS
@@ -201,6 +199,7 @@ def notes_of(table: Table) -> list[str]:
         "bold: the best of a column and those next to it, down to the first that can be told from it (paired over test images, with the variance "
         "between seeds; Holm, 5 %; or three spreads below it, where seeds are too few for a test)": best,
         **dict.fromkeys(seeds.in_words(bases, any(entry.sd is None for entry in entries)) if best else [], True),
+        **dict.fromkeys(notes_on_images(rows), True),
         **dict.fromkeys(notes_on_lost(rows) + notes_on_warnings(rows), True),
         "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
         f"{uncompared} entries are not compared: their per-image results (correct.npy) are missing or damaged": uncompared > 0,
@@ -216,6 +215,13 @@ def notes_of(table: Table) -> list[str]:
         where = [f"{block.teacher} on {block.evaluation}" for block in parts if why in block.why_no_claims]
         notes.append(why if len(where) == len(parts) else f"{why} ({', '.join(dict.fromkeys(where))})")
     return notes
+
+
+def notes_on_images(rows: Sequence[Row]) -> list[str]:
+    """Whose seeds are not all of their noise: hundreds of steps on pixels make what differs in its last digit another image."""
+    long = {row.method for row in rows if row.entries and int(row.settings.get("config", {}).get("synthesis_iterations") or 0) >= 100}
+    why = "images are optimised for hundreds of steps, where another order of summation (machine, threads, version of torch) is as another seed"
+    return [f"{why}: {', '.join(sorted(long))}"] * bool(long)
 
 
 def notes_on_lost(rows: Sequence[Row]) -> list[str]:
@@ -238,9 +244,8 @@ def notes_on_warnings(rows: Sequence[Row]) -> list[str]:
         for width, entry in row.entries.items():
             for kind in entry.warnings:
                 which.setdefault(kind, {}).setdefault(row.label, []).append(width if isinstance(width, str) else width[1])
-    reasons = REASONS | {BELOW_ROUNDING: "below plain rounding (`round`) by more than a standard error"}
     said = {kind: "; ".join(f"{label} ({', '.join(dict.fromkeys(widths))})" for label, widths in its.items()) for kind, its in which.items()}
-    return [f"! {reason}: {said[kind]}" for kind, reason in reasons.items() if kind in said]
+    return [f"! {reason}: {said[kind]}" for kind, reason in REASONS.items() if kind in said]
 
 
 def notes_on_marks(marks: Mapping[str, str]) -> list[str]:
@@ -260,61 +265,10 @@ def notes_on_names(rows: Sequence[Row]) -> list[str]:
         "follows 'abstract': reconstructed, details of the method are not public": "abstract" in fidelities,
         "follows 'released': trained elsewhere, evaluated here": "released" in fidelities,
     }
+    said |= {f"by bit width, as its preset has it: {row.label} {row.by_width}": True for row in rows if row.by_width}
     left_out: dict[str, list[str]] = {}
     for method, common in sorted({(row.method, row.left_out) for row in rows if row.left_out}):
         left_out.setdefault(common, []).append(method)
     settings = "; ".join(f"{', '.join(methods)} {common}" for common, methods in left_out.items())
     said = {f"left out of the names, as it tells no rows of a method apart: {settings}": bool(settings)} | said
     return [note for note, holds in said.items() if holds]
-
-
-def ranking(found: Sequence[Block]) -> list[str]:
-    """What the average ranks say of the rows that are in every column of every block; nothing for fewer than three columns or two such rows."""
-    columns = [{(r.label, r.budget): entry.mean for r in block.rows if (entry := r.complete(w))} for block in found for w in block.widths]
-    columns, every = [column for column in columns if column], {(r.label, r.budget) for block in found for r in block.rows}
-    common = sorted(name for name in every if all(name in column for column in columns))
-    if len(columns) < 3 or len(common) < 2:
-        return []
-    ranks = average_ranks(np.array([[column[name] for name in common] for column in columns]))
-    average = sorted(zip(ranks.average, common, strict=True), key=lambda pair: pair[0])
-    left_out = "; ".join(sorted({label for label, _ in every.difference(common)}))  # labels have commas
-    told = f"ranks further apart than {ranks.critical_difference:.2f} differ (Nemenyi, 5 %)"
-    told += f"; Friedman's p that all are equal: {ranks.p:.2g}" if len(common) > 2 else ""
-    lines = [f"average rank over {len(columns)} columns (1 is best): {'; '.join(f'{label} {rank:.2f}' for rank, (label, _) in average)}", told]
-    return lines + [f"not ranked, as they are not in every column with all their seeds: {left_out}"] * bool(left_out)
-
-
-def means_frame(found: Sequence[Block], without_data: Sequence[Written] = ()) -> pd.DataFrame:
-    """One line per row and bit width, with everything that is known about it; accuracies in percent. n: finished cells, seeds: theirs."""
-    lines = []
-    for block, row, width in ((its, row, width) for its in found for row in its.rows for width in its.widths):
-        entry, line = row.entries.get(width), line_of(vars(block), row, width)
-        if entry:
-            interval, against, claim = entry.estimate, entry.against_best, entry.published
-            distance = round(claim.distance(entry.mean) / entry.error, 2) if claim and entry.error else None
-            line |= {"top1": entry.mean, "sd": entry.sd, "low": interval and interval.low}
-            line |= {"high": interval and interval.high, "drop": entry.drop, "best": entry.best, "below_best": against and -against.value}
-            line |= {"p_holm": against and float(f"{against.p:.3g}"), "published": claim and str(claim), "from_published_in_se": distance}
-            line |= costs_of(entry)
-        lines += [line] * bool(entry or width in row.lost)
-    lines += [line for table in without_data for line in table.means]
-    return (
-        pd.DataFrame(lines)
-        .astype({"steps": "Int64"})
-        .round(dict.fromkeys(("top1", "sd", "low", "high", "drop", "below_best", "agreement", "agreement_sd"), 4))
-    )
-
-
-def line_of(place: Mapping[str, Any], row: Row, width: str) -> dict[str, Any]:
-    """The beginning of a line of `means_frame`. place: what the table has of its cells."""
-    entry, lost = row.entries.get(width), row.lost.get(width)
-    line = {name: place[name] for name in ("teacher", "evaluation", "protocol", "precision")}
-    line |= {"method": row.label + row.mark, "follows": row.fidelity, "steps": row.steps, "batch": row.batch, "bits": width}
-    line |= {"n": len(entry.ids) if entry else 0, "diverged": lost.diverged if lost else 0, "failed": lost.failed if lost else 0}
-    return line | ({"seeds": " ".join(map(str, entry.seeds))} if entry else {})
-
-
-def costs_of(entry: Entry) -> dict[str, Any]:
-    """The end of such a line."""
-    cost = {"seconds_low": round(entry.cost.low, 3), "seconds_high": round(entry.cost.high, 3), "seconds_of": entry.cost.clock}
-    return cost | (entry.sizes.as_columns() if entry.sizes else {})

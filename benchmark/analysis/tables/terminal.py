@@ -77,6 +77,6 @@ def _print(lines: pd.DataFrame, widths: list[int], place: Console) -> None:
         body.add_column(name, width=width, justify="left" if name in LEFT else "right", overflow="fold")
     for (_, says), (name, *others) in zip(lines.index, lines.to_numpy(), strict=True):
         under = says != "accuracy"
-        name = Text(_folded(name.plain, widths[0], parts=PARTS), style=name.style)
-        body.add_row(Text("  ") + name if under else name, *others, style="dim" if under else "")
+        shown = Text(_folded(str(name), widths[0], parts=PARTS))
+        body.add_row(Text("  ") + shown if under else shown, *others, style="dim" if under else "")
     place.print(body)

@@ -16,7 +16,8 @@ from dfqbench.analysis.stats import binomial_error
 from dfqbench.analysis.tables.blocks import Entry, marks_of, rows_of
 from dfqbench.analysis.tables.cells import Cell, comparable, told_apart
 from dfqbench.analysis.tables.choice import EVERYTHING, Choice
-from dfqbench.analysis.tables.printed import Written, accuracy_of, costs_of, line_of, notes_on_lost, notes_on_marks, notes_on_names, of_rows
+from dfqbench.analysis.tables.means import costs_of, line_of
+from dfqbench.analysis.tables.printed import Written, accuracy_of, notes_on_lost, notes_on_marks, notes_on_names, of_rows
 
 TINY = 1e-5  # nats: less than that is nothing that differs
 

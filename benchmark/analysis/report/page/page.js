@@ -254,6 +254,7 @@ const factsOf = (cell) => {
   }
   fact(seconds(cell.seconds), `${SECONDS[cell.clock]}: ${seconds(cell.own)} own, ${seconds(cell.shared)} shared`);
   for (const [value, name] of cell.facts ?? []) fact(value, name);
+  for (const text of cell.warnings ?? []) fact("!", text);
   return facts;
 };
 
