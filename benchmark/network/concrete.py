@@ -22,18 +22,6 @@ from dfqbench.network.inplace import InPlaceProxy
 _ASKING = {
     "size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex", "get_device", "element_size",
 }  # fmt: skip
-    "size",
-    "dim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "stride",
-    "is_contiguous",
-    "is_floating_point",
-    "is_complex",
-    "get_device",
-    "element_size",
-}
 _CONSTANTS = (int, float, bool, str, torch.dtype, torch.device, torch.layout, type(None))
 
 

@@ -113,8 +113,6 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     _mark(traced)
     by_weights = (operand.is_weight for node in traced.graph.nodes for operand in operands(node, traced))
     traced.meta["form"] = FORM if concrete or attention or rewritten or any(by_weights) else 0
-        FORM if concrete or attention or rewritten or any(o.is_weight for n in traced.graph.nodes for o in operands(n, traced)) else 0
-    )
     return traced
 
 
