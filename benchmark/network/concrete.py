@@ -44,7 +44,8 @@ class ConcreteProxy(InPlaceProxy):
         return first
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self))])
+        symbol: Any = self
+        return iter([symbol[i] for i in range(len(self))])
 
     def __contains__(self, value: Any) -> bool:
         if isinstance(self.examples[0], Tensor):
@@ -73,7 +74,7 @@ class ConcreteTracer(fx.Tracer):
 
     @torch.no_grad()
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
-        made = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        made: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if kind == "output":
             return made
         with _untraced():
