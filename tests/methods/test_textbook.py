@@ -180,7 +180,7 @@ def test_in_float64_fifty_steps_are_those_of_the_textbook_loop(
 
 STORED = {"epochs": 4, "iterations": 5, "batch_size": 6, "images": 16, "synthesis_batch": 8, "milestones": [3], "calibration_epochs": 1}
 FROM_STORED: dict[str, tuple[str, type[Loop], dict[str, Any]]] = {
-    "intraq": ("intraq", TextbookIntraQ, {"closest": 0.1, "farthest": 0.3, "student_lr": 1e-5}),
+    "intraq": ("intraq", TextbookIntraQ, {"closest": 0.1, "farthest": 0.3, "student_lr": 1e-5, "image_lr": 8.0}),
     "lrq": ("lrq", TextbookLRQ, {"closest": 0.3, "margin": 0.2}),
     "lrq without attention": ("lrq", TextbookLRQ, {"attention": "none"}),
 }
@@ -191,7 +191,7 @@ FROM_STORED: dict[str, tuple[str, type[Loop], dict[str, Any]]] = {
 def test_in_float64_images_are_made_and_students_trained_on_them_as_by_the_textbook_loop(
     float64: None, name: str, kind: type[Loop], settings: dict[str, Any]
 ) -> None:
-    """Two batches of images, the second with centres to keep to and long enough for its rate to fall; ranges; two rates of the student."""
+    """Two batches of images, the second with centres to keep to, and for IntraQ with a rate that falls; ranges; two rates of the student."""
     making = 60
     lockstep, losses = engine(name, STORED | {"synthesis_iterations": making} | settings)
     plain = textbook(kind, lockstep)
@@ -202,6 +202,8 @@ def test_in_float64_images_are_made_and_students_trained_on_them_as_by_the_textb
         plain.step(tracking=2 * making <= number < 2 * making + 5, distilling=number >= 2 * making + 5)
     assert losses.generator["image_loss"] == pytest.approx([row[0] for row in plain.losses[: 2 * making]], rel=1e-6)
     assert any(losses.generator["bound_loss"]), "the second batch has centres to keep to"
+    assert isinstance(plain, TextbookIntraQ)
+    assert plain.optimizer.param_groups[0]["lr"] == (0.8 if name == "intraq" else 0.5)
     assert losses.student[2 * making + 5 :] == pytest.approx([row[0] for row in plain.losses[2 * making + 5 :]], rel=1e-6)
     assert_same_student(lockstep, plain)
 
