@@ -121,6 +121,7 @@ def test_a_made_up_store_is_in_the_format_that_a_run_writes(tmp_path: Path) -> N
     for part in ("config", "packages"):
         real["cell"]["identity"].pop(part, None), made["cell"]["identity"].pop(part, None)
         real["provenance"].pop(part, None), made["provenance"].pop(part, None)
+    real["cell"].pop("coordinates", None)  # which earlier versions wrote
     if "source" not in real["cell"]:  # the reference was measured before cells said where their method comes from
         del made["cell"]["source"]
     assert keys(made) == keys(real)
