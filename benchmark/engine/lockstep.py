@@ -1,13 +1,14 @@
 """The lockstep engine: one stream of synthetic batches, students of several bit widths trained on it side by side.
 
-Whatever a student ends with is bit-identical to what it would end with alone: students share the images and nothing else.
+Whatever a student ends with is bit-identical to what it would end with alone: students share the images and nothing else. (Over 300 lines, as the loop
+and what a checkpoint holds of it are to be read together.)
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ from dfqbench.method.log import Log
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
 from dfqbench.sweep.cell import Bundle, Cell
+
+BATCH = [field.name for field in fields(Batch)]  # a method's own batches may hold more, which nobody but the method asks for
 
 
 class Interrupted(Exception):
@@ -300,7 +303,7 @@ class Lockstep:
             "seconds": dict(self.watch.read()),
             "cpu_seconds": dict(self.watch.cpu),
             "images_from": self.images_from,
-            "last_batch": vars(self.last_batch) if self.last_batch is not None and self._at_end_of_epoch else None,
+            "last_batch": {name: getattr(self.last_batch, name) for name in BATCH} if self.last_batch and self._at_end_of_epoch else None,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
