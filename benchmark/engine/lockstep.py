@@ -1,7 +1,7 @@
 """The lockstep engine: one stream of synthetic batches, students of several bit widths trained on it side by side.
 
-Whatever a student ends with is bit-identical to what it would end with alone: students share the images and nothing else. (Over 300 lines, as the loop
-and what a checkpoint holds of it are to be read together.)
+Whatever a student ends with is bit-identical to what it would end with alone: students share the images and nothing else. (Over 300 lines: the
+loop and what a checkpoint holds of it are read together.)
 """
 
 from __future__ import annotations
