@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from dfqbench import Batch, Field, HostingConfig, HostingMethod, Student, register
+from dfqbench_methods.parts import inundation
 from dfqbench_methods.parts.losses import divergence_loss
 
 BISECTIONS = 5
@@ -115,6 +117,9 @@ class AIT(HostingMethod):
     def student_optimizer(self, student: Student) -> Optimizer:
         optimizer = super().student_optimizer(student)
         optimizer.param_groups[0]["updates"] = 0  # kept with the optimizer, so each student has its own
+        layers = list(student.layers.values())
+        if inundation.goes(layers):  # what no step shall wait for is made now
+            inundation.layout(tuple(layer.layer.weight.shape for layer in layers), layers[0].layer.weight.device)
         return optimizer
 
     def student_step(self, student: Student, loss: Tensor, optimizer: Optimizer) -> None:
@@ -126,6 +131,13 @@ class AIT(HostingMethod):
         limit = self.config.first_limit if group["updates"] < self.config.iterations else math.inf
         group["updates"] += 1
         share = self.config.changed_share * group["lr"] / group["initial_lr"]
+        if inundation.goes(layers):
+            with torch.no_grad():
+                moved, found = self.together(optimizer, layers, before, share, limit)
+                for weight, new in zip(weights, moved.split([weight.numel() for weight in weights]), strict=True):
+                    weight.copy_(new.view(weight.shape))
+            self.log("step_factor", found.mean())
+            return
         with torch.no_grad():
             steps = [group["lr"] * direction(optimizer, weight, old) for weight, old in zip(weights, before, strict=True)]
             levels = [layer.weight_levels(old) for layer, old in zip(layers, before, strict=True)]
@@ -139,3 +151,13 @@ class AIT(HostingMethod):
             for weight, old, step, factor in zip(weights, before, steps, factors, strict=True):
                 weight.copy_(old - factor * step)
         self.log("step_factor", sum(factors) / len(factors))
+
+    def together(self, optimizer: Optimizer, layers: list[Any], before: list[Tensor], share: float, limit: float) -> tuple[Tensor, Tensor]:
+        """The same for all layers at once, without waiting for the device: the new weights, one after the other, and the layers' factors."""
+        group, weights = optimizer.param_groups[0], [layer.layer.weight for layer in layers]
+        gradients, buffers = (
+            [t.flatten() for t in part] for part in ([w.grad for w in weights], [optimizer.state[w]["momentum_buffer"] for w in weights])
+        )
+        old = torch.cat([weight.flatten() for weight in before])
+        step = group["lr"] * (torch.cat(gradients) + group["weight_decay"] * old + group["momentum"] * torch.cat(buffers))
+        return inundation.lengthened(layers, old, step, share, limit, BISECTIONS, CLOSE_ENOUGH)

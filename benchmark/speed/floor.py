@@ -21,7 +21,7 @@ COPIED = 64 * 2**20  # floats copied to measure its bandwidth
 @contextlib.contextmanager
 def products_in(precision: str) -> Iterator[None]:
     """`tf32`: inside, a GPU's products of float32 round what enters them to 10 bits of mantissa, which is no `fp32` that a cell may have."""
-    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    places: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [place.allow_tf32 for place in places]
     for place in places:
         place.allow_tf32 = precision == "tf32"

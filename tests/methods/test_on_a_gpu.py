@@ -4,6 +4,7 @@ kernel, an interrupted run and replayed steps end with the same bits. What such 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -20,7 +21,11 @@ from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.method.contract import Phase
 from dfqbench.method.registry import built_in_names, find_method
 from dfqbench.method.settings import without_default
-from dfqbench.testing import StopAfter, Trial, ends_of, small_task
+from dfqbench.quantization import PROTOCOLS, Bits
+from dfqbench.quantization.student import Student
+from dfqbench.testing import StopAfter, Trial, ends_of, small_task, small_teacher
+from dfqbench_methods.ait import BISECTIONS, CLOSE_ENOUGH, step_factors, useful_factors
+from dfqbench_methods.parts import inundation
 from dfqbench_methods.parts.augment import cut
 from dfqbench_methods.parts.plateau import Plateau
 
@@ -44,10 +49,6 @@ BUDGET = {"epochs": 3, "iterations": 5, "batch_size": 8}
 WAITS = {
     "gznq": ("index: a mask as an index at methods/gznq.py", "once for each batch of images: how many the teacher is sure of decides what is stored"),
     "gznq, by a generator": ("index: a mask as an index at methods/gznq.py", "as above"),
-    "ait": (
-        "copy to the CPU at methods/ait.py",
-        "a step is lengthened until it suffices, which takes another number of tries each time",
-    ),
 }
 
 
@@ -208,3 +209,33 @@ def test_a_plateau_on_a_gpu_is_torchs_own(gpu: PretendedCuda) -> None:
     theirs = rates("cpu")
     assert min(theirs) == pytest.approx(1e-4)
     assert rates("cuda") == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("limit", [100.0, math.inf])
+@pytest.mark.parametrize("wanted", [1e-3, 0.05, 0.9])
+def test_steps_lengthened_together_are_those_lengthened_one_by_one(gpu: PretendedCuda, limit: float, wanted: float) -> None:
+    """Of layers whose steps are far too short, nearly right, long enough, lost in rounding, and nothing."""
+    random = torch.Generator().manual_seed(3)
+    student = Student(small_teacher(small_task()), PROTOCOLS["lineage"], Bits.parse("w4a4"))
+    layers = list(student.layers.values())
+    weights = [layer.layer.weight.detach().clone() for layer in layers]
+    scales = [1e-4, 1e-2, 0.5, 1e-7, 0.0]
+    assert len(scales) == len(layers)
+    steps = [scale * weight.std() * torch.randn(weight.shape, generator=random) for scale, weight in zip(scales, weights, strict=True)]
+
+    def shares(factors: dict[int, float]) -> dict[int, float]:
+        moved = {i: layers[i].weight_levels(weights[i] - a * steps[i]) for i, a in factors.items()}
+        return {i: float((levels != layers[i].weight_levels(weights[i])).double().mean()) for i, levels in moved.items()}
+
+    one_by_one = step_factors(useful_factors(weights, steps), shares, wanted, limit)
+    student.to("cuda")
+    assert inundation.goes(list(student.layers.values()))
+    flat = [torch.cat([t.flatten() for t in part]).to("cuda") for part in (weights, steps)]
+    inundation.layout(tuple(weight.shape for weight in weights), flat[0].device)
+    gpu.waits.clear()
+    moved, factors = inundation.lengthened(list(student.layers.values()), *flat, wanted, limit, BISECTIONS, CLOSE_ENOUGH)
+    assert dict(gpu.waits) == {}
+    assert factors.tolist() == pytest.approx(one_by_one)
+    expected = torch.cat([(w - a * s).flatten() for w, a, s in zip(weights, one_by_one, steps, strict=True)])
+    assert torch.allclose(moved.cpu(), expected)
+    assert max(one_by_one) > 1
