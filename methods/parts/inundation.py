@@ -71,7 +71,8 @@ def lengthened(layers: list[Any], before: Tensor, step: Tensor, wanted: float, l
         moved = weights - factors[:, at.layer, None] * steps
         levels = layers[0].weight_levels(moved.flatten(0, 1)).view_as(moved)
         changed = ((levels != old) & ~at.filled).sum(2)
-        return changed.double() @ at.member / at.sizes
+        found: Tensor = changed.double() @ at.member / at.sizes
+        return found
 
     powers = 2.0 ** torch.arange(DOUBLINGS + 1, device=before.device)
     tried = shares(powers[:, None].expand(-1, len(layers)).contiguous())
