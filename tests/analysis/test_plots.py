@@ -9,13 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import Run
 from synthetic_store import cells, make_store, write_cell
 
 import dfqbench_methods
 from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
 from dfqbench.analysis.plots.figures import files, prepare
 from dfqbench.analysis.plots.kinds import KINDS, draw
-from dfqbench.analysis.plots.style import COLOURS, MARKERS, inked, styles
+from dfqbench.analysis.plots.style import COLOURS, MARKERS, WIDTHS, inked, styles
 from dfqbench.analysis.records import read_store
 from dfqbench.method.registry import built_in_names
 from dfqbench.store import Store
@@ -152,3 +153,17 @@ def test_a_method_that_logs_no_loss_and_no_accuracy_is_left_out_of_the_curves(tm
     named = {text for figure in figures for text in texts(figure)}
     assert "gdfq" in named
     assert "zaq" not in named
+
+
+@pytest.mark.slow
+def test_the_command_takes_rows_and_a_width(tmp_path: Path, dfqbench: Run) -> None:
+    store = make_store(tmp_path / "r", 75, 100)
+    asked = ("plot", "--results", store.root, "--kind", "accuracy", "--format", "svg", "--rows", "acq", "--rows", "rou*")
+    for width, points in (("column", WIDTHS["column"] * 72), ("page", WIDTHS["page"] * 72)):
+        code, out, _ = dfqbench(*asked, "--width", width, "--out", tmp_path / width)
+        assert (code, out.split()) == (0, [str(tmp_path / width / "accuracy.svg")])
+        drawn = (tmp_path / width / "accuracy.svg").read_text()
+        assert float(drawn.partition('width="')[2].partition("pt")[0]) == pytest.approx(points, abs=0.5)
+        assert "<!-- round -->" in drawn
+        assert "<!-- gdfq -->" not in drawn
+    assert dfqbench(*asked, "--width", "wide")[::2] == (2, "dfqbench: --width 'wide': column or page\n")
