@@ -42,18 +42,23 @@ class SQuant(Method):
 
     def finish(self, student: Student) -> None:
         student.set_ranges_from_bn(self.config.n)
-        for layer in student.layers.values():
-            codes, weight = layer.codes(), layer.layer.weight.detach()
-            kernels = *weight.shape[:2], -1
-            scale, zero_point = (v.double().expand(len(weight))[:, None, None] for v in (codes.scale, codes.zero_point))
-            parts = (weight.reshape(kernels), codes.levels.reshape(kernels), layer.spans_grid().reshape(kernels), scale, zero_point)
-            chosen, rows = [], max(1, LARGEST_PART // weight[0].numel())
-            for w, levels, spans, step, zero in zip(*(part.split(rows) for part in parts), strict=True):
-                error = levels - (w.double() / step + zero)
-                wanted = levels - error.sign()
-                free = ~spans & (wanted >= codes.lowest) & (wanted <= codes.highest) & (zero.abs() < LARGEST_ZERO_POINT)
-                chosen.append(levels + flips(error, free, self.config.kernel, self.config.channel))
-            layer.set_levels(torch.cat(chosen).view_as(weight))
+        round_cancelling(student, self.config.kernel, self.config.channel)
+
+
+def round_cancelling(student: Student, kernel: bool = True, channel: bool = True) -> None:
+    """Makes every weight of a student one that rounds as SQuant rounds it, on the grid as it is; activation ranges stay."""
+    for layer in student.layers.values():
+        codes, weight = layer.codes(), layer.layer.weight.detach()
+        kernels = *weight.shape[:2], -1
+        scale, zero_point = (v.double().expand(len(weight))[:, None, None] for v in (codes.scale, codes.zero_point))
+        parts = (weight.reshape(kernels), codes.levels.reshape(kernels), layer.spans_grid().reshape(kernels), scale, zero_point)
+        chosen, rows = [], max(1, LARGEST_PART // weight[0].numel())
+        for w, levels, spans, step, zero in zip(*(part.split(rows) for part in parts), strict=True):
+            error = levels - (w.double() / step + zero)
+            wanted = levels - error.sign()
+            free = ~spans & (wanted >= codes.lowest) & (wanted <= codes.highest) & (zero.abs() < LARGEST_ZERO_POINT)
+            chosen.append(levels + flips(error, free, kernel, channel))
+        layer.set_levels(torch.cat(chosen).view_as(weight))
 
 
 def flips(error: Tensor, free: Tensor, kernel: bool = True, channel: bool = True) -> Tensor:

@@ -7,5 +7,6 @@ from dfqbench.data.find import find_set, list_sets
 from dfqbench.data.images import Images
 from dfqbench.data.own import OwnSet, register_set
 from dfqbench.data.sets import EvaluationSet
+from dfqbench.data.yardstick import Yardstick
 
-__all__ = ["EvaluationSet", "Images", "OwnSet", "find_set", "list_sets", "register_set"]
+__all__ = ["EvaluationSet", "Images", "OwnSet", "Yardstick", "find_set", "list_sets", "register_set"]

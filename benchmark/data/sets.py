@@ -38,6 +38,7 @@ MANY = 10_000  # images: reading them takes a while
 class EvaluationSet(ABC):
     """Labelled images. `name` says which, never where: two machines that keep the same images in different folders mean the same set."""
 
+    training_split: str = "test"  # the name of the training images, or of all where the set has no others
     other_order: list[str] | None = None  # the class names as others may have sorted them, where that is not `class_names`
     source: dict[str, str] | None = None  # where a plug-in's code came from, plugins.Origin
 
@@ -99,6 +100,7 @@ class Digits(EvaluationSet):
     """
 
     TRAIN = 1198
+    training_split = "train"
 
     def __init__(self) -> None:
         super().__init__("digits", classes=10)
@@ -141,6 +143,7 @@ class Digits(EvaluationSet):
 class Cifar(EvaluationSet):
     """CIFAR-10 or CIFAR-100 as torchvision keeps them in a folder; downloaded into it where they are not there."""
 
+    training_split = "train"
     FILES = {"cifar10": "cifar-10-batches-py/test_batch", "cifar100": "cifar-100-python/test"}
 
     def __init__(self, name: str, root: Path):

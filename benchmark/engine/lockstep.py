@@ -79,13 +79,17 @@ class Lockstep:
         evaluate_every: int | None = None,
         work: Path | None = None,
         plain: Callable[[Cell], Student | None] = lambda cell: None,
+        yardstick: Tensor | None = None,
     ):
-        """plain: makes the teacher plainly rounded, as a cell has it, to compare its student with; None where that cannot be."""
+        """plain: makes the teacher plainly rounded, as a cell has it, to compare its student with; None where that cannot be.
+
+        yardstick: see `set_up`.
+        """
         first = bundle.cells[0]
         self.bundle, self.device, self.evaluate, self.evaluate_every, self.plain = bundle, device, evaluate, evaluate_every, plain
         self.autocast = autocast_of(first, device)
         self.teacher = teacher.to(device).to(memory_format=torch.channels_last)
-        self.method = set_up(first, self.teacher, device, work)
+        self.method = set_up(first, self.teacher, device, work, yardstick)
         self.phases = self.method.phases()
         self.epochs = [(phase, index) for phase in self.phases for index in range(phase.epochs)]
         self.trainees = [self._trainee(cell) for cell in bundle.cells]

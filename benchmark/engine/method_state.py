@@ -15,6 +15,7 @@ from dfqbench.errors import UserError
 from dfqbench.method.contract import Method, stream_seed
 from dfqbench.method.image_set import ImageSet
 from dfqbench.method.registry import find_method
+from dfqbench.method.yardstick import YardstickImages
 from dfqbench.network import Teacher
 from dfqbench.quantization import Bits
 from dfqbench.sweep.cell import Cell
@@ -251,14 +252,23 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def set_up(cell: Cell, teacher: Teacher, device: torch.device, work: Path | None) -> Method:
-    """The method of a cell, set up: what it makes lands on the device, and its initial values depend on the seed alone."""
+def set_up(cell: Cell, teacher: Teacher, device: torch.device, work: Path | None, yardstick: Tensor | None = None) -> Method:
+    """The method of a cell, set up: what it makes lands on the device, and its initial values depend on the seed alone.
+
+    yardstick: the real images (N x C x H x W, normalised) of a cell that has some in a method's place. They are handed to that place alone.
+    """
     method_class = find_method(cell.method)
     config = method_class.Config(**cell.settings)
     for name in cell.files:
         if config.model_dump(mode="json")[name] != cell.config[name]:
             raise UserError(f"{cell.method}.{name}: {cell.files[name]} is not the file any more that it was when the sweep was read")
     method = method_class(teacher, config, cell.seed, device, work)
+    if cell.yardstick:
+        if yardstick is None:
+            raise UserError(f"{cell.method}: its images are a yardstick's, and there is none here")
+        for _, place in parts_of(method):
+            if isinstance(place, YardstickImages):
+                place.handed = yardstick
     torch.manual_seed(stream_seed(cell.seed, "setup"))
     with torch.device(device):
         method.setup()

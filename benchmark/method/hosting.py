@@ -13,6 +13,7 @@ from dfqbench.method.contract import Batch, Method, Phase
 from dfqbench.method.info import Needs
 from dfqbench.method.registry import find_method
 from dfqbench.method.settings import Field, MethodConfig, TrainingConfig, preset_of
+from dfqbench.method.yardstick import YardstickImages
 from dfqbench.quantization.student import Student
 
 if TYPE_CHECKING:
@@ -27,15 +28,23 @@ class HostingConfig(TrainingConfig):
     A host starts from the preset that `host_preset` names, as `preset_of` finds it among the host's own, and then from what `hosts` says of it: for
     each host by name, presets of settings that differ from the host's own wherever this method wraps it; "" is that without a preset.
 
-    The host's version and all of its settings enter the cell's identity through `host_identity`.
+    The host's version and all of its settings enter the cell's identity through `host_identity`. In place of a method, `host` may name one of the
+    sweep's `yardsticks`, real images, whose digest and count then stand in `yardstick`.
+
+    keeps_plan: phases, ranges and final edits are the host's, which has to be a method that trains; False: only its images are wanted.
     """
 
     hosts: ClassVar[dict[str, dict[str, dict[str, Any]]]] = {}
+    keeps_plan: ClassVar[bool] = True
 
-    host: str = Field("gdfq", description="the method that makes the images", source="chosen here")
+    host: str = Field("gdfq", description="the method that makes the images, or a yardstick of the sweep", source="chosen here")
     host_preset: str = Field("", description="the host's preset; empty: its defaults", source="chosen here", later=True)
     host_settings: dict[str, Any] = Field({}, description="what differs from the host's defaults", source="chosen here")
     host_identity: dict[str, Any] = Field({}, description="the host's version and complete settings: filled in, not to be given", source="the host")
+
+    yardstick: dict[str, Any] = Field(
+        {}, description="digest and count of the real images that `host` names: filled in, not to be given", source="the sweep", later=True
+    )
 
     @model_validator(mode="after")
     def _host_is_complete(self) -> Self:
@@ -49,30 +58,37 @@ class HostingConfig(TrainingConfig):
 
 def host_of(config: HostingConfig) -> tuple[type[Method], MethodConfig]:
     """The host with its settings. Raises ValueError (pydantic's way) where that method cannot be wrapped, or a setting is wrong."""
+    method = YardstickImages if config.yardstick else _wrapped(config)
+    shared = [name for name in SHARED_SETTINGS if name in method.Config.model_fields]
+    twice = [name for name in shared if name in config.host_settings]
+    if twice:
+        raise ValueError(f"host_settings: {', '.join(twice)}: give it beside `host`, it holds for both")
+    wrapped = config.hosts.get(config.host, {})
+    start = method.Config.preset(config.host_preset) | wrapped.get(preset_of(wrapped, config.host_preset), {})
+    return method, method.Config(**{**start, **config.host_settings, **{name: getattr(config, name) for name in shared}})
+
+
+def _wrapped(config: HostingConfig) -> type[Method]:
     try:
         method = find_method(config.host)
     except UserError as error:
         raise ValueError(str(error)) from None
     why_not = {
         "it wraps a method itself": issubclass(method.Config, HostingConfig),
-        "it trains no student": not issubclass(method.Config, TrainingConfig),
+        "it trains no student": config.keeps_plan and not issubclass(method.Config, TrainingConfig),
+        "it makes no images": method.synthesize is Method.synthesize,
         "its images depend on the student": not method.info.shares_synthesis,
-        "it has rules of its own for ranges or BN": bool(method.ranges or method.batch_norm),
+        "it has rules of its own for ranges or BN": config.keeps_plan and bool(method.ranges or method.batch_norm),
     }
     for reason, holds in why_not.items():
         if holds:
             raise ValueError(f"{config.host} cannot be wrapped: {reason}")
-    twice = [name for name in SHARED_SETTINGS if name in config.host_settings]
-    if twice:
-        raise ValueError(f"host_settings: {', '.join(twice)}: give it beside `host`, it holds for both")
-    presets, wrapped = method.Config.presets, config.hosts.get(config.host, {})
-    start = presets.get(preset_of(presets, config.host_preset), {}) | wrapped.get(preset_of(wrapped, config.host_preset), {})
-    return method, method.Config(**{**start, **config.host_settings, **{name: getattr(config, name) for name in SHARED_SETTINGS}})
+    return method
 
 
 def methods_of(method: type[Method], config: MethodConfig) -> list[tuple[type[Method], MethodConfig]]:
-    """A method and the one that it wraps, each as configured."""
-    return [(method, config), host_of(config)] if isinstance(config, HostingConfig) else [(method, config)]
+    """A method and the one that it wraps, each as configured; a yardstick is no method."""
+    return [(method, config), host_of(config)] if isinstance(config, HostingConfig) and not config.yardstick else [(method, config)]
 
 
 def needs_of(method: type[Method], config: MethodConfig) -> set[Needs]:

@@ -66,6 +66,11 @@ class MethodConfig(BaseModel):
     source: ClassVar[str] = "not given"
     after_images: ClassVar[set[str]] = set()
 
+    @classmethod
+    def preset(cls, wanted: str) -> dict[str, Any]:
+        """The settings of the preset that `preset_of` finds among these for a wanted one; none where there is none."""
+        return cls.presets.get(preset_of(cls.presets, wanted), {})
+
 
 def preset_of(presets: Collection[str], wanted: str, width: str = "") -> str:
     """The name of the preset that a method with these has for a wanted one at a bit width (`w4a4`); "" where it has none.

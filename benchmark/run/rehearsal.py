@@ -70,7 +70,8 @@ def _refused(cell: Cell, teacher: Teacher, device: torch.device) -> str | None:
 
 
 def _steps(cell: Cell, teacher: Teacher, device: torch.device) -> None:
-    lockstep = Lockstep(Bundle((cell,)), teacher, device, _not_evaluated)
+    noise = torch.randn(BUDGET["batch_size"], *teacher.task.image_shape) if cell.yardstick else None
+    lockstep = Lockstep(Bundle((cell,)), teacher, device, _not_evaluated, yardstick=noise)
     for index, (phase, number) in enumerate(lockstep.epochs):
         calibrating = number < phase.calibration_epochs
         lockstep.begin_epoch(phase, calibrating)

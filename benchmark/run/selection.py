@@ -42,6 +42,8 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
     selection = loaded.selection
     if selection is None:
         raise UserError(f"{loaded.path}: selection: missing; it says which images to compare on, like {{images: {{gznq: {{images: 1280}}}}}}")
+    if loaded.yardsticks:
+        raise UserError(f"{loaded.path}: yardsticks: nothing is selected on real images: leave these rows to `dfqbench run`")
     clash = {(cell.method, cell.seed) for cell in loaded.cells} & {(maker.method, maker.seed) for maker in selection.cells}
     if clash:  # told before another method's cells are trained
         method, seed = clash.pop()

@@ -22,7 +22,7 @@ from dfqbench.analysis.warning_signs import signs
 from dfqbench.data import EvaluationSet, Images
 from dfqbench.engine.checkpoint import load_checkpoint
 from dfqbench.engine.device import DeviceLost, autocast_of, is_lost, out_of_memory
-from dfqbench.engine.evaluate import Evaluation, Precision, evaluate, state_hash
+from dfqbench.engine.evaluate import Evaluation, Precision, evaluate, normalise, state_hash
 from dfqbench.engine.learning_rate import unreached_milestones
 from dfqbench.engine.lockstep import Interrupted, Lockstep, Trainee
 from dfqbench.engine.synthesis_cache import SynthesisCache
@@ -132,7 +132,8 @@ class Worker:
         work = self.store.bundle_folder(bundle.id)
         watcher = Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop, self.watching)
         every = self.loaded.sweep.evaluate_every
-        lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, every, work, lambda cell: rounded(cell, teacher, self.device))
+        plain, real = lambda cell: rounded(cell, teacher, self.device), self._yardstick(first)
+        lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, every, work, plain, real)
         if self.options.graphs:
             lockstep.replay_steps(lambda line: self._log(bundle, line))
         made = SynthesisCache(self.store.images_folder, work, lockstep)
@@ -196,6 +197,15 @@ class Worker:
             self._teacher = (card, Teacher(load(self.loaded.teachers[card], card), card.task))
             gc.collect()  # tracing leaves a frame that refers to itself, and through its callers to a whole bundle
         return self._teacher[1]
+
+    def _yardstick(self, cell: Cell) -> Tensor | None:
+        """The real images of a cell that has some in a method's place: the one way in which images come from a disk to where images are made."""
+        if not cell.yardstick:
+            return None
+        task = cell.teacher.task
+        pixels = self.loaded.yardsticks[cell.yardstick["digest"]].pixels(task, cell.yardstick["digest"])
+        mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (task.mean, task.std))
+        return normalise(torch.from_numpy(pixels).to(self.device), mean, std).contiguous(memory_format=torch.channels_last)
 
     def _scored_on_images(self, bundle: Bundle, teacher: Teacher) -> Callable[[Student], Evaluation]:
         """Accuracy on the evaluation set; the teacher's own is measured once."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from dfqbench.data import EvaluationSet, find_set
+from dfqbench.data import EvaluationSet, Yardstick, find_set
 from dfqbench.errors import nearest
 from dfqbench.method.info import lacking
 from dfqbench.method.registry import load_plugin
@@ -31,7 +31,7 @@ from dfqbench.yaml_file import read_yaml
 @dataclass(frozen=True)
 class LoadedSweep:
     """A sweep with the cells it spans. evaluation: None where it has no evaluation set (`evaluate: none`). remarks: what is to be said
-    of teachers and presets."""
+    of teachers and presets. yardsticks: by their digest."""
 
     sweep: Sweep
     path: Path
@@ -41,6 +41,7 @@ class LoadedSweep:
     cells: list[Cell]
     selection: LoadedSelection | None = None
     remarks: Sequence[str] = ()
+    yardsticks: Mapping[str, Yardstick] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def span_sweep(
     remarks = found.quantized + about_presets(ran)
     cells = _span(sweep, found, selection)
     _check_labels(sweep, cells, found.variants, problems)
-    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, cells, selection, remarks)
+    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, cells, selection, remarks, found.yardsticks)
 
 
 def _check_labels(sweep: Sweep, cells: list[Cell], variants: list[Variant], problems: Problems) -> None:
@@ -146,6 +147,7 @@ class _Parts:
     quantized: list[str]
     variants: list[Variant]
     image_makers: list[Variant]
+    yardsticks: dict[str, Yardstick]
 
 
 def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str, InMemory] | None = None) -> _Parts | None:
@@ -155,6 +157,7 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
     has_data = sweep.evaluate.set != WITHOUT_DATA
     evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate.set)) if has_data else None
     card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate, cache)) if evaluation else None
+    yardsticks, cards = _yardsticks(sweep, evaluation if card else None, cache, problems)
     teachers: dict[TeacherCard, TeacherSpec | InMemory] = {}
     found: list[tuple[int, TeacherCard, dict[str, Any]]] = []
     presets: dict[TeacherCard, str] = {}
@@ -178,7 +181,7 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
         elif card and evaluation:
             problems.catch(f"teachers[{i}]", partial(evaluation.check, teacher.task))
     variants, makers = find_variants(
-        sweep, protocol, {teacher.task for teacher in teachers}, {*presets.values()} or {sweep.preset or ""}, problems, cache
+        sweep, protocol, {teacher.task for teacher in teachers}, {*presets.values()} or {sweep.preset or ""}, problems, cache, cards
     )
     if len(makers) > len({v.asked for v in makers}):
         problems.add("selection.images", f"{len(makers)} variants, exactly one is expected: no lists of values here")
@@ -195,7 +198,23 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
     if problems.lines or protocol is None or (has_data and card is None):
         return None
     quantized = [line for _, teacher, student in found if (line := about_work(teacher.label, protocol.name, student))]
-    return _Parts(protocol, bits, evaluation, card, teachers, presets, quantized, variants, makers)
+    return _Parts(protocol, bits, evaluation, card, teachers, presets, quantized, variants, makers, yardsticks)
+
+
+def _yardsticks(
+    sweep: Sweep, evaluation: EvaluationSet | None, cache: Path, problems: Problems
+) -> tuple[dict[str, Yardstick], dict[str, dict[str, Any]]]:
+    """Those that are there, by their digest; and of all, by name, digest and count, or nothing where something is wrong."""
+    made: dict[str, Yardstick] = {}
+    cards: dict[str, dict[str, Any]] = {}
+    for name, given in sweep.yardsticks.items():
+        found = problems.catch(f"yardsticks.{name}.images", partial(find_set, given.images))
+        yardstick = Yardstick(found, given.count) if found else None
+        card = problems.catch(f"yardsticks.{name}", partial(yardstick.card, evaluation, cache)) if yardstick else None
+        cards[name] = card or {}
+        if card and yardstick:
+            made[card["digest"]] = yardstick
+    return made, cards
 
 
 def _selection(sweep: Sweep, parts: _Parts) -> LoadedSelection | None:

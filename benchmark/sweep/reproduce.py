@@ -18,14 +18,17 @@ def config_of(record: dict[str, Any]) -> dict[str, Any]:
         teacher["weights"] = "${TEACHER_WEIGHTS}"
     teacher |= {key: task[key] for key in ("classes", "size", "mean", "std", "crop_ratio", "interpolation")}
     selection = record["evaluation"].get("selection")
-    on = {"evaluate": _evaluation_set(record["evaluation"])}
+    on: dict[str, Any] = {"evaluate": _evaluation_set(record["evaluation"])}
     if without_data(record):
         on = {"evaluate": "none"} | ({"selection": selection} if selection else {})
+    settings = record["identity"]["config"] | {name: f"${{{name.upper()}}}" for name in record.get("files", {})}
+    if real := settings.pop("yardstick", None):
+        on["yardsticks"] = {settings["host"]: {"images": "${YARDSTICK}", "count": real["count"]}}
     return {
         "name": "cell-{id}",
         "teachers": [teacher],
         **on,
-        "methods": [{record["method"]: record["identity"]["config"] | {name: f"${{{name.upper()}}}" for name in record.get("files", {})}}],
+        "methods": [{record["method"]: settings}],
         "bits": ["{bits}"],
         "seeds": ["{seed}"],
         "protocol": {"name": record["protocol"], **record["identity"]["protocol"]},
@@ -73,6 +76,8 @@ def recipe(result: dict[str, Any]) -> str:
         place = "path/to/images" if ":${EVALUATION_SET}" in str(config) else "imagefolder:path/to/images"
         said = f"{record['evaluation']['images']} images, digest {record['identity']['evaluation'][:16]}"
         lines.append(f"export EVALUATION_SET={place}   # {said}" + ("; or another set's name" if ":" in place else ""))
+    if real := record["identity"]["config"].get("yardstick"):
+        lines.append(f"export YARDSTICK=imagefolder:path/to/images   # real images, not the test images; digest {real['digest'][:16]}")
     text = write_yaml(config, default_flow_style=None, width=150).replace("'{seed}'", "{seed}").replace("'{bits}'", "{bits}")
     lines += ["cat > cell.yaml <<'END'", text.rstrip(), "END"]
     code = _code_of_others(record)

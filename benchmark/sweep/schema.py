@@ -79,6 +79,14 @@ class Selection(BaseModel):
     count: int = Field(1280, ge=1)
 
 
+class RealImages(BaseModel):
+    """An entry of `yardsticks`: real images in a method's place."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    images: str = Field(description="an evaluation set: of one with training images these, of a folder all")
+    count: int = Field(1280, ge=2)
+
+
 WITHOUT_DATA = "none"  # for `evaluate`
 
 
@@ -108,6 +116,7 @@ class Sweep(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluate_every: int | None = Field(None, ge=1, description="epochs between evaluations; null: only at the end")
     selection: Selection | None = Field(None, description="for `dfqbench select`; no part of any cell")
+    yardsticks: dict[str, RealImages] = Field({}, description="real images by the name by which a `host` names them; no data-free methods")
     plugins: list[str] = Field([], description="Python files that register more methods or evaluation sets")
     tracking: Tracking | None = Field(
         None, description="W&B: wandb, or {wandb: online or offline, project: ..., entity: ...}; never changes a result"

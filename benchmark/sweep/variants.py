@@ -111,16 +111,23 @@ class Variant:
 
 
 def find_variants(
-    sweep: Sweep, protocol: Protocol | None, tasks: Collection[Task], presets: Collection[str], problems: Problems, cache: Path
+    sweep: Sweep,
+    protocol: Protocol | None,
+    tasks: Collection[Task],
+    presets: Collection[str],
+    problems: Problems,
+    cache: Path,
+    yardsticks: Mapping[str, dict[str, Any]] | None = None,
 ) -> tuple[list[Variant], list[Variant]]:
     """(those of the methods, those of the method that makes images to select on); what is wrong is added to `problems`.
 
-    presets: those that teachers ask for, "" for none; there are variants for each of them.
+    presets: those that teachers ask for, "" for none; there are variants for each of them. yardsticks: digest and count by name, empty where they
+    are not known.
 
     Remembered where nothing is wrong and no code but the suite's has a say, for as long as neither its files nor any installed package change.
     The steps for each of the teachers' tasks are remembered with it: they need the methods too.
     """
-    images = [sweep.selection.images] if sweep.selection else []
+    images, real = [sweep.selection.images] if sweep.selection else [], yardsticks or {}
     known = registry.untouched() and protocol is not None and not problems.lines
     code = code_state() if known else None
 
@@ -131,24 +138,43 @@ def find_variants(
         entries += [("images", "selection.images", given, sweep.model_copy(update={"bits": sweep.bits[:1]})) for given in images]
         found: dict[str, list[Configured]] = {"methods": [], "images": []}
         for preset, (part, key, given, asking) in itertools.product(sorted(presets), entries):
-            found[part] += _variants(key, given, preset, asking, protocol, problems)
+            found[part] += _variants(key, given, preset, asking, protocol, real if part == "methods" else {}, problems)
         known_presets = {name for method in registry.list_methods() for name in method.Config.presets}
         for preset in sorted({*presets} - {"", *known_presets}):
             problems.add("preset", f"{preset!r}: no method has a preset of that name: {nearest(preset, known_presets)}")
+        _check_yardsticks(real, [v.config for v in found["methods"]], problems)
         asked = [one for v in itertools.chain(*found.values()) for one in methods_of(v.method, v.config)]
         own = all(method.info.source.package == "dfqbench" for method, _ in asked) and not registry.broken
         fixed = not any(files_of(config) for _, config in asked)  # a file's content may be another the next time
         holds = known and own and fixed and not problems.lines and code_state() == code
         return {"holds": holds, **{key: [asdict(Variant.of(v, tasks if holds else ())) for v in variants] for key, variants in found.items()}}
 
-    given = [sweep.methods, images, sorted(presets), sweep.budget.given(), protocol, sweep.bits, sorted(map(str, tasks))]
+    given = [sweep.methods, images, sorted(presets), sorted(real.items()), sweep.budget.given(), protocol, sweep.bits, sorted(map(str, tasks))]
     key = [code, repr(given)]  # as text: the order of settings and 1 or 1.0 make a difference
     answer = remembered(cache if known else None, "variants", key, ask, lambda answer: bool(answer["holds"]))
     methods, makers = ([Variant(**variant) for variant in answer[part]] for part in ("methods", "images"))
     return methods, makers
 
 
-def _variants(key: str, given: Entry, asked: str, sweep: Sweep, protocol: Protocol | None, problems: Problems) -> list[Configured]:
+def _check_yardsticks(yardsticks: Mapping[str, Any], configs: list[MethodConfig], problems: Problems) -> None:
+    """Adds yardsticks that nothing is trained on, and those that are called as a method."""
+    hosts, known = {getattr(config, "host", "") for config in configs}, {method.info.name for method in registry.list_methods()}
+    for name in yardsticks:
+        if name in known:
+            problems.add(f"yardsticks.{name}", "a method is called that: take another name")
+        elif name not in hosts and not problems.lines:
+            problems.add(f"yardsticks.{name}", f"no method is trained on it: one with a host, like {{qat: {{host: {name}}}}}, is expected")
+
+
+def _variants(
+    key: str,
+    given: Entry,
+    asked: str,
+    sweep: Sweep,
+    protocol: Protocol | None,
+    yardsticks: Mapping[str, dict[str, Any]],
+    problems: Problems,
+) -> list[Configured]:
     """The method of one entry with each of its settings: a list value spans a grid. asked: the preset, unless the entry has its own."""
     named: dict[str, Any] = {k: given[k] for k in NAMING if k in given} if isinstance(given, Mapping) else {}
     entry = {given: None} if isinstance(given, str) else {k: v for k, v in given.items() if k not in NAMING}
@@ -171,6 +197,9 @@ def _variants(key: str, given: Entry, asked: str, sweep: Sweep, protocol: Protoc
     unknown = [k for k in settings if k not in fields]
     for setting in unknown:
         problems.add(f"{key}.{setting}", f"unknown setting: {nearest(setting, [*fields, 'preset'])}")
+    if "yardstick" in settings:
+        problems.add(f"{key}.yardstick", "it is filled in: name the images in `yardsticks` and in `host`")
+        return []
     by_preset: dict[str, list[str]] = {}
     for width in sweep.bits:
         by_preset.setdefault(preset_of(method.Config.presets, preset or asked, width), []).append(width)
@@ -181,8 +210,11 @@ def _variants(key: str, given: Entry, asked: str, sweep: Sweep, protocol: Protoc
     variants = []
     for (own, bits), values in itertools.product(by_preset.items(), itertools.product(*axes.values())):
         base, chosen = method.Config.presets.get(own, {}) | budget, dict(zip(axes, values, strict=True))
+        on = str(chosen.get("host")) if "yardstick" in fields else ""
+        if on in yardsticks and not yardsticks[on]:
+            continue  # what is wrong with it is told already
         try:
-            config = method.Config(**{**base, **chosen})
+            config = method.Config(**{**base, **chosen, **({"yardstick": yardsticks[on]} if on in yardsticks else {})})
         except ValidationError as error:
             for line in described(error, key):
                 problems.add(*line)

@@ -17,6 +17,7 @@ from dfqbench.engine.state_difference import difference
 from dfqbench.engine.step_graph import WARM_UP
 from dfqbench.engine.synthesis_cache import made_since, state_before
 from dfqbench.method.contract import Method
+from dfqbench.method.hosting import needs_of
 from dfqbench.network import Observation, Teacher
 from dfqbench.quantization.student import Student
 from dfqbench.task import Task
@@ -31,9 +32,10 @@ def images_do_not_depend_on_what_comes_after(trial: Trial) -> None:
     """
     named = sorted(trial.config.after_images)
     tried = {name: list(_other_values(trial, name)) for name in named}
-    untried = [name for name, changes in tried.items() if not changes]
+    moved = {name for changes in tried.values() for change in changes for name in _moved(trial, change)}  # what is filled in moves with others
+    untried = [name for name, changes in tried.items() if not changes and name not in moved]
     assert not untried, f"after_images names {', '.join(untried)}, of which no second valid value was found to try it with"
-    together = {name: value for changes in tried.values() for name, value in changes[0].items()}
+    together = {name: value for changes in tried.values() for name, value in (changes[0].items() if changes else ())}
     for choice in [{}, *_choices(trial, named)]:  # what one choice leaves aside, another may use
         made = _made(trial, choice, named)
         for change in [*([] if choice else (change for changes in tried.values() for change in changes)), together] if made else []:
@@ -86,6 +88,12 @@ def _other_values(trial: Trial, name: str) -> Iterator[dict[str, Any]]:
     else:
         values = list(get_args(annotation))
     yield from ({name: value} for value in values if value != now and _valid(trial, {name: value}))
+
+
+def _moved(trial: Trial, change: dict[str, Any]) -> set[str]:
+    """The settings that are others with this change."""
+    changed = Trial(trial.method, trial.settings | change).config
+    return {name for name in trial.method.Config.model_fields if getattr(changed, name) != getattr(trial.config, name)}
 
 
 def _valid(trial: Trial, change: dict[str, Any]) -> bool:
@@ -149,8 +157,9 @@ def what_it_needs_is_declared(trial: Trial) -> None:
     ):
         batch = trial.end(teacher=teacher).last_batch
     used |= {"labels"} if batch is not None and batch.labels is not None else set()
-    undeclared = used - set(trial.method.needs)
-    wanted = ", ".join(f'"{need}"' for need in sorted(used | set(trial.method.needs)))
+    declared = needs_of(trial.method, trial.config)
+    undeclared = used - declared
+    wanted = ", ".join(f'"{need}"' for need in sorted(used | declared))
     assert not undeclared, f"it uses {', '.join(sorted(undeclared))}, which is not declared: needs = {{{wanted}}}"
 
 
