@@ -76,7 +76,7 @@ def _wrapped(config: HostingConfig) -> type[Method]:
     why_not = {
         "it wraps a method itself": issubclass(method.Config, HostingConfig),
         "it trains no student": config.keeps_plan and not issubclass(method.Config, TrainingConfig),
-        "it makes no images": method.synthesize is Method.synthesize,
+        "it makes no images": not config.keeps_plan and method.synthesize is Method.synthesize,
         "its images depend on the student": not method.info.shares_synthesis,
         "it has rules of its own for ranges or BN": config.keeps_plan and bool(method.ranges or method.batch_norm),
     }
