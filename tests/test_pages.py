@@ -20,7 +20,7 @@ from dfqbench.cli.app import app
 from dfqbench.data.sets import BUILT_IN
 from dfqbench.method.registry import built_in_names
 from dfqbench.quantization.protocol import Protocol
-from dfqbench.sweep.schema import Budget, Kept, NamedSet, Selection, Sweep, Tracking
+from dfqbench.sweep.schema import Budget, Kept, NamedSet, RealImages, Selection, Sweep, Tracking
 from dfqbench.teachers import TeacherSpec
 from dfqbench_slurm.profile import Profile, shipped
 
@@ -45,6 +45,7 @@ TABLES: dict[str, tuple[str, type[BaseModel]]] = {
     "Keys of `evaluate`": ("configs/README.md", NamedSet),
     "Keys of `budget`": ("configs/README.md", Budget),
     "Keys of `selection`": ("configs/README.md", Selection),
+    "Keys of `yardsticks`": ("configs/README.md", RealImages),
     "Keys of `tracking`": ("configs/README.md", Tracking),
     "Keys of `store`": ("configs/README.md", Kept),
     "Keys of a teacher": ("configs/README.md", TeacherSpec),

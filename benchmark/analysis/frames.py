@@ -33,6 +33,7 @@ COLUMNS = {
     "method": "string",
     "plain_method": "string",
     "fidelity": "string",
+    "yardstick": "bool",
     "configuration": "string",
     "settings": "string",
     "teacher": "string",

@@ -8,13 +8,17 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dfqbench.cli.options import DEFAULT_RESULTS, Plugins, Results, one_of
 from dfqbench.cli.reading import Group, NamesFrom, OnlyConfig, Rows, RuleOption, named, read_cells, rule_of
 from dfqbench.errors import UserError, counted, nearest
+
+if TYPE_CHECKING:
+    from dfqbench.analysis.tables.blocks import Block
+    from dfqbench.analysis.tables.printed import Table
 
 Columns = Annotated[
     str,
@@ -34,7 +38,11 @@ def table(
         str, typer.Option("--format", help="text, markdown, latex, html; csv: a line per cell; csv-means: a line per row and width.")
     ] = "text",
     layout: Annotated[
-        str, typer.Option(help="blocks: a table per teacher and evaluation set; wide: one table of methods by networks and bit widths.")
+        str,
+        typer.Option(
+            help="blocks: a table per teacher and evaluation set; wide: one table of methods by networks and bit widths; "
+            "factorial: sources of images by trainings of the student."
+        ),
     ] = "blocks",
     rows: Rows = None,
     columns: Columns = "",
@@ -51,9 +59,9 @@ def table(
 
     checked, choice = rule_of(rule), Choice(tuple(rows or ()), Shown.of(columns), sort, best_first)
     one_of("--format", output, TABLE_FORMATS)
-    one_of("--layout", layout, ("blocks", "wide"))
-    if layout == "wide" and output.startswith("csv"):
-        raise UserError(f"--layout wide: --format {output} has a line for every cell or mean, whatever the layout")
+    one_of("--layout", layout, ("blocks", "wide", "factorial"))
+    if layout != "blocks" and output.startswith("csv"):
+        raise UserError(f"--layout {layout}: --format {output} has a line for every cell or mean, whatever the layout")
     if bib and output != "latex":
         raise UserError(f"--bib {bib}: only --format latex cites")
     reading = read_cells(config, results, plugin, diverged_will_do=True)
@@ -76,7 +84,10 @@ def table(
     if output == "csv-means":
         means_frame(found, without_data).to_csv(sys.stdout, index=False)
         return
-    tables, ranks = [*(side_by_side(found) if layout == "wide" else found), *without_data], ranking(found)
+    if layout == "factorial":
+        tables, ranks = _factorial(found), []
+    else:
+        tables, ranks = [*(side_by_side(found) if layout == "wide" else found), *without_data], ranking(found)
     tables = [arranged(table, choice) for table in tables]
     if output == "text":
         from rich.console import Console
@@ -92,6 +103,15 @@ def table(
         print(formats[output](tables, ranks), end="")
     if bib:
         _write_bibliography(bib, {record["cell"]["method"] for record in (*reading.results, *reading.unfinished)})
+
+
+def _factorial(found: list[Block]) -> list[Table]:
+    from dfqbench.analysis.tables.factorial import factorials, written
+
+    tables = factorials(found)
+    if not tables:
+        raise UserError("--layout factorial: no cell trains a student on a host's images, as method qat does: {qat: {host: gdfq, student: kl}}")
+    return [written(table) for table in tables]
 
 
 def _write_bibliography(path: Path, methods: set[str]) -> None:

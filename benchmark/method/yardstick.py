@@ -16,7 +16,9 @@ class YardstickConfig(TrainingConfig):
 
 
 class YardstickImages(Method):
-    """Batches of real images, in a random order that is drawn anew when all were seen, as they are: not cropped, not flipped, without labels.
+    """Batches of real images, in a random order that is drawn anew where less than a batch is left of it.
+
+    They are as they are: not cropped, not flipped, without labels.
 
     The engine puts the images (N x C x H x W, normalised) into `handed` between `__init__` and `setup`. It does so for the cells of a sweep's
     `yardsticks` and for no others, and looks for this class and no other: a registered method is handed nothing.

@@ -178,7 +178,8 @@ def test_every_row_of_a_shipped_config_has_a_label(config: Path, tmp_path: Path,
     problems = Problems(config)
     sweep = _validate(read_yaml(config), problems)
     assert sweep is not None
-    variants, _ = find_variants(sweep, find_protocol(sweep.protocol), set(), {""}, problems, tmp_path)
+    cards = {name: {"digest": "0" * 64, "count": given.count} for name, given in sweep.yardsticks.items()}
+    variants, _ = find_variants(sweep, find_protocol(sweep.protocol), set(), {""}, problems, tmp_path, cards)
     assert problems.lines == []
     rows = {Cell.label.fget(variant) for variant in variants}  # type: ignore[attr-defined]
     assert sweep.labels.keys() <= rows, "no label without a row"

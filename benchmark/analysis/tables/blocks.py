@@ -23,7 +23,8 @@ from dfqbench.analysis.warning_signs import BELOW_ROUNDING
 Rule = Literal["last", "best-on-test"]
 NOT_OF_A_ROW = ("bits", "seed", "teacher", "evaluation", "precision")  # of a cell's identity: they say which column, seed or table it is in
 DECIMALS = 2  # of percentages
-SHARED = ("teacher", "teacher_top1", "evaluation", "protocol", "shared_rules", "precision")  # what a block has of its cells
+SHARED = ("teacher", "teacher_top1", "evaluation", "protocol", "shared_rules", "precision", "yardstick")  # what a block has of its cells
+YARDSTICKS = "Yardsticks, trained on real images: "  # before a title
 
 
 @dataclass
@@ -155,7 +156,8 @@ class Block:
 
     heading: what was measured, over a table of several blocks. shared_rules: without what a method may declare for itself. marks: by printed rules.
     teacher_top1: NaN where it was not measured. devices: of finished cells. error: a cell's largest standard error from the test set's size, in
-    percent. uncompared: without per-image results. shown: which columns are printed; order: of its rows, in words.
+    percent. uncompared: without per-image results. yardstick: whether students were trained on real images; then nothing is compared, as no row is a
+    data-free method. shown: which columns are printed; order: of its rows, in words.
     """
 
     title: str
@@ -173,6 +175,7 @@ class Block:
     devices: list[str]
     error: float
     uncompared: int
+    yardstick: bool = False
     shown: Columns = USUAL
     order: str = ""
 
@@ -211,16 +214,15 @@ def _block(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerI
     first = (done or cells)[0]
     rows, widths = rows_of(cells, marks, lambda there: _entry(there, rule, ledger))
     for width in widths:
-        _compare(
-            [e for row in rows if (e := row.complete(width))],
-            [row.entries[width] for row in rows if {width} <= row.lost.keys() & row.entries.keys()],
-            per_image,
-        )
+        complete = [e for row in rows if (e := row.complete(width))]
+        partial = [row.entries[width] for row in rows if {width} <= row.lost.keys() & row.entries.keys()]
+        _compare(*(([], complete + partial) if first["yardstick"] else (complete, partial)), per_image)
         _mark_below_rounding(rows, width)
     top1 = "accuracy not measured" if np.isnan(first["teacher_top1"]) else f"{first['teacher_top1']:.2f} %"
     where = f"on {first['evaluation']} ({first['images']} images)"
-    title = f"{first['teacher']} {where}: teacher {top1}, protocol {first['protocol']}, {first['precision']}"
-    heading = f"{first['teacher']}, {top1}, {where}"
+    before = YARDSTICKS * first["yardstick"]
+    title = f"{before}{first['teacher']} {where}: teacher {top1}, protocol {first['protocol']}, {first['precision']}"
+    heading = f"{before}{first['teacher']}, {top1}, {where}"
     shared = {name: first[name] for name in SHARED} | {"devices": sorted({cell["device"] for cell in done})}
     error = max((binomial_error(c["top1"], c["images"]) for c in done), default=0.0)
     uncompared = sum(entry.estimate is None for row in rows for entry in row.entries.values()) if per_image else 0

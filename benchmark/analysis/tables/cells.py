@@ -12,7 +12,7 @@ from dfqbench.analysis.ledger import METHODS_OWN
 from dfqbench.sweep.cell import fingerprint, without_data
 
 Cell = dict[str, Any]  # a line of `load_frame` with what `comparable` adds
-KEYS = ("evaluation", "digest", "teacher", "teacher_key", "protocol", "shared_rules", "precision")  # what a block's cells agree in
+KEYS = ("evaluation", "digest", "teacher", "teacher_key", "protocol", "shared_rules", "precision", "yardstick")  # what a block's cells agree in
 
 
 def load_frame(results: list[Any]) -> pd.DataFrame:
@@ -32,7 +32,7 @@ def asked_for(cell: dict[str, Any]) -> Cell:
         | {"teacher": cell["teacher"]["label"], "weights": cell["teacher"]["weights_sha256"]}
         | {"evaluation": cell["evaluation"]["name"], "digest": identity["evaluation"]}
         | {"protocol": cell["protocol"], "precision": cell["precision"], "bits": cell["bits"], "seed": cell["seed"]}
-        | {"batch": int(identity["config"].get("batch_size") or 0)}
+        | {"batch": int(identity["config"].get("batch_size") or 0), "yardstick": bool(identity["config"].get("yardstick"))}
     )
 
 
@@ -82,5 +82,5 @@ def comparable(results: list[Any]) -> dict[tuple[Any, ...], list[Cell]]:
 
 def told_apart(key: tuple[Any, ...]) -> str:
     """Behind a title that two tables have."""
-    _, digest, _, teacher, _, rules, _ = key
+    _, digest, _, teacher, _, rules, _, _ = key
     return f" [teacher {teacher[:8]}, images {digest.split()[-1][:8]}, rules {fingerprint(rules)[:8]}]"

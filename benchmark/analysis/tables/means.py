@@ -14,7 +14,11 @@ from dfqbench.analysis.tables.printed import Written
 
 
 def ranking(found: Sequence[Block]) -> list[str]:
-    """What the average ranks say of the rows that are in every column of every block; nothing for fewer than three columns or two such rows."""
+    """What the average ranks say of the rows that are in every column of every block; nothing for fewer than three columns or two such rows.
+
+    Yardsticks, which are no data-free methods, are left aside.
+    """
+    found = [block for block in found if not block.yardstick]
     columns = [{(r.label, r.budget): entry.mean for r in block.rows if (entry := r.complete(w))} for block in found for w in block.widths]
     columns, every = [column for column in columns if column], {(r.label, r.budget) for block in found for r in block.rows}
     common = sorted(name for name in every if all(name in column for column in columns))
@@ -53,7 +57,7 @@ def means_frame(found: Sequence[Block], without_data: Sequence[Written] = ()) ->
 def line_of(place: Mapping[str, Any], row: Row, width: str) -> dict[str, Any]:
     """The beginning of a line of `means_frame`. place: what the table has of its cells."""
     entry, lost = row.entries.get(width), row.lost.get(width)
-    line = {name: place[name] for name in ("teacher", "evaluation", "protocol", "precision")}
+    line = {name: place[name] for name in ("teacher", "evaluation", "protocol", "precision", "yardstick")}
     line |= {"method": row.label + row.mark, "follows": row.fidelity, "steps": row.steps, "batch": row.batch, "bits": width}
     line |= {"n": len(entry.ids) if entry else 0, "diverged": lost.diverged if lost else 0, "failed": lost.failed if lost else 0}
     return line | ({"seeds": " ".join(map(str, entry.seeds))} if entry else {})

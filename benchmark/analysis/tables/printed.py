@@ -34,8 +34,8 @@ Table = Block | WideTable | Written
 Tables = Sequence[Table]
 T = TypeVar("T", bound=Block | WideTable | Written)
 HEADS = {"follows": "follows", "steps": "steps x batch", "seeds": "seeds"}  # of columns.OF_ROWS; that of seconds says which
-NAMING = ("method", *HEADS.values())  # columns that say what a row is
-LEFT = ("method", "follows")  # columns that are set flush left
+NAMING = ("method", "images", *HEADS.values())  # columns that say what a row is
+LEFT = ("method", "images", "follows")  # columns that are set flush left
 GAP = 2  # characters between columns
 WARNED = " !"  # behind an accuracy: see `notes_on_warnings`
 
@@ -191,6 +191,7 @@ def notes_of(table: Table) -> list[str]:
         own = in_words([row.cost for row in rows if row.entries], table.devices) * ("seconds" in (*table.shown.lead, *table.shown.last))
     own += notes_on_marks(table.marks)
     said = {
+        "no data-free methods: students were trained on real images, so nothing is bold, compared or ranked": parts[0].yardstick,
         "in a cell: mean ± sd (seeds)": isinstance(table, WideTable),
         "top-1 in %, rule 'last': the last epoch's accuracy, as a user without test labels would get it": rule == "last",
         "top-1 in %, rule 'best-on-test': the best of all evaluated epochs, chosen on the test labels "

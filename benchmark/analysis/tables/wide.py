@@ -29,15 +29,16 @@ class WideTable:
 
 def side_by_side(found: Sequence[Block]) -> list[Block | WideTable]:
     """Blocks of equal protocol and precision joined, in the order in which they first appear; a block that has no such neighbour stays as it is."""
-    groups: dict[tuple[str, str, str], list[Block]] = {}
+    groups: dict[tuple[str, str, bool, str], list[Block]] = {}
     for block in found:
-        groups.setdefault((block.protocol, block.precision, block.shared_rules), []).append(block)
-    named = Counter((protocol, precision) for protocol, precision, _ in groups)
-    return [_joined(group, named[key[:2]] > 1) if len(group) > 1 else group[0] for key, group in groups.items()]
+        groups.setdefault((block.protocol, block.precision, block.yardstick, block.shared_rules), []).append(block)
+    named = Counter(key[:3] for key in groups)
+    return [_joined(group, named[key[:3]] > 1) if len(group) > 1 else group[0] for key, group in groups.items()]
 
 
 def _joined(group: list[Block], names_rules: bool) -> WideTable:
-    title = f"Methods by networks and bit widths: protocol {group[0].protocol}, {group[0].precision}"
+    what = "Yardsticks, trained on real images," if group[0].yardstick else "Methods"
+    title = f"{what} by networks and bit widths: protocol {group[0].protocol}, {group[0].precision}"
     title += f" [rules {fingerprint(group[0].shared_rules)[:8]}]" if names_rules else ""
     found = _matched(group)
     rules = [[str(sorted(part.settings["protocol"].items())) for part in parts.values()] for parts in found]

@@ -13,7 +13,7 @@ import pandas as pd
 from dfqbench.analysis import cost, size
 from dfqbench.analysis.records import Reading
 from dfqbench.analysis.stats import binomial_error
-from dfqbench.analysis.tables.blocks import Entry, marks_of, rows_of
+from dfqbench.analysis.tables.blocks import YARDSTICKS, Entry, marks_of, rows_of
 from dfqbench.analysis.tables.cells import Cell, comparable, told_apart
 from dfqbench.analysis.tables.choice import EVERYTHING, Choice
 from dfqbench.analysis.tables.means import costs_of, line_of
@@ -73,7 +73,7 @@ def agreements(reading: Reading, choice: Choice = EVERYTHING) -> list[Written]:
 def _title(cells: list[Cell]) -> str:
     first = cells[0]
     on = f"{first['images']} synthetic images ({first['result']['cell']['evaluation'].get('made', 'unknown')})"
-    said = f"{first['teacher']} without data, no accuracy: agreement with the teacher on {on}, %"
+    said = f"{YARDSTICKS * first['yardstick']}{first['teacher']} without data, no accuracy: agreement with the teacher on {on}, %"
     return f"{said}; protocol {first['protocol']}, {first['precision']}"
 
 
