@@ -49,7 +49,13 @@ def test_run_leaves_a_complete_record_and_does_nothing_the_second_time(dfqbench:
     assert result["best"]["top1"] >= result["top1"]
     assert result["provenance"]["threads"] >= 1
     weights, macs = 216 + 576 + 1152 + 2304 + 160, 256 * (216 + 576) + 64 * (1152 + 2304) + 160
-    assert result["size"]["teacher"] == {"bytes": 4 * (weights + 4 * 48 + 10), "weight_bits": 32.0, "macs": macs, "bops": macs * 1024}
+    assert result["size"]["teacher"] == {
+        "bytes": 4 * (weights + 4 * 48 + 10),
+        "weight_bits": 32.0,
+        "macs": macs,
+        "bops": macs * 1024,
+        "quantized": {"weights": 0.0, "activations": 0.0},
+    }
     grids = 8 * (8 + 8 + 16 + 16 + 10) + 8 * 4
     assert result["size"]["student"]["bytes"] == weights / 2 + grids + 4 * (4 * 48 + 10)
     assert found["w3a3"]["size"]["student"]["bops"] == 3 * 32 * (256 * 216 + 160) + 9 * (macs - 256 * 216 - 160)
