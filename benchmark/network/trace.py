@@ -17,10 +17,10 @@ from dfqbench.network.activations import is_activation_module
 from dfqbench.network.attention import make_attention_plain
 from dfqbench.network.canonical import make_canonical
 from dfqbench.network.concrete import ConcreteTracer, nothing_kept_whole
-from dfqbench.network.frozen_batch_norm import BatchNorm
+from dfqbench.network.frozen_batch_norm import SUMS, BatchNorm
 from dfqbench.network.inplace import InPlaceProxy, watched, without_side_effects
 from dfqbench.network.plain_batch_norm import make_batch_norms_plain, with_plain_batch_norms
-from dfqbench.network.products import operands
+from dfqbench.network.products import added, is_constant, operands
 from dfqbench.task import Task
 
 FORM = 1  # of networks that are not made of layers alone: raised when what is quantized in them, or how, changes
@@ -114,8 +114,9 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
             "of the two (the type of its input, or state that it keeps)"
         )
     _mark(traced)
-    by_weights = (operand.is_weight for node in traced.graph.nodes for operand in operands(node, traced))
-    traced.meta["form"] = FORM if concrete or attention or rewritten or any(by_weights) else 0
+    by_weights = any(operand.is_weight for node in traced.graph.nodes for operand in operands(node, traced))
+    to_constants = any(node.target in SUMS and any(map(is_constant, added(node))) for node in traced.graph.nodes)
+    traced.meta["form"] = FORM if concrete or attention or rewritten or by_weights or to_constants else 0
     return traced
 
 

@@ -15,7 +15,7 @@ from dfqbench.errors import UserError
 from dfqbench.network.activations import is_activation
 from dfqbench.network.canonical import Layer, TransposedConv
 from dfqbench.network.frozen_batch_norm import SUMS, BatchNorm
-from dfqbench.network.products import LAYERS, Operand, is_constant, operands, take_attention_apart
+from dfqbench.network.products import LAYERS, Operand, added, is_constant, operands, take_attention_apart
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, WeightGrid
 from dfqbench.quantization.protocol import Bits, Protocol
 
@@ -124,12 +124,13 @@ def _image_nodes(traced: fx.GraphModule) -> set[fx.Node]:
 def _at_operands(traced: fx.GraphModule, products: dict[fx.Node, list[Operand]], of_layers: bool) -> list[fx.Node]:
     """What is multiplied, found where it was computed; `of_layers`: only by weights, and every residual sum.
 
-    A sum that only an activation function reads is quantized behind that function, as fused integer kernels do.
+    What no image has a part in (positions in attention, say) makes no residual sum. A sum that only an activation function reads is quantized behind
+    that function, as fused integer kernels do.
     """
     multiplied = [found for n, found in products.items() if not of_layers or n.op == "call_module" or any(o.is_weight for o in found)]
     wanted = {_origin(operand.node, traced) for found in multiplied for operand in found if not operand.is_weight}
     for node in traced.graph.nodes if of_layers else ():
-        if node.target in SUMS and sum(isinstance(a, fx.Node) and "shape" in a.meta for a in node.args) == 2:
+        if node.target in SUMS and len(added(node)) == 2 and not any(map(is_constant, added(node))):
             reading = readers(node)
             only = reading[0] if len(reading) == 1 else None
             wanted.add(only if only is not None and is_activation(only, traced) else node)

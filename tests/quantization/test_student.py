@@ -225,6 +225,21 @@ def test_hardware_layers_read_only_grids(name: str) -> None:
     assert max(counts[n] for n in inner) <= 16
 
 
+def test_what_is_added_to_every_image_makes_no_residual_sum() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.places, self.head = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(1, 4, 8, 8)), nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.head(F.layer_norm(x + self.places + x, (8, 8)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    teacher = Teacher(Net().eval(), task_of(8))
+    assert teacher.traced.meta["form"] == 1, "of what it was before, it is another network"
+    assert list(Student(teacher, HARDWARE, W4A4).quantizers) == ["x", "add_1", "mean"]
+
+
 def test_an_image_normalised_inside_the_network_has_the_image_bits() -> None:
     student = calibrated(randomised(ZOO["tv:googlenet"][0]()), 32, HARDWARE, classes=1000)
     assert next(iter(student.quantizers.values())).bits == 8
