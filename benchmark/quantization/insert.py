@@ -248,11 +248,12 @@ def _may_be_activations(traced: fx.GraphModule) -> list[str]:
     return found
 
 
+def _reaches_grid(node: fx.Node, traced: fx.GraphModule) -> bool:
+    return any(isinstance(module_of(u, traced), WeightGrid) or (is_constant(u) and _reaches_grid(u, traced)) for u in node.users)
+
+
 def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]:
     """Names of modules and parameters with weights (two or more axes) that take part without a quantizer."""
-
-    def reaches_grid(node: fx.Node) -> bool:
-        return any(isinstance(module_of(u, traced), WeightGrid) or (is_constant(u) and reaches_grid(u)) for u in node.users)
 
     def candidates() -> Iterator[tuple[str, nn.Module | None]]:
         for node in traced.graph.nodes:
@@ -262,7 +263,7 @@ def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]
                     yield str(node.target), module
             elif node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(traced)
-                if isinstance(value, nn.Parameter) and value.dim() > 1 and str(node.target).endswith("weight") and not reaches_grid(node):
+                if isinstance(value, nn.Parameter) and value.dim() > 1 and str(node.target).endswith("weight") and not _reaches_grid(node, traced):
                     yield str(node.target), None
 
     return list(dict.fromkeys(f"{name} ({type(m).__name__})" if m is not None else name for name, m in candidates()))
