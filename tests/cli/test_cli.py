@@ -188,16 +188,16 @@ def test_evaluation_that_changed_a_student_is_a_failure(
     dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dfqbench.quantization.student import Student
-    from dfqbench.run import worker
+    from dfqbench.run import scoring
 
-    honest = worker.evaluate
+    honest = scoring.evaluate
 
     def meddling(network: Any, *words: Any, **options: Any) -> Any:
         if isinstance(network, Student):
             next(iter(network.quantizers.values())).scale.mul_(1.01)
         return honest(network, *words, **options)
 
-    monkeypatch.setattr(worker, "evaluate", meddling)
+    monkeypatch.setattr(scoring, "evaluate", meddling)
     code, out, _ = dfqbench("run", sweep_file(methods=["round"], bits=["w4a4"]), "--results", tmp_path / "r")
     assert code == 1
     assert "evaluation changed the student" in out
