@@ -80,7 +80,7 @@ def image_statistics_loss(answer: Observation, images: Tensor) -> Tensor:
         assert bn.running_var is not None
         mean, deviation = _per_image(x)
         loss = loss + (mean - bn.running_mean).square().sum(1).mean()
-        if x.shape[2] * x.shape[3] > 1:
+        if x.shape[2:].numel() > 1:
             loss = loss + (deviation - (bn.running_var + EPS).sqrt()).square().sum(1).mean()
     return loss
 
@@ -88,7 +88,10 @@ def image_statistics_loss(answer: Observation, images: Tensor) -> Tensor:
 def _per_image(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and unbiased standard deviation over the positions of each channel: N x C each, float32 at least."""
     x = x if x.dtype == torch.float64 else x.float()
-    count = x.shape[2] * x.shape[3]
-    mean = x.mean((2, 3))
-    variance = (x - mean[:, :, None, None]).square().sum((2, 3)) / max(count - 1, 1)
+    positions = tuple(range(2, x.dim()))
+    if not positions:  # of a batch norm behind a linear layer
+        return x, torch.zeros_like(x)
+    mean = x.mean(positions, keepdim=True)
+    variance = (x - mean).square().sum(positions) / max(x.shape[2:].numel() - 1, 1)
+    mean = mean.flatten(1)
     return mean, (variance + EPS).sqrt()

@@ -15,12 +15,14 @@ MEGABYTE = 2**20
 
 @dataclass(frozen=True)
 class Size:
-    """bytes: of all that inference needs. weight_bits: of an average weight. macs, bops: for one image; see export/size.py."""
+    """bytes: of all that inference needs. weight_bits: of an average weight. macs, bops: for one image; see export/size.py. quantized: shares of the
+    multiplications, 0..1: by a quantized weight, and of quantized activations; None where an earlier version did not count them."""
 
     bytes: int
     weight_bits: float
     macs: int
     bops: int
+    quantized: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,17 @@ class Sizes:
 def sizes_of(result: dict[str, Any]) -> Sizes | None:
     """None where the result has no size, or none that can be true."""
     try:
-        student, teacher = (Size(**{key: result["size"][whose][key] for key in Size.__dataclass_fields__}) for whose in ("student", "teacher"))
-        positive = all(value > 0 for each in (student, teacher) for value in vars(each).values())
-    except (KeyError, TypeError):
+        student, teacher = (_size(result["size"][whose]) for whose in ("student", "teacher"))
+        positive = all(value > 0 for each in (student, teacher) for value in (each.bytes, each.weight_bits, each.macs, each.bops))
+    except (KeyError, TypeError, AttributeError):
         return None
     return Sizes(student, teacher) if positive else None
+
+
+def _size(written: dict[str, Any]) -> Size:
+    shares = written.get("quantized")
+    known = {key: written[key] for key in ("bytes", "weight_bits", "macs", "bops")}
+    return Size(**known, quantized=(shares["weights"], shares["activations"]) if shares else None)
 
 
 def common_sizes(results: Iterable[dict[str, Any]]) -> Sizes | None:
@@ -101,6 +109,20 @@ COLUMNS = {
         "GBOPs: 10^9 MACs x weight bits x activation bits, per image",
     ),
 }
+
+
+WEIGHTS_ENOUGH, ACTIVATIONS_ENOUGH = 0.99, 0.95  # below these shares of the multiplications a table says so: a first layer alone is no news
+
+
+def in_float(of_teachers: Mapping[str, Sequence[Sizes | None]]) -> list[str]:
+    """Where much of a student's work is not quantized, whatever the bits in the heading say: a note each."""
+    notes = []
+    for teacher, its in of_teachers.items():
+        for weights, activations in sorted({sizes.student.quantized for sizes in its if sizes and sizes.student.quantized}):
+            if weights < WEIGHTS_ENOUGH or activations < ACTIVATIONS_ENOUGH:
+                shares = f"{100 * weights:.3g} % of its multiplications by weights have quantized weights, {100 * activations:.3g} % of all quantized"
+                notes.append(f"{teacher} under this protocol: {shares} activations; the rest is in float")
+    return notes
 
 
 def text_of(name: str, sizes: Sizes | None) -> str:

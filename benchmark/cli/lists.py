@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import sys
 from typing import Annotated
 
 import typer
 
-from dfqbench.cli.options import Plugins
+from dfqbench.cli.options import Plugins, one_of
 from dfqbench.errors import UserError, nearest
 
 
@@ -60,12 +61,42 @@ def protocols(
     Console().print(shown)
 
 
-def models(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'pytorchcv:resnet*_cifar10'.")] = "*") -> None:
-    """List the networks that can be teachers; `my_nets.py:*` and `my_package.nets:*` list a file's and a module's factories."""
+def models(
+    patterns: Annotated[list[str] | None, typer.Argument(metavar="PATTERN...", help="Wildcards, like 'pytorchcv:resnet*_cifar10'.")] = None,
+    check: Annotated[str | None, typer.Option(metavar="PROTOCOL", help="Quantize each, untrained, and say how much of its work it is.")] = None,
+    output: Annotated[str, typer.Option("--format", help="Of --check: text, markdown or csv.")] = "text",
+) -> None:
+    """List the networks that can be teachers; `my_nets.py:*` and `my_package.nets:*` list a file's and a module's factories.
+
+    With --check each is built with random weights, traced and quantized: what goes through, and which share of its multiplications has quantized
+    weights and quantized activations. A large network takes a minute.
+    """
     from dfqbench.store.cache import cache_folder
     from dfqbench.teachers import list_models
 
-    found = list_models(pattern, cache_folder())
-    if not found:
-        raise UserError(f"no network matches {pattern!r}: {nearest(pattern, list_models(cache=cache_folder()))}")
-    print("\n".join(found))
+    found: list[str] = []
+    for pattern in patterns or ["*"]:
+        matching = list_models(pattern, cache_folder())
+        if not matching:
+            raise UserError(f"no network matches {pattern!r}: {nearest(pattern, list_models(cache=cache_folder()))}")
+        found += [name for name in matching if name not in found]
+    if check is None:
+        print("\n".join(found))
+        return
+    one_of("--format", output, ("text", "markdown", "csv"))
+    from dfqbench.quantization import find_protocol
+    from dfqbench.sweep.students import HEADINGS, checked
+
+    protocol, rows = find_protocol(check), []
+    separator = {"text": "  ", "markdown": " | ", "csv": ","}[output]
+    if output != "text":
+        print(separator.join(HEADINGS) if output == "csv" else f"| {separator.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}")
+    for name in found:
+        rows.append(checked(name, protocol))
+        row = rows[-1].words()
+        if output == "csv":
+            csv.writer(sys.stdout, lineterminator="\n").writerow(row)
+        else:
+            print(f"{name}: {rows[-1]}" if output == "text" else f"| {separator.join(row)} |", flush=True)
+    whole = sum(row.is_whole for row in rows)
+    print(f"{whole} of {len(rows)} wholly quantized under {protocol.name}", file=sys.stderr)

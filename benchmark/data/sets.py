@@ -68,7 +68,7 @@ class EvaluationSet(ABC):
 
     def decode(self, task: Task, split: str = "test") -> Images:
         """The images as the teacher's task wants them. UserError where the classes differ or an image cannot be read."""
-        if task.classes != self.classes:
+        if not self.fits(task.classes):
             raise UserError(f"evaluation set {self.name} has {self.classes} classes, the teacher {task.classes}")
         opened, labels = self._open(split)
 
@@ -76,7 +76,11 @@ class EvaluationSet(ABC):
             # the digest is of the test images: only they can be told apart by it
             return kept(lambda: self.digest(cache_folder()), task, split, shape, decode) if split == "test" else None
 
-        return Images(lambda index: prepare(opened(index), task), labels, (task.size, task.size, task.channels), self.classes, keep=keep)
+        return Images(lambda index: prepare(opened(index), task), labels, (task.size, task.size, task.channels), task.classes, keep=keep)
+
+    def fits(self, classes: int) -> bool:
+        """Whether a network with so many classes can be evaluated on this set."""
+        return classes == self.classes
 
     def check(self, task: Task) -> None:
         """UserError for what would keep `decode` from working, as far as it can be told without decoding the set."""
@@ -191,20 +195,25 @@ class Cifar(EvaluationSet):
 
 class ImageFolder(EvaluationSet):
     """A folder with one sub-folder of image files per class. Classes are the sub-folders sorted by name, or as numbers where all names are whole
-    numbers; images are sorted by path within their class."""
+    numbers; images are sorted by path within their class.
+
+    Numbers with gaps are class indices of a network that has more classes than the folder: `classes` is one more than the largest.
+    """
 
     def __init__(self, name: str, root: Path):
         self.root = root
         self._class_names, other = class_order(class_folders(root))
         self.other_order = other if other != self._class_names else None
-        if self.other_order and are_numbers(other):
+        self.is_part = are_numbers(other) and _have_gaps([int(folder) for folder in self._class_names])
+        if self.other_order and are_numbers(other) and not self.is_part:
             first = next(i for i, folder in enumerate(other) if folder != self._class_names[i])
             said = f"class folders are sorted as numbers ({self._class_names[first]} before {other[first]}), not as text"
             warnings.warn(f"image folder {root}: {said}", Notice, stacklevel=3)
         self._files: list[tuple[int, Path]] = []
         left_out: list[Path] = []
         empty: list[str] = []
-        for index, folder in enumerate(self._class_names):
+        for place, folder in enumerate(self._class_names):
+            index = int(folder) if self.is_part else place
             images, others = files_below(root / folder)
             self._files += [(index, path) for path in images]
             left_out += others
@@ -217,11 +226,19 @@ class ImageFolder(EvaluationSet):
             )
         if left_out:
             warnings.warn(f"image folder {root}: {len(left_out)} files are no images and left out, the first is {left_out[0]}", Notice, stacklevel=3)
-        super().__init__(name, classes=len(self._class_names))
+        if self.is_part:
+            there = f"{len(self._class_names)} class folders, from {self._class_names[0]} to {self._class_names[-1]}: their names are class indices"
+            warnings.warn(f"image folder {root}: {there}, and the other classes have no image", Notice, stacklevel=3)
+            self.other_order = None
+        super().__init__(name, classes=int(self._class_names[-1]) + 1 if self.is_part else len(self._class_names))
 
     @property
     def class_names(self) -> list[str]:
-        return self._class_names
+        return [str(index) for index in range(self.classes)] if self.is_part else self._class_names
+
+    def fits(self, classes: int) -> bool:
+        """Part of a network's classes is enough, where folders say which."""
+        return classes >= self.classes if self.is_part else classes == self.classes
 
     def __len__(self) -> int:
         return len(self._files)
@@ -266,6 +283,11 @@ class ImageFolder(EvaluationSet):
 
         key = [str(self.root.resolve()), [[index, *stamp(path, self.root)] for index, path in self._files]]
         return str(remembered(cache, "set", key, compute)["sha256"])
+
+
+def _have_gaps(numbers: list[int]) -> bool:
+    """Whether they are not all numbers from 0, or from 1, on."""
+    return numbers != list(range(numbers[0], numbers[0] + len(numbers))) or numbers[0] > 1
 
 
 def content_digest(classes: int, images: Iterable[tuple[int, bytes]]) -> str:

@@ -64,6 +64,17 @@ def _untraced() -> Iterator[None]:
         nn.Module.__call__, nn.Module.__getattr__ = before  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def nothing_kept_whole() -> Iterator[None]:
+    """Inside, functions that zoos registered with `torch.fx.wrap`, because shapes decide in them, are traced like any other."""
+    known = dict(_symbolic_trace._wrapped_fns_to_patch)
+    _symbolic_trace._wrapped_fns_to_patch.clear()
+    try:
+        yield
+    finally:
+        _symbolic_trace._wrapped_fns_to_patch.update(known)
+
+
 class ConcreteTracer(fx.Tracer):
     """A tracer that runs along. images: two batches of different sizes."""
 

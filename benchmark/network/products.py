@@ -61,6 +61,11 @@ def _operand(node: fx.Node, axis: int | None) -> Operand:
     return Operand(node, True, axis) if is_constant(node) else Operand(node, False)
 
 
+def added(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a sum adds."""
+    return [a for a in node.args if isinstance(a, fx.Node) and "shape" in a.meta]
+
+
 def is_constant(node: fx.Node) -> bool:
     """Whether no image has a part in it."""
     reached, waiting = set[fx.Node](), [node]

@@ -16,11 +16,11 @@ from dfqbench.errors import UserError
 from dfqbench.network.activations import is_activation_module
 from dfqbench.network.attention import make_attention_plain
 from dfqbench.network.canonical import make_canonical
-from dfqbench.network.concrete import ConcreteTracer
-from dfqbench.network.frozen_batch_norm import BatchNorm
+from dfqbench.network.concrete import ConcreteTracer, nothing_kept_whole
+from dfqbench.network.frozen_batch_norm import SUMS, BatchNorm
 from dfqbench.network.inplace import InPlaceProxy, watched, without_side_effects
 from dfqbench.network.plain_batch_norm import make_batch_norms_plain, with_plain_batch_norms
-from dfqbench.network.products import operands
+from dfqbench.network.products import added, is_constant, operands
 from dfqbench.task import Task
 
 FORM = 1  # of networks that are not made of layers alone: raised when what is quantized in them, or how, changes
@@ -114,27 +114,44 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
             "of the two (the type of its input, or state that it keeps)"
         )
     _mark(traced)
-    by_weights = (operand.is_weight for node in traced.graph.nodes for operand in operands(node, traced))
-    traced.meta["form"] = FORM if concrete or attention or rewritten or any(by_weights) else 0
+    by_weights = any(operand.is_weight for node in traced.graph.nodes for operand in operands(node, traced))
+    to_constants = any(node.target in SUMS and any(map(is_constant, added(node))) for node in traced.graph.nodes)
+    traced.meta["form"] = FORM if concrete or attention or rewritten or by_weights or to_constants else 0
     return traced
 
 
 def _graph_of(network: nn.Module, images: Tensor) -> tuple[fx.Graph, bool]:
     """The graph, and whether the network had to run along to get it. Raises UserError that names the module where it cannot be had."""
-    tracer = _Tracer()
+    tracer, plain, refusal = _Tracer(), None, None
     try:
-        return tracer.trace(network), False
+        plain = tracer.trace(network)
     except UserError:
         raise
     except Exception as error:
         where = f"in {tracer.failed_in}" if tracer.failed_in else "in its forward"
         refusal = UserError(f"{type(network).__name__} cannot be traced by torch.fx {where}: {_first_line(error)}")
         refusal.__cause__ = error
+    if plain is not None and not _keeps_weights_from_view(plain, network):
+        return plain, False
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), nothing_kept_whole():
             return _RunningTracer((images, torch.cat([images, images[:1]]))).trace(network), True
     except Exception:  # what the plain tracer said is about the network, and not about its shapes
+        if plain is not None:
+            return plain, False
+        assert refusal is not None
         raise refusal from refusal.__cause__
+
+
+def _keeps_weights_from_view(graph: fx.Graph, network: nn.Module) -> bool:
+    """Whether a function that a zoo has torch.fx keep whole is given a weight."""
+    names = {name for name, parameter in network.named_parameters(remove_duplicate=False) if parameter.dim() > 1}
+    whole = [
+        n
+        for n in graph.nodes
+        if n.op == "call_function" and (getattr(n.target, "__module__", None) or "").partition(".")[0] in ("torchvision", "timm")
+    ]
+    return any(given.op == "get_attr" and given.target in names for node in whole for given in node.all_input_nodes)
 
 
 def _device(network: nn.Module) -> torch.device | None:

@@ -39,11 +39,14 @@ KEEP_MODULES = (
     nn.Dropout,
     nn.Dropout2d,
     nn.ZeroPad2d,
+    nn.Upsample,
     ActivationQuantizer,
 )
 KEEP = {
     F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.dropout, torch.mean, "mean", "contiguous", torch.clone, "clone",
+    F.interpolate, torch.amax, "amax",
 }  # fmt: skip
+_PARTS = {torch.chunk, torch.split, "chunk", "split"}
 FLATTEN = {torch.flatten, torch.reshape, "flatten", "view", "reshape", torch.squeeze, "squeeze"}
 
 
@@ -144,6 +147,8 @@ def _after(node: fx.Node, module: nn.Module | None, moments: dict[fx.Node, Momen
     given = [moments.get(a) for a in node.args if isinstance(a, fx.Node)]
     if node.target in (torch.cat, torch.concat):
         return _concatenated(node, moments)
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node) and node.args[0].target in _PARTS:
+        return _part(node, moments)
     activation = single_input_function(node, traced)
     if activation is not None:
         entering = moments[activation[1]]
@@ -166,7 +171,7 @@ def _after(node: fx.Node, module: nn.Module | None, moments: dict[fx.Node, Momen
         return _flattened(node, first)
     if node.target is F.pad:
         return _padded(node, first)
-    if isinstance(module, KEEP_MODULES) or node.target in KEEP:
+    if isinstance(module, KEEP_MODULES) or node.target in KEEP or getattr(node.target, "__name__", "") == "stochastic_depth":
         return first
     if node.target is operator.getitem and len(node.meta.get("shape", ())) > 1 and node.meta["shape"][1] == len(first[0]):
         return first
@@ -217,6 +222,20 @@ def _concatenated(node: fx.Node, moments: dict[fx.Node, Moments | None]) -> Mome
     if axis not in (1, -3) or any(part is None for part in known):
         return None
     return torch.cat([k[0] for k in known if k]), torch.cat([k[1] for k in known if k])
+
+
+def _part(node: fx.Node, moments: dict[fx.Node, Moments | None]) -> Moments | None:
+    """Of one of the parts that channels are divided into."""
+    whole, place = node.args
+    assert isinstance(whole, fx.Node)
+    given: Any = whole.args[1] if len(whole.args) > 1 else next(iter(whole.kwargs.values()), None)
+    axis = whole.args[2] if len(whole.args) > 2 else whole.kwargs.get("dim", 0)
+    known = moments.get(whole.args[0])  # type: ignore[arg-type]
+    if known is None or axis not in (1, -3) or not isinstance(place, int) or place < 0 or not isinstance(given, int | tuple | list):
+        return None
+    counts = -(-len(known[0]) // given) if whole.target in (torch.chunk, "chunk") and isinstance(given, int) else given
+    parts = [value.split(list(counts) if isinstance(counts, tuple | list) else counts) for value in known]
+    return (parts[0][place], parts[1][place]) if place < len(parts[0]) else None
 
 
 def _flattened(node: fx.Node, first: Moments) -> Moments | None:

@@ -15,7 +15,7 @@ from dfqbench.errors import UserError
 from dfqbench.network.activations import is_activation
 from dfqbench.network.canonical import Layer, TransposedConv
 from dfqbench.network.frozen_batch_norm import SUMS, BatchNorm
-from dfqbench.network.products import LAYERS, Operand, is_constant, operands, take_attention_apart
+from dfqbench.network.products import LAYERS, Operand, added, is_constant, operands, take_attention_apart
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, WeightGrid
 from dfqbench.quantization.protocol import Bits, Protocol
 
@@ -124,12 +124,13 @@ def _image_nodes(traced: fx.GraphModule) -> set[fx.Node]:
 def _at_operands(traced: fx.GraphModule, products: dict[fx.Node, list[Operand]], of_layers: bool) -> list[fx.Node]:
     """What is multiplied, found where it was computed; `of_layers`: only by weights, and every residual sum.
 
-    A sum that only an activation function reads is quantized behind that function, as fused integer kernels do.
+    What no image has a part in (positions in attention, say) makes no residual sum. A sum that only an activation function reads is quantized behind
+    that function, as fused integer kernels do.
     """
     multiplied = [found for n, found in products.items() if not of_layers or n.op == "call_module" or any(o.is_weight for o in found)]
     wanted = {_origin(operand.node, traced) for found in multiplied for operand in found if not operand.is_weight}
     for node in traced.graph.nodes if of_layers else ():
-        if node.target in SUMS and sum(isinstance(a, fx.Node) and "shape" in a.meta for a in node.args) == 2:
+        if node.target in SUMS and len(added(node)) == 2 and not any(map(is_constant, added(node))):
             reading = readers(node)
             only = reading[0] if len(reading) == 1 else None
             wanted.add(only if only is not None and is_activation(only, traced) else node)
@@ -247,11 +248,12 @@ def _may_be_activations(traced: fx.GraphModule) -> list[str]:
     return found
 
 
+def _reaches_grid(node: fx.Node, traced: fx.GraphModule) -> bool:
+    return any(isinstance(module_of(u, traced), WeightGrid) or (is_constant(u) and _reaches_grid(u, traced)) for u in node.users)
+
+
 def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]:
     """Names of modules and parameters with weights (two or more axes) that take part without a quantizer."""
-
-    def reaches_grid(node: fx.Node) -> bool:
-        return any(isinstance(module_of(u, traced), WeightGrid) or (is_constant(u) and reaches_grid(u)) for u in node.users)
 
     def candidates() -> Iterator[tuple[str, nn.Module | None]]:
         for node in traced.graph.nodes:
@@ -261,7 +263,7 @@ def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]
                     yield str(node.target), module
             elif node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(traced)
-                if isinstance(value, nn.Parameter) and value.dim() > 1 and str(node.target).endswith("weight") and not reaches_grid(node):
+                if isinstance(value, nn.Parameter) and value.dim() > 1 and str(node.target).endswith("weight") and not _reaches_grid(node, traced):
                     yield str(node.target), None
 
     return list(dict.fromkeys(f"{name} ({type(m).__name__})" if m is not None else name for name, m in candidates()))

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import errno
 import gc
-import hashlib
 import io
 import math
 import signal
 import time
 import traceback
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dfqbench.analysis.warning_signs import signs
-from dfqbench.data import EvaluationSet, Images
 from dfqbench.engine.checkpoint import load_checkpoint
-from dfqbench.engine.device import DeviceLost, autocast_of, is_lost, out_of_memory
-from dfqbench.engine.evaluate import Evaluation, Precision, evaluate, normalise, state_hash
+from dfqbench.engine.device import DeviceLost, is_lost, out_of_memory
+from dfqbench.engine.evaluate import Evaluation, state_hash
 from dfqbench.engine.learning_rate import unreached_milestones
 from dfqbench.engine.lockstep import Interrupted, Lockstep, Trainee
 from dfqbench.engine.synthesis_cache import SynthesisCache
@@ -30,19 +25,20 @@ from dfqbench.errors import UserError
 from dfqbench.export.find import NAME as STUDENT
 from dfqbench.export.size import size_of
 from dfqbench.export.student_file import save_student
-from dfqbench.files import read_json, write_atomically, write_json
+from dfqbench.files import read_json, write_atomically
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
-from dfqbench.run.agreement import agreement, kept_images, plain_rounding, rounded
-from dfqbench.run.class_order import doubt_about_classes
+from dfqbench.run.agreement import rounded
 from dfqbench.run.options import Options, StopFlag, Summary
 from dfqbench.run.progress import Progress
 from dfqbench.run.rehearsal import rehearse
 from dfqbench.run.samples import png, sample_grid, sample_images
+from dfqbench.run.scoring import Scoring, teacher_record
 from dfqbench.run.watcher import Watcher
+from dfqbench.run.yardstick import yardstick_of
 from dfqbench.store import Store
 from dfqbench.store.provenance import git_revision, provenance
-from dfqbench.sweep.cell import Bundle, Cell, fingerprint
+from dfqbench.sweep.cell import Bundle, Cell
 from dfqbench.sweep.load import LoadedSweep
 from dfqbench.teachers import TeacherCard, load
 from dfqbench.tracking.process import Observer
@@ -60,10 +56,8 @@ class Worker:
         self.loaded, self.store, self.device, self.options, self.progress, self.stop = loaded, store, device, options, progress, stop
         self.watching = watching
         git_revision()  # as it is now, when the code is loaded, not when a cell ends
-        self._images: dict[str, Images] = {}
+        self._scoring = Scoring(loaded, store, device, options, stop)
         self._teacher: tuple[TeacherCard, Teacher] | None = None
-        self._teachers_seen: set[Path] = set()
-        self._unseen = torch.empty(0)
         self._remarks: set[str] = set()  # what has been told once already
 
     def run(self, bundle: Bundle, summary: Summary) -> None:
@@ -117,7 +111,7 @@ class Worker:
         first = bundle.cells[0]
         card = first.teacher
         teacher = self._load_teacher(card)
-        score = self._scored_without_data(bundle, teacher) if self.loaded.evaluation is None else self._scored_on_images(bundle, teacher)
+        score = self._scoring.of(bundle, teacher, lambda line: self._log(bundle, line))
 
         def evaluate_student(student: Student) -> Evaluation:
             self.progress.evaluating()
@@ -132,7 +126,7 @@ class Worker:
         work = self.store.bundle_folder(bundle.id)
         watcher = Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop, self.watching)
         every = self.loaded.sweep.evaluate_every
-        plain, real = lambda cell: rounded(cell, teacher, self.device), self._yardstick(first)
+        plain, real = lambda cell: rounded(cell, teacher, self.device), yardstick_of(bundle.cells[0], self.loaded, self.device)
         lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, every, work, plain, real)
         if self.options.graphs:
             lockstep.replay_steps(lambda line: self._log(bundle, line))
@@ -198,76 +192,6 @@ class Worker:
             gc.collect()  # tracing leaves a frame that refers to itself, and through its callers to a whole bundle
         return self._teacher[1]
 
-    def _yardstick(self, cell: Cell) -> Tensor | None:
-        """The real images of a cell that has some in a method's place: the one way in which images come from a disk to where images are made."""
-        if not cell.yardstick:
-            return None
-        task = cell.teacher.task
-        pixels = self.loaded.yardsticks[cell.yardstick["digest"]].pixels(task, cell.yardstick["digest"])
-        mean, std = (torch.tensor(values, device=self.device).view(1, -1, 1, 1) for values in (task.mean, task.std))
-        return normalise(torch.from_numpy(pixels).to(self.device), mean, std).contiguous(memory_format=torch.channels_last)
-
-    def _scored_on_images(self, bundle: Bundle, teacher: Teacher) -> Callable[[Student], Evaluation]:
-        """Accuracy on the evaluation set; the teacher's own is measured once."""
-        first, found = bundle.cells[0], self.loaded.evaluation
-        assert found is not None
-        key = fingerprint(first.teacher.task.as_dict())
-        if key not in self._images:
-            self._images = {key: found.decode(first.teacher.task)}
-        images = self._images[key]
-        self._measure_teacher(bundle, teacher, images, found)
-        return lambda student: self._evaluate(student, bundle, images)
-
-    def _scored_without_data(self, bundle: Bundle, teacher: Teacher) -> Callable[[Student], Evaluation]:
-        """Agreement with the teacher on images that nothing was trained on."""
-        cell = bundle.cells[0]
-        teacher.to(self.device).to(memory_format=torch.channels_last)
-        self._unseen = self._unseen_images(cell, teacher, lambda line: self._log(bundle, line))
-        autocast = autocast_of(cell, self.device)
-        path = teacher_record(self.store, cell)
-        if read_json(path) is None:
-            write_json(path, {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], "metric": "agreement"})
-        return lambda student: agreement(student, teacher, self._unseen, autocast, lambda size: self._smaller(bundle, size))
-
-    def _unseen_images(self, cell: Cell, teacher: Teacher, say: Callable[[str], None]) -> Tensor:
-        selection = self.loaded.selection
-        assert selection is not None
-        path = self.store.root / "unseen" / f"{selection.digest(cell.teacher)}.safetensors"
-        return kept_images(path, selection.maker(cell.teacher), teacher, self.device, selection.count, say, self.stop)
-
-    def _evaluate(self, network: Any, bundle: Bundle, images: Images, precision: Precision | None = None) -> Evaluation:
-        cell = bundle.cells[0]
-
-        def smaller(size: int) -> None:
-            self._smaller(bundle, size)
-            self.options.evaluation_batch = size  # the next evaluation would run out of memory, too
-
-        task, batch = cell.teacher.task, self.options.evaluation_batch
-        return evaluate(network, images, task, device=self.device, precision=precision or cell.precision, batch_size=batch, smaller=smaller)
-
-    def _smaller(self, bundle: Bundle, size: int) -> None:
-        self._log(bundle, f"out of memory in evaluation: tried again with batches of {size}; where rounding differs, last bits of logits may too")
-
-    def _measure_teacher(self, bundle: Bundle, teacher: Teacher, images: Images, found: EvaluationSet) -> None:
-        """The teacher's own accuracy, in full precision: measured once per teacher and set."""
-        cell = bundle.cells[0]
-        path = teacher_record(self.store, cell)
-
-        def measured(shown: Images) -> Evaluation:
-            teacher.to(self.device).to(memory_format=torch.channels_last)
-            return self._evaluate(teacher, bundle, shown, "fp32")
-
-        known = read_json(path)
-        if known is None:
-            result = measured(images)
-            known = {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], **result.scores()}
-            write_json(path, known)
-        if path not in self._teachers_seen:
-            self._teachers_seen.add(path)
-            doubt = doubt_about_classes(found, images, known["top1"], lambda shown: measured(shown).top1)
-            if doubt:
-                self._log(bundle, f"teacher {cell.teacher.label}: {doubt}")
-
     def _pictures(self, lockstep: Lockstep) -> dict[str, bytes]:
         """File name -> PNG of what the method wants to show. A picture that fails is told, and costs no result."""
         found = {}
@@ -302,7 +226,7 @@ class Worker:
             "id": cell.id,
             "cell": cell.record(),
             **evaluation.scores(),
-            **(self._beside(cell, lockstep) if metric == "agreement" else {}),
+            **(self._scoring.beside(cell, lockstep.teacher) if metric == "agreement" else {}),
             "best": best,
             "evaluations": len(evaluated) + (not evaluated or evaluated[-1]["epoch"] != last["epoch"]),
             "last_epoch": len(lockstep.epochs),
@@ -322,11 +246,6 @@ class Worker:
         self.store.write_result(cell.id, result)
         self.watching.finished(cell.id)
         self.progress.done(cell, _reached(result))
-
-    def _beside(self, cell: Cell, lockstep: Lockstep) -> dict[str, Any]:
-        """What a cell without data has beside its scores; the same settings give other images elsewhere, where rounding differs."""
-        made = hashlib.sha256(self._unseen.cpu().contiguous().numpy().tobytes()).hexdigest()
-        return {"plain_rounding": plain_rounding(cell, lockstep.teacher, self._unseen, self.device), "unseen_sha256": made}
 
     def _size(self, trainee: Trainee, lockstep: Lockstep) -> dict[str, Any]:
         """Of teacher and student. A network that cannot be counted is told, and costs no result."""
@@ -368,11 +287,6 @@ def _reached(result: dict[str, Any]) -> str:
     plain = result["plain_rounding"]
     beside = f" (plain rounding: {plain['agreement']:.2f} %, {plain['kl']:.3g})" if plain else ""
     return f"agreement with the teacher {result['agreement']:.2f} %, KL {result['kl']:.3g} nats{beside}"
-
-
-def teacher_record(store: Store, cell: Cell) -> Path:
-    """Where the teacher's own accuracy on the cell's evaluation set is kept."""
-    return store.root / "teachers" / f"{fingerprint([cell.identity()['teacher'], cell.evaluation.digest])}.json"
 
 
 def _cpu_seconds(trainee: Trainee, lockstep: Lockstep) -> dict[str, Any]:

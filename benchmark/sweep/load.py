@@ -176,7 +176,7 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
         found.append((i, teacher, student or {}))
         if student and student["refused"]:
             problems.add(f"teachers[{i}]", f"{teacher.label}: {student['refused']}")
-        if card and teacher.task.classes != card.classes:
+        if card and evaluation and not evaluation.fits(teacher.task.classes):
             problems.add(f"teachers[{i}]", f"{teacher.label} has {teacher.task.classes} classes, evaluation set {card.name} has {card.classes}")
         elif card and evaluation:
             problems.catch(f"teachers[{i}]", partial(evaluation.check, teacher.task))

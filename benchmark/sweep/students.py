@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dfqbench.errors import UserError
 from dfqbench.files import PACKAGE
 from dfqbench.quantization import Bits, Protocol
-from dfqbench.teachers import Question
+from dfqbench.teachers import UNTRAINED, Question, parse_teacher
+from dfqbench.teachers.spec import ZOOS
 
 if TYPE_CHECKING:
     from dfqbench.network import Teacher
@@ -52,3 +54,47 @@ def about_work(teacher: str, protocol: str, student: dict[str, Any]) -> str:
     named = f"; kept in float: {', '.join(float_ones[:3])}{f' and {len(float_ones) - 3} more' if len(float_ones) > 3 else ''}" if float_ones else ""
     shares = f"{weights} of the multiplications by a weight have a quantized one, {activations} of all multiply quantized activations"
     return f"{teacher}: under {protocol}, {shares}{named}"
+
+
+HEADINGS = ("network", "weights", "activations", "in float, or why not")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What becomes of a network under a protocol: shares of its multiplications in 0..1, None where it is refused; why that, or what stays float."""
+
+    name: str
+    weights: float | None
+    activations: float | None
+    why: str
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether weights and activations are quantized wherever they are multiplied."""
+        return self.weights is not None and self.activations is not None and min(self.weights, self.activations) > 0.9999
+
+    def words(self) -> tuple[str, ...]:
+        """By `HEADINGS`; shares in %."""
+        return self.name, *("" if share is None else f"{100 * share:.1f}" for share in (self.weights, self.activations)), self.why
+
+    def __str__(self) -> str:
+        if self.weights is None or self.activations is None:
+            return f"refused: {self.why}"
+        shares = "wholly quantized" if self.is_whole else f"weights {100 * self.weights:.1f} %, activations {100 * self.activations:.1f} %"
+        return f"{shares}; in float: {self.why}" if self.why else shares
+
+
+def checked(name: str, protocol: Protocol) -> Checked:
+    """Builds the network of a zoo's or a file's name, untrained where it is a zoo's, and quantizes it. Nothing that is wrong with it raises."""
+    from dfqbench.network import Teacher
+    from dfqbench.teachers.build import build
+
+    try:
+        built = build(parse_teacher({"model": name, "weights": UNTRAINED} if name.partition(":")[0] in ZOOS else name))
+        student = student_of(protocol).answer(Teacher(built.network, built.task))
+    except Exception as error:  # a zoo's network may fail in any way
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        return Checked(name, None, None, " ".join(text.removeprefix(f"teacher {name!r}: ").split()))
+    if student["refused"] or not student["quantized"]:
+        return Checked(name, None, None, student["refused"] or "its work could not be counted")
+    return Checked(name, **student["quantized"], why=", ".join(student["left_float"]))

@@ -13,7 +13,7 @@ def crop_and_flip(images: Tensor, stream: torch.Generator, smallest: float = 0.5
     """Every image its own random resized crop (area in [smallest, 1], aspect 3/4 to 4/3) and horizontal flip: N x C x S x S, differentiable.
 
     As torchvision's RandomResizedCrop with bilinear sampling, for all images at once; a side that would be longer than the image is cut
-    (there it is drawn anew). On a GPU crops are taken by `cut`, since the gradient of torch's kernel is not deterministic there.
+    (there it is drawn anew). On a GPU images that are optimised go through `cut`: the gradient of torch's kernel is not deterministic there.
     """
     count, device = len(images), images.device
 
@@ -24,7 +24,7 @@ def crop_and_flip(images: Tensor, stream: torch.Generator, smallest: float = 0.5
     width, height = (area * ratio).sqrt().clamp_max(1.0), (area / ratio).sqrt().clamp_max(1.0)
     x, y = uniform(-1.0, 1.0) * (1 - width), uniform(-1.0, 1.0) * (1 - height)
     sign = torch.where(uniform(0.0, 1.0) < 0.5, -1.0, 1.0) if flip else torch.ones(count, device=device)
-    if device.type == "cuda":
+    if device.type == "cuda" and images.requires_grad:
         return cut(images, height, y, width * sign, x)
     zero = torch.zeros(count, device=device)
     boxes = torch.stack([torch.stack([width * sign, zero, x], 1), torch.stack([zero, height, y], 1)], 1)

@@ -230,3 +230,22 @@ def test_reading_a_store_opens_no_student(tmp_path: Path, command: str) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert {student.read_bytes() for student in students} == {b"\xff" * 1000}
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ((1.0, 0.989), None),
+        ((1.0, 0.0903), "100 % of its multiplications by weights have quantized weights, 9.03 % of all quantized activations; the rest is in float"),
+        ((0.66, 0.66), "66 % of its multiplications by weights have quantized weights, 66 % of all quantized activations; the rest is in float"),
+    ],
+)
+def test_what_is_in_float_is_a_note_of_the_table(shares: tuple[float, float], said: str | None, tmp_path: Path) -> None:
+    store = Store(tmp_path / "r", writable=True)
+    for cell in [cell for cell in cells(500) if cell.method == "gdfq" and str(cell.bits) == "w4a4" and cell.teacher.label == "resnet20"][:1]:
+        size = sizes(cell)
+        size["student"] |= {"quantized": {"weights": shares[0], "activations": shares[1]}}
+        write_cell(store, cell, size=size)
+    (block,) = blocks(read_store(store).results)
+    notes = [note for note in notes_of(block) if "in float" in note]
+    assert notes == ([f"resnet20 under this protocol: {said}"] if said else [])

@@ -49,7 +49,13 @@ def test_run_leaves_a_complete_record_and_does_nothing_the_second_time(dfqbench:
     assert result["best"]["top1"] >= result["top1"]
     assert result["provenance"]["threads"] >= 1
     weights, macs = 216 + 576 + 1152 + 2304 + 160, 256 * (216 + 576) + 64 * (1152 + 2304) + 160
-    assert result["size"]["teacher"] == {"bytes": 4 * (weights + 4 * 48 + 10), "weight_bits": 32.0, "macs": macs, "bops": macs * 1024}
+    assert result["size"]["teacher"] == {
+        "bytes": 4 * (weights + 4 * 48 + 10),
+        "weight_bits": 32.0,
+        "macs": macs,
+        "bops": macs * 1024,
+        "quantized": {"weights": 0.0, "activations": 0.0},
+    }
     grids = 8 * (8 + 8 + 16 + 16 + 10) + 8 * 4
     assert result["size"]["student"]["bytes"] == weights / 2 + grids + 4 * (4 * 48 + 10)
     assert found["w3a3"]["size"]["student"]["bops"] == 3 * 32 * (256 * 216 + 160) + 9 * (macs - 256 * 216 - 160)
@@ -182,16 +188,16 @@ def test_evaluation_that_changed_a_student_is_a_failure(
     dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from dfqbench.quantization.student import Student
-    from dfqbench.run import worker
+    from dfqbench.run import scoring
 
-    honest = worker.evaluate
+    honest = scoring.evaluate
 
     def meddling(network: Any, *words: Any, **options: Any) -> Any:
         if isinstance(network, Student):
             next(iter(network.quantizers.values())).scale.mul_(1.01)
         return honest(network, *words, **options)
 
-    monkeypatch.setattr(worker, "evaluate", meddling)
+    monkeypatch.setattr(scoring, "evaluate", meddling)
     code, out, _ = dfqbench("run", sweep_file(methods=["round"], bits=["w4a4"]), "--results", tmp_path / "r")
     assert code == 1
     assert "evaluation changed the student" in out

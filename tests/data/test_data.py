@@ -19,7 +19,7 @@ from PIL import Image
 from dfqbench.data import Images, find_set, images, sets
 from dfqbench.data import pixels as pixel_files
 from dfqbench.data.images import prepare
-from dfqbench.errors import UserError
+from dfqbench.errors import Notice, UserError
 from dfqbench.task import Task
 
 
@@ -102,6 +102,23 @@ def test_a_folders_images_come_class_by_class_in_the_order_of_their_paths(folder
     decoded = found.decode(task(classes=3))
     assert decoded.labels.tolist() == [0, 0, 1, 2, 2, 2]
     assert decoded.labels.dtype == np.int64
+
+
+def test_numbers_with_gaps_are_indices_of_a_larger_network(tmp_path: Path) -> None:
+    for index in (3, 7, 12):
+        (tmp_path / f"{index:04}").mkdir()
+        noise(8, 8, index).save(tmp_path / f"{index:04}" / "a.png")
+    with pytest.warns(Notice, match=r"3 class folders, from 0003 to 0012: their names are class indices, and the other classes have no image"):
+        found = find_set(f"imagefolder:{tmp_path}")
+    assert (found.classes, found.fits(12), found.fits(13), found.fits(1000)) == (13, False, True, True)
+    decoded = found.decode(task(classes=20))
+    assert (decoded.labels.tolist(), decoded.classes) == ([3, 7, 12], 20)
+    with pytest.raises(UserError, match="has 13 classes, the teacher 12"):
+        found.decode(task(classes=12))
+    before = found.digest()
+    (tmp_path / "0012").rename(tmp_path / "0013")
+    with pytest.warns(Notice):
+        assert find_set(f"imagefolder:{tmp_path}").digest() != before
     for pixels, seed in zip(decoded.pixels, (1, 0, 2, 3, 5, 4), strict=True):
         assert np.array_equal(pixels, np.asarray(noise(8, 8, seed)))
 

@@ -29,11 +29,11 @@ def test_the_loss_is_the_formula_in_float64() -> None:
     images = random.normal(0.3, 1.2, (3, 2, 6, 6))
     expected = sum((i.mean() ** 2 + (np.sqrt(i.var(ddof=1) + 1e-6) - 1) ** 2) for n in images for i in n) / 3
     inputs, layers = [], []
-    for channels, side in ((4, 5), (3, 1)):
-        x, bn = random.normal(size=(3, channels, side, side)), nn.BatchNorm2d(channels)
+    for channels, side in ((4, 5), (3, 1), (5, 0)):
+        x, bn = random.normal(size=(3, channels, side or 1, side or 1)), nn.BatchNorm2d(channels)
         mu, v = random.normal(size=channels), random.uniform(0.5, 2, channels)
         bn.running_mean, bn.running_var = torch.tensor(mu, dtype=torch.float32), torch.tensor(v, dtype=torch.float32)
-        inputs.append(torch.tensor(x, dtype=torch.float32))
+        inputs.append(torch.tensor(x if side else x[:, :, 0, 0], dtype=torch.float32))  # 0: behind a linear layer, without positions
         layers.append(bn)
         for n in x:
             for c in range(channels):

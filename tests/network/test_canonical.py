@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfqbench.export.export import export
 from dfqbench.export.size import size_of
 from dfqbench.export.student_file import load_student_file, save_student
 from dfqbench.network import Teacher
@@ -119,3 +120,15 @@ def test_however_a_weight_is_written_it_is_quantized(name: str, protocol: str, t
     save_student(student, tmp_path / "a.safetensors")
     again = load_student_file(tmp_path / "a.safetensors")(images)
     assert torch.equal(again, student(images)), float((again - student(images)).abs().max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in (*WRITTEN, *COMPUTED) if name not in ("einsum", "by the image")])
+def test_however_a_weight_is_written_it_goes_through_export(name: str, tmp_path: Any) -> None:
+    pytest.importorskip("onnxruntime")
+    _, traced = teacher(*(WRITTEN | COMPUTED)[name])
+    student = Student(traced, PROTOCOLS["full"], Bits(4, 8)).to(memory_format=torch.channels_last)
+    student.track_ranges(True)
+    student(torch.randn(64, 3, 8, 8))
+    student.track_ranges(False)
+    assert all(agreement.holds for agreement in export(student.requires_grad_(False), tmp_path / "a.onnx"))

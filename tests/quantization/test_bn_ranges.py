@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import stochastic_depth
 
 from dfqbench.errors import UserError
 from dfqbench.network import Teacher
@@ -115,6 +116,23 @@ def test_concatenated_channels_keep_their_own_moments() -> None:
     network = Net(lambda a, b: F.relu(torch.cat([a, b], dim=1)), channels=4)
     assert ranges_of(network, 1)[0] == pytest.approx((0, 4))
     assert ranges_of(network, 3)[0] == pytest.approx((0, 12))
+
+
+@pytest.mark.parametrize(
+    "apart",
+    [lambda x: torch.chunk(x, 2, 1), lambda x: x.split(1, dim=1), lambda x: torch.split(x, [1, 1], 1), lambda x: x.chunk(2, dim=-3)],
+)
+def test_parts_of_the_channels_keep_their_own_moments(apart: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    [(low, high), (other_low, other_high)] = ranges_of(Net(lambda a, _: torch.cat([F.relu(apart(a)[1]), F.relu(apart(a)[0])], 1)), 1.0)
+    assert (low, other_low) == (0, pytest.approx(0.5))
+    assert (high, other_high) == (pytest.approx(1.0), pytest.approx(1.5))
+
+
+@pytest.mark.parametrize(
+    "same", [lambda x: F.interpolate(x, scale_factor=2), lambda x: x.amax((2, 3), keepdim=True), lambda x: stochastic_depth(x, 0.5, "row", False)]
+)
+def test_what_keeps_the_channels_keeps_their_moments(same: Callable[[Tensor], Tensor]) -> None:
+    assert ranges_of(net_with(lambda x: F.relu(same(x))), 1.0) == ranges_of(net_with(F.relu), 1.0)
 
 
 def test_a_mean_over_the_channels_is_not_mistaken_for_channels() -> None:

@@ -20,6 +20,7 @@ from dfqbench.quantization import PROTOCOLS, Bits, find_protocol
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
 from dfqbench.quantization.student import Student
 from dfqbench.quantization.tune_mode import NormalisedLayer
+from dfqbench.quantization.work import share_of, work_of
 from dfqbench.task import Task
 
 LINEAGE, HARDWARE = PROTOCOLS["lineage"], PROTOCOLS["hardware"]
@@ -224,6 +225,21 @@ def test_hardware_layers_read_only_grids(name: str) -> None:
     assert max(counts[n] for n in inner) <= 16
 
 
+def test_what_is_added_to_every_image_makes_no_residual_sum() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.places, self.head = nn.Conv2d(3, 4, 1), nn.Parameter(torch.randn(1, 4, 8, 8)), nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.head(F.layer_norm(x + self.places + x, (8, 8)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    teacher = Teacher(Net().eval(), task_of(8))
+    assert teacher.traced.meta["form"] == 1, "of what it was before, it is another network"
+    assert list(Student(teacher, HARDWARE, W4A4).quantizers) == ["x", "add_1", "mean"]
+
+
 def test_an_image_normalised_inside_the_network_has_the_image_bits() -> None:
     student = calibrated(randomised(ZOO["tv:googlenet"][0]()), 32, HARDWARE, classes=1000)
     assert next(iter(student.quantizers.values())).bits == 8
@@ -262,9 +278,10 @@ def test_what_stays_float_is_listed() -> None:
     vit.encoder.layers[1].self_attention = attention
     names = ["encoder.layers.encoder_layer_1.self_attention (MultiheadAttention)"]
     assert Student(Teacher(vit, task_of(32)), LINEAGE, W4A4).left_float == names
-    swin = torchvision.models.SwinTransformer([4, 4], 8, [2], [2], [2, 2], num_classes=10)
-    left = Student(Teacher(swin, task_of(32)), LINEAGE, W4A4).left_float
-    assert left == [f"features.1.{i}.attn.{part}.weight" for i in (0, 1) for part in ("qkv", "proj")]
+    swin = torchvision.models.SwinTransformer([4, 4], 8, [2], [2], [2, 2], num_classes=10)  # its attention is a function that torch.fx keeps whole
+    student = Student(Teacher(swin, task_of(32)), PROTOCOLS["full"], W4A4)
+    assert student.left_float == []
+    assert share_of(work_of(student)) == (1, 1)
 
 
 def test_a_layer_that_reads_one_of_several_outputs_is_quantized_there() -> None:

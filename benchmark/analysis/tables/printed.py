@@ -200,6 +200,7 @@ def notes_of(table: Table) -> list[str]:
         "bold: the best of a column and those next to it, down to the first that can be told from it (paired over test images, with the variance "
         "between seeds; Holm, 5 %; or three spreads below it, where seeds are too few for a test)": best,
         **dict.fromkeys(seeds.in_words(bases, any(entry.sd is None for entry in entries)) if best else [], True),
+        **dict.fromkeys(size.in_float(sized), True),
         **dict.fromkeys(notes_on_images(rows), True),
         **dict.fromkeys(notes_on_lost(rows) + notes_on_warnings(rows), True),
         "nothing is bold: per-image results are stored for the last epoch only": rule != "last" and not best,
