@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import colorsys
 import hashlib
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from conftest import Run
 from synthetic_store import cells, make_store, write_cell
 
 import dfqbench_methods
+from dfqbench.analysis.plots import figures
 from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
 from dfqbench.analysis.plots.figures import files, prepare
 from dfqbench.analysis.plots.kinds import KINDS, draw
@@ -167,3 +170,19 @@ def test_the_command_takes_rows_and_a_width(tmp_path: Path, dfqbench: Run) -> No
         assert "<!-- round -->" in drawn
         assert "<!-- gdfq -->" not in drawn
     assert dfqbench(*asked, "--width", "wide")[::2] == (2, "dfqbench: --width 'wide': column or page\n")
+
+
+def test_an_interruption_while_workers_start_leaves_none_of_them(drawn: Drawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(ProcessPoolExecutor):
+        def _start_executor_manager_thread(self) -> None:
+            self._launch_processes()
+            assert multiprocessing.active_children()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(figures, "ProcessPoolExecutor", Interrupted)
+    monkeypatch.setattr(figures.os, "cpu_count", lambda: 2)
+    with pytest.raises(KeyboardInterrupt):
+        list(figures.drawn_kinds(drawn, ["drop", "losses"], ["svg"]))
+    for worker in multiprocessing.active_children():
+        worker.join(10)
+    assert not multiprocessing.active_children(), "Python waits for them at its end"

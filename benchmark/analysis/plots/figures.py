@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -61,10 +62,16 @@ def drawn_kinds(drawn: Drawn, kinds: Iterable[str], formats: Iterable[str]) -> I
     if workers == 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from ((kind, _files_or_why(kind, formats, drawn)) for kind in kinds)
         return
-    _shared = drawn  # what is forked need not be sent
+    _shared, others = drawn, multiprocessing.active_children()  # what is forked need not be sent
     try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            yield from zip(kinds, pool.map(_files_or_why, kinds, [formats] * len(kinds)), strict=True)
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+            try:
+                yield from zip(kinds, pool.map(_files_or_why, kinds, [formats] * len(kinds)), strict=True)
+            except BaseException:  # Ctrl-C: nobody waits for what they draw, nor, if they only start, at Python's end for them
+                for worker in multiprocessing.active_children():
+                    if worker not in others:
+                        worker.kill()
+                raise
     finally:
         _shared = None
 
