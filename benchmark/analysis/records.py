@@ -220,6 +220,10 @@ def problem_of(result: Any, cell_id: str) -> str:
         return f"it is cell {result['id']}'s"
     if fingerprint(result["cell"]["identity"]) != cell_id:
         return "its settings do not have this id: edited by hand, or another suite's"
+    cell = result["cell"]
+    for key in ("bits", "seed"):
+        if cell["identity"].get(key, cell[key]) != cell[key]:
+            return f"its {key} {cell[key]!r} is not that of its settings: edited by hand"
     return ""
 
 

@@ -79,6 +79,10 @@ def test_numbers_that_cannot_be_are_refused(store: Store) -> None:
     good = read_store(store).results[0]
     for key, value in (("top1", float("nan")), ("top1", 101.0), ("top1", "high"), ("images", 0), ("seconds", None)):
         assert problem_of(good | {key: value}, good["id"])
+    for key, value in (("bits", "wxay"), ("bits", "w2a2"), ("seed", 99)):
+        assert (
+            problem_of(good | {"cell": good["cell"] | {key: value}}, good["id"]) == f"its {key} {value!r} is not that of its settings: edited by hand"
+        )
     assert problem_of(good, good["id"]) == ""
     assert problem_of([1], good["id"]) == "not a result of this suite"
 
