@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from synthetic_store import cells, sizes, write_cell, write_failure
 
+from dfqbench.analysis.names import name_rows
 from dfqbench.analysis.plots.dots import Dot, Guide, Line, Section, dot_plots
 from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw, floor_of
 from dfqbench.analysis.plots.figures import files, prepare
@@ -26,11 +27,13 @@ from dfqbench.analysis.plots.scatter import Point, Scatter, front_of, scatters
 from dfqbench.analysis.plots.style import DPI, WIDTHS, Style, settings
 from dfqbench.analysis.plots.ticks import plain, ticks
 from dfqbench.analysis.records import read_store
+from dfqbench.quantization import Bits
 from dfqbench.store import Store
 
 STUDY = Path(__file__).parents[2] / "results" / "reference" / "cifar10-jpeg-study"
 LEAST = 6.0  # points
 SHARE = 0.2  # of a figure, for legends
+LONG = "plain rounding to nearest & nothing else, no training, 100 %"
 NARROW = ("w4a4", "w3a3")
 
 
@@ -66,12 +69,28 @@ def with_one_method(store: Store) -> None:
             write_cell(store, cell, size=sizes(cell))
 
 
+def with_eight_widths(store: Store) -> None:
+    """More than a column has room for side by side."""
+    for cell in cells(250):
+        if cell.seed < 2 and str(cell.bits) == "w3a3" and cell.method in ("round", "acq", "lrq"):
+            for bits in ("w6a8", "w6a6", "w5a8", "w5a5", "w4a8", "w4a4", "w3a4", "w3a3"):
+                write_cell(store, replace(cell, bits=Bits.parse(bits)), size=sizes(cell))
+
+
+def with_long_names(store: Store) -> None:
+    """Also of rounding, whose name stands above a line, too."""
+    for cell in cells(250):
+        if str(cell.bits) in NARROW and cell.seed < 2 and cell.method in ("round", "acq") and not cell.changed:
+            write_cell(store, replace(cell, name=LONG if cell.method == "round" else ""))
+
+
 def with_one_cell(store: Store) -> None:
     write_cell(store, first := next(iter(cells(1))), size=sizes(first))
 
 
 STORES: dict[str, Callable[[Store], None]] = {
-    made.__name__: made for made in (with_three_widths, with_what_diverged, with_26_rows, with_one_method, with_one_cell)
+    made.__name__: made
+    for made in (with_three_widths, with_what_diverged, with_26_rows, with_one_method, with_one_cell, with_eight_widths, with_long_names)
 }
 
 
@@ -81,7 +100,7 @@ def drawn(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         return prepare(read_store(Store(STUDY)))
     store = Store(tmp_path_factory.mktemp("layout") / "r", writable=True)
     STORES[request.param](store)
-    return prepare(read_store(store))
+    return prepare(name_rows(read_store(store)))
 
 
 def texts_of(figure: Figure) -> list[Text]:

@@ -40,7 +40,7 @@ def _section(drawn: Drawn, block: Block) -> Section:
             its.append(Guide(f"teacher {block.teacher_top1:.1f}", block.teacher_top1, DASHED))
         rounded = next(((row, entry) for row in block.rows if _is_rounding(row) and (entry := row.complete(width))), None)
         if rounded:
-            its.append(Guide(rounded[0].label, rounded[1].mean, DOTTED, reference=False))
+            its.append(Guide(rounded[0].label, rounded[1].mean, DOTTED, reference=False, short="rounding"))
     return Section(block_title(block, drawn.blocks), lines, block.widths, guides)
 
 

@@ -47,12 +47,13 @@ class Line:
 
 @dataclass(frozen=True)
 class Guide:
-    """A vertical line. reference: nothing is cut off to show it."""
+    """A vertical line. reference: nothing is cut off to show it. short: its name where a panel is narrower than the name."""
 
     name: str
     value: float
     dashes: Any
     reference: bool = True
+    short: str = ""
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,8 @@ def _guide_places(section: Section, width: str, plan: _Plan) -> list[tuple[Guide
     found: list[tuple[Guide, float, int]] = []
     for guide in section.guides.get(width, []):
         if low <= guide.value <= high:
+            if guide.short and extent(guide.name)[0] > plan.panel:
+                guide = replace(guide, name=guide.short)
             half = extent(guide.name)[0] / 2
             x = (guide.value - low) / (high - low) * plan.panel
             x = min(max(x, half - GAP / 2 + 1), plan.panel - half + (GAP / 2 - 1 if width != section.widths[-1] else EDGE - 1))

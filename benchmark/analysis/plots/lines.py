@@ -57,7 +57,7 @@ def line_panels(panels: list[Panel], width: float, said: list[str]) -> list[Figu
     inner = min(wide - LEFT - LEADER - names, WIDEST)
     cell = LEFT + inner + LEADER + names
     tall = max(LOWEST, *(sum(_heights(panel, wide)) for panel in panels))
-    below = BELOW if any(panel.xlabel for panel in panels) else 15.0
+    below = BELOW if any(panel.xlabel or "\n" in "".join(_ticks(panel, inner)) for panel in panels) else 15.0
 
     def draw(sheet: Sheet, panel: Panel, x: float, top: float, axes: float) -> None:
         sheet.write(x, top, wrapped_to(panel.title, cell, USUAL), USUAL, color=GREY)
@@ -78,6 +78,13 @@ def _heights(panel: Panel, wide: float) -> list[float]:
     return [extent(text)[1] + 0.8 for text, *_ in _ends(panel, wide)]
 
 
+def _ticks(panel: Panel, inner: float) -> list[str]:
+    """On two lines, weights above activations, where one has no room beside the next."""
+    room = inner / max(len(panel.ticks) - 1, 1) - 3
+    tight = any(extent(tick, USUAL)[0] > room for tick in panel.ticks)
+    return [tick.replace("A", "\nA") if tight else tick for tick in panel.ticks]
+
+
 def _draw(sheet: Sheet, panel: Panel, place: tuple[float, float, float, float], wide: float) -> None:
     left, top, inner, tall = place
     ax = sheet.axes(left, top, inner, tall)
@@ -86,7 +93,7 @@ def _draw(sheet: Sheet, panel: Panel, place: tuple[float, float, float, float], 
     margin = 0.15 if panel.ticks else 0.02 * max(max(xs) - min(xs), 1e-9)
     ax.set(ylim=(low, high), xlim=(min(xs) - margin, max(xs) + margin / (3 if panel.ticks else 1)))
     if panel.ticks:
-        ax.set_xticks(range(len(panel.ticks)), panel.ticks)
+        ax.set_xticks(range(len(panel.ticks)), _ticks(panel, inner))
         ax.set_xlim(-0.15, len(panel.ticks) - 0.95)
     else:
         ax.locator_params(axis="x", nbins=5)
