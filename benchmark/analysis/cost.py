@@ -93,7 +93,7 @@ def in_words(costs: Sequence[Cost], devices: Sequence[str]) -> list[str]:
     if "wall" in clocks:
         notes[0] += "; wall seconds grow with whatever else the machine did"
     if any(cost.several for cost in costs):
-        notes.append("a-b seconds: means of several hosts or devices lie between these; they are not averaged")
+        notes.append("seconds a-b: means of several hosts or devices lie between these; they are not averaged")
     if any(not cost.clock for cost in costs):
         notes.append("- seconds: the row's cells ran on GPUs and on CPUs")
     return notes

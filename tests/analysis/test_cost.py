@@ -61,12 +61,12 @@ def test_hosts_and_devices_are_never_averaged(elsewhere: dict[str, Any]) -> None
     there = result(seed=2, provenance=CPU | elsewhere, seconds={"own": 400.0, "shared": 0.0})
     (block,) = blocks([*here, there])
     assert shown(block, "gdfq", "wall s/cell") == "110-400"
-    assert any(note.startswith("a-b seconds: means of several hosts or devices") for note in notes_of(block))
+    assert any(note.startswith("seconds a-b: means of several hosts or devices") for note in notes_of(block))
     (line,) = means_frame([block]).to_dict("records")
     assert (line["seconds_low"], line["seconds_high"], line["seconds_of"]) == (110.0, 400.0, "wall")
     (block,) = blocks(here)
     assert shown(block, "gdfq", "wall s/cell") == "110"
-    assert not any(note.startswith("a-b seconds") for note in notes_of(block))
+    assert not any(note.startswith("seconds a-b") for note in notes_of(block))
 
 
 def test_a_gpus_seconds_and_a_cpus_have_no_common_figure() -> None:

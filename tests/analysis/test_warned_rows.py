@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def test_one_cell_of_a_row_is_enough_and_other_columns_have_no_mark(tmp_path: Pa
     marked = {place for place, text in printed(block).items() if "!" in text}
     assert marked == {("gdfq", "w3a3")}
     assert latex([block]).count(r"\rlap{\,!}") == 1, "it moves no number"
+    assert re.search(r"\d\\rlap\{\\,!\}", latex([block])), "right behind its number"
     assert notes(block) == ["! the loss rose above that of the first epoch: gdfq (w3a3)"]
     assert all("!" in write([block]) and "the loss rose" in write([block]) for write in (markdown, html, latex))
 

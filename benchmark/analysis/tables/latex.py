@@ -43,8 +43,7 @@ OTHERS = {
     "≈": r"$\approx$", "→": r"$\rightarrow$", "∞": r"$\infty$", "–": "--", "—": "---", "’": "'", "‘": "`", "“": "``", "”": "''", "…": r"\dots{}",
     "°": r"\textdegree{}", "\u00a0": "~", "²": "$^2$", "³": "$^3$", "ς": r"$\varsigma$", "ο": "o",
 }  # fmt: skip
-PLAIN = re.compile(r"(\d+)(\.\d+)?( \$\\pm\$ \d+)?(\.\d+)?( !)?")  # an accuracy that is nothing but numbers, perhaps with a warning
-WARNING = r"\textsuperscript{!}"
+PLAIN = re.compile(r"(\d+)(\.\d+)?( \$\\pm\$ \d+)?(\.\d+)?")  # an accuracy that is nothing but numbers
 SECOND = "underlined: the best of the others"
 DIGITS = "accuracies have the decimals of their standard error's first digit, or of its second where the first is 1, at most two"
 
@@ -122,7 +121,7 @@ def _written(table: Table, texts: pd.DataFrame, bold: pd.DataFrame) -> pd.DataFr
     entries = entries_of(table).reindex(index=texts.index, columns=texts.columns)
     for column in entries.columns[entries.notna().any()]:
         marks = written[column].str.endswith(WARNED).map({True: r"\rlap{\,!}", False: ""})  # in no number's way
-        written[column] = _aligned(written[column].str.removesuffix(WARNED)) + marks
+        written[column] = _aligned(written[column].str.removesuffix(WARNED), marks)
     second = entries.map(lambda entry: bool(entry is not None and entry == entry and entry.second))
     written = written.mask(bold, r"\textbf{" + written + "}").mask(second, r"\underline{" + written + "}")
     cited = _cited(table)
@@ -143,22 +142,22 @@ def _cited(table: Block | WideTable) -> dict[int, str]:
     return {i: papers()[method][0] for method, i in found.items()}
 
 
-def _aligned(column: pd.Series[str]) -> pd.Series[str]:
-    """With room where a number has fewer decimals than others of its column, no standard deviation or no warning: points stand below points."""
+def _aligned(column: pd.Series[str], marks: pd.Series[str]) -> pd.Series[str]:
+    """With room where a number has fewer decimals than others of its column or no standard deviation: points stand below points. marks: what
+    stands right behind each number."""
     parts = [match.groups(default="") if (match := PLAIN.fullmatch(text)) else None for text in column]
-    longest = [max((part[i] for part in parts if part), key=len, default="") for i in range(5)]
+    longest = [max((part[i] for part in parts if part), key=len, default="") for i in range(4)]
 
-    def padded(text: str, part: tuple[str, ...] | None) -> str:
+    def padded(text: str, part: tuple[str, ...] | None, mark: str) -> str:
         if part is None:
-            return text
-        whole, decimals, deviation, more, warning = part
-        room = [longest[1][len(decimals) :], longest[2][len(deviation) :] if deviation else longest[2] + longest[3]]
-        tail = longest[3][len(more) :] if deviation else ""
-        mark = WARNING if warning else rf"\phantom{{{WARNING}}}" if longest[4] else ""
-        shown = [whole, decimals, _phantom(room[0]), deviation, more, _phantom(tail), mark]
-        return "".join(shown) + (_phantom(room[1]) if not deviation else "")
+            return text + mark
+        whole, decimals, deviation, more = part
+        rest, tail = longest[1][len(decimals) :], longest[3][len(more) :]
+        if not deviation:
+            return whole + decimals + mark + _phantom(rest) + _phantom(longest[2] + longest[3])
+        return whole + decimals + _phantom(rest) + deviation + more + mark + _phantom(tail)
 
-    return pd.Series([padded(text, part) for text, part in zip(column, parts, strict=True)], column.index)
+    return pd.Series([padded(*each) for each in zip(column, parts, marks, strict=True)], column.index)
 
 
 def _phantom(text: str) -> str:
