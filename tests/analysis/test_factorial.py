@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from rich.console import Console
 from test_blocks import result
 
+from dfqbench.analysis.per_image import PerImage
+from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
+from dfqbench.analysis.plots.kinds import draw
+from dfqbench.analysis.plots.style import WIDTHS
+from dfqbench.analysis.records import Reading
 from dfqbench.analysis.tables.blocks import blocks
 from dfqbench.analysis.tables.factorial import Factorial, factorials, written
 from dfqbench.analysis.tables.formats import html, markdown
 from dfqbench.analysis.tables.latex import latex
 from dfqbench.analysis.tables.printed import Written
 from dfqbench.analysis.tables.terminal import print_tables
+from dfqbench.store import Store
 
 RANDOM = np.random.default_rng(0)
 HOSTS, STUDENTS = ("gaussian", "gdfq", "lrq"), ("gdfq", "kl")
@@ -128,6 +136,22 @@ def test_every_format_prints_every_number_and_nothing_is_bold() -> None:
             assert f"{top1:.2f}" in text
     assert "**4" not in markdown(found).replace("**Images", "")
     assert r"\textbf" not in latex(found)
+
+
+@pytest.mark.parametrize("width", [*WIDTHS.values()])
+def test_the_heat_map_says_what_the_table_does(width: float) -> None:
+    real = [pair("real", student, 99.0, yardstick={"digest": "ab", "count": 3}) for student in STUDENTS]
+    found = blocks([*all_pairs(), *all_pairs(bits="w3a3"), *real, result("round", top1=33.0)])
+    (figure,) = draw("factorial", Drawn(Reading(Store(Path("none")), []), found, PerImage(Reading(Store(Path("none")), [])), width=width))
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    for top1 in REACHED.values():
+        assert texts.count(f"{top1:.1f}") >= 2, "at both bit widths"
+    assert texts.count("99.0") == 3
+    assert texts.count("real") == 2
+    assert any("W4A4: round 33.0, teacher 90.0" in text.replace("\n", " ") for text in texts)
+    assert figure.get_size_inches()[0] <= width + 0.01
+    with pytest.raises(NothingToDraw, match="no student was trained on a host's images"):
+        draw("factorial", Drawn(Reading(Store(Path("none")), []), blocks([result()]), PerImage(Reading(Store(Path("none")), []))))
 
 
 def test_without_a_hosting_method_there_is_none() -> None:

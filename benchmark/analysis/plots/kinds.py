@@ -9,6 +9,7 @@ from dfqbench.analysis.plots.ablation import ablation
 from dfqbench.analysis.plots.accuracy import accuracy, over_widths
 from dfqbench.analysis.plots.drawn import Drawn
 from dfqbench.analysis.plots.drop import drop
+from dfqbench.analysis.plots.factorial import factorial
 from dfqbench.analysis.plots.losses import losses
 from dfqbench.analysis.plots.published import published
 from dfqbench.analysis.plots.scatter import cost, size
@@ -28,6 +29,7 @@ KINDS: dict[str, tuple[str, Callable[[Drawn], list[Figure]]]] = {
     "losses": ("training loss", losses),
     "drop": ("drop against the teacher", drop),
     "ablation": ("what single settings change", ablation),
+    "factorial": ("images by training of the student", factorial),
 }
 
 
