@@ -87,7 +87,7 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     answer = _answer(original, images)  # of a copy of its own: a first run may leave something behind
     network = with_plain_batch_norms(copy.deepcopy(network)).eval()
     attention = make_attention_plain(network)
-    graph, concrete = _graph_of(network, images)
+    graph, concrete = _graph_of(network, images, answer)
     traced = fx.GraphModule(network, graph, type(network).__name__)
     traced.eval()
     traced.meta["network"] = type(network).__name__  # a copy of a GraphModule forgets its name
@@ -120,8 +120,11 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     return traced
 
 
-def _graph_of(network: nn.Module, images: Tensor) -> tuple[fx.Graph, bool]:
-    """The graph, and whether the network had to run along to get it. Raises UserError that names the module where it cannot be had."""
+def _graph_of(network: nn.Module, images: Tensor, answer: Tensor | None) -> tuple[fx.Graph, bool]:
+    """The graph, and whether the network had to run along to get it: where torch.fx fails, or comes to another `answer`.
+
+    Raises UserError that names the module where it cannot be had.
+    """
     tracer, plain, refusal = _Tracer(), None, None
     try:
         plain = tracer.trace(network)
@@ -131,8 +134,9 @@ def _graph_of(network: nn.Module, images: Tensor) -> tuple[fx.Graph, bool]:
         where = f"in {tracer.failed_in}" if tracer.failed_in else "in its forward"
         refusal = UserError(f"{type(network).__name__} cannot be traced by torch.fx {where}: {_first_line(error)}")
         refusal.__cause__ = error
-    if plain is not None and not _keeps_weights_from_view(plain, network):
-        return plain, False
+    seen = plain if plain is not None and not _keeps_weights_from_view(plain, network) else None
+    if seen is not None and (answer is None or _is_close(_answer(fx.GraphModule(network, seen), images), answer)):
+        return seen, False
     try:
         with torch.random.fork_rng(devices=[]), nothing_kept_whole():
             return _RunningTracer((images, torch.cat([images, images[:1]]))).trace(network), True

@@ -58,6 +58,7 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
     if protocol.placement == "operands":
         take_attention_apart(traced)
     targets = list(dict.fromkeys(str(n.target) for n in traced.graph.nodes if isinstance(module_of(n, traced), LAYERS)))
+    _check_calls(traced)
     products = {n: found for n in traced.graph.nodes if (found := operands(n, traced))}
     if not targets and not any(o.is_weight for found in products.values() for o in found):
         raise UserError(f"{traced.meta['network']}: no weight to quantize: it has no convolution, no linear layer and no product with a parameter")
@@ -92,6 +93,15 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
     traced.graph.lint()
     traced.recompile()
     return left_float
+
+
+def _check_calls(traced: fx.GraphModule) -> None:
+    """UserError that names a layer which takes more than one tensor (an octave convolution): by what it multiplies which is not known."""
+    for node in traced.graph.nodes:
+        layer = module_of(node, traced)
+        if isinstance(layer, LAYERS) and (len(node.args) != 1 or node.kwargs):
+            what = f"{node.target} ({type(layer).__name__}) is called with {len(node.args) + len(node.kwargs)} arguments"
+            raise UserError(f"{traced.meta['network']}: {what}, a layer has one: make it a module of plain layers")
 
 
 def _insert_after(node: fx.Node, traced: fx.GraphModule, quantizer: ActivationQuantizer) -> None:

@@ -225,6 +225,23 @@ def test_hardware_layers_read_only_grids(name: str) -> None:
     assert max(counts[n] for n in inner) <= 16
 
 
+def test_a_layer_that_takes_two_tensors_is_named() -> None:
+    class Octave(nn.Conv2d):
+        def forward(self, high: Tensor, low: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(high + low)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.octave, self.head = Octave(3, 4, 1), nn.Linear(4, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.octave(x, x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    with pytest.raises(UserError, match=r"Net: octave \(Octave\) is called with 2 arguments, a layer has one"):
+        Student(Teacher(Net().eval(), task_of(8)), LINEAGE, W4A4)
+
+
 def test_what_is_added_to_every_image_makes_no_residual_sum() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
