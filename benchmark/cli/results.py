@@ -133,7 +133,7 @@ def plot(
     out: Annotated[Path | None, typer.Option(readable=False, help="Folder to write to; default: figures in the results folder.")] = None,
     kind: Annotated[
         list[str] | None,
-        typer.Option(help="Only this kind; may be given again. accuracy, widths, published, cost, size, curves, losses, drop, ablation."),
+        typer.Option(help="Only this kind; may be given again. accuracy, widths, published, cost, size, curves, losses, drop, ablation, factorial."),
     ] = None,
     output: Annotated[list[str] | None, typer.Option("--format", help="png, pdf or svg; may be given again. Default: all three.")] = None,
     width: Annotated[str, typer.Option(help="How wide figures are printed: page (7 in) or column (3.3 in).")] = "page",

@@ -30,6 +30,7 @@ from dfqbench.engine.lockstep import Lockstep
 from dfqbench.engine.method_state import image_sets_of, restore_state
 from dfqbench.engine.state_difference import changed, difference
 from dfqbench.files import read_json, write_atomically, write_json
+from dfqbench.method.hosting import methods_of
 from dfqbench.store.provenance import provenance
 from dfqbench.sweep.cell import ENGINE_VERSION, ROUNDING_VERSION, fingerprint
 
@@ -40,6 +41,7 @@ NOT_LOGGED = ("epoch", "phase", "top1", "agreement", "seconds")  # of a row of t
 def dependencies(lockstep: Lockstep) -> dict[str, Any]:
     """Everything that can change the images which a bundle's leading phases make, down to the bit: JSON values."""
     cell, config = lockstep.bundle.cells[0], lockstep.method.config
+    hosts = [host.info.source_sha256 for host, _ in methods_of(type(lockstep.method), config)[1:]]
     on = provenance(lockstep.device)
     device = ("device", "device_name") + (("threads", "cpu_capability") if lockstep.device.type == "cpu" else ())
     return {
@@ -47,6 +49,7 @@ def dependencies(lockstep: Lockstep) -> dict[str, Any]:
         "method": cell.method,
         "method_version": cell.method_version,
         "method_source": lockstep.method.info.source_sha256,
+        **({"host_source": hosts} if hosts else {}),
         "config": {name: value for name, value in cell.config.items() if name not in config.after_images},
         "plan": [[phase.name, lockstep.iterations_of(phase)] for phase, _ in lockstep.epochs[: lockstep.making_epochs]],
         "teacher": cell.identity()["teacher"],

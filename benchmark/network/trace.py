@@ -121,7 +121,10 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
 
 
 def _graph_of(network: nn.Module, images: Tensor, answer: Tensor | None) -> tuple[fx.Graph, bool]:
-    """The graph, and whether the network had to run along to get it: where torch.fx fails, or comes to another `answer`. Raises UserError that names the module where it cannot be had."""
+    """The graph, and whether the network had to run along to get it: where torch.fx fails, or comes to another `answer`.
+
+    Raises UserError that names the module where it cannot be had.
+    """
     tracer, plain, refusal = _Tracer(), None, None
     try:
         plain = tracer.trace(network)
@@ -131,9 +134,9 @@ def _graph_of(network: nn.Module, images: Tensor, answer: Tensor | None) -> tupl
         where = f"in {tracer.failed_in}" if tracer.failed_in else "in its forward"
         refusal = UserError(f"{type(network).__name__} cannot be traced by torch.fx {where}: {_first_line(error)}")
         refusal.__cause__ = error
-    if plain is not None and not _keeps_weights_from_view(plain, network):
-        if answer is None or _is_close(_answer(fx.GraphModule(network, plain), images), answer):
-            return plain, False
+    seen = plain if plain is not None and not _keeps_weights_from_view(plain, network) else None
+    if seen is not None and (answer is None or _is_close(_answer(fx.GraphModule(network, seen), images), answer)):
+        return seen, False
     try:
         with torch.random.fork_rng(devices=[]), nothing_kept_whole():
             return _RunningTracer((images, torch.cat([images, images[:1]]))).trace(network), True

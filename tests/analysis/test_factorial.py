@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from rich.console import Console
 from test_blocks import result
 
+from dfqbench.analysis.per_image import PerImage
+from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
+from dfqbench.analysis.plots.kinds import draw
+from dfqbench.analysis.plots.style import WIDTHS
+from dfqbench.analysis.records import Reading
 from dfqbench.analysis.tables.blocks import blocks
 from dfqbench.analysis.tables.factorial import Factorial, factorials, written
 from dfqbench.analysis.tables.formats import html, markdown
 from dfqbench.analysis.tables.latex import latex
 from dfqbench.analysis.tables.printed import Written
 from dfqbench.analysis.tables.terminal import print_tables
+from dfqbench.store import Store
 
 RANDOM = np.random.default_rng(0)
+READING = Reading(Store(Path("none")), [])
 HOSTS, STUDENTS = ("gaussian", "gdfq", "lrq"), ("gdfq", "kl")
 REACHED = {(host, student): float(RANDOM.uniform(40, 80)) for host in HOSTS for student in STUDENTS}
 
@@ -128,6 +137,38 @@ def test_every_format_prints_every_number_and_nothing_is_bold() -> None:
             assert f"{top1:.2f}" in text
     assert "**4" not in markdown(found).replace("**Images", "")
     assert r"\textbf" not in latex(found)
+
+
+@pytest.mark.parametrize("width", [*WIDTHS.values()])
+def test_the_heat_map_says_what_the_table_does(width: float) -> None:
+    real = [pair("real", student, 99.0, yardstick={"digest": "ab", "count": 3}) for student in STUDENTS]
+    found = blocks([*all_pairs(), *all_pairs(bits="w3a3"), *real, result("round", top1=33.0)])
+    (figure,) = draw("factorial", Drawn(READING, found, PerImage(READING), width=width))
+    texts = [text.get_text() for text in figure.findobj(Text)]
+    for top1 in REACHED.values():
+        assert texts.count(f"{top1:.1f}") >= 2, "at both bit widths"
+    assert texts.count("99.0") == 3
+    assert texts.count("real") == 2
+    assert any("W4A4: round 33.0, teacher 90.0" in text.replace("\n", " ") for text in texts)
+    assert figure.get_size_inches()[0] <= width + 0.01
+    with pytest.raises(NothingToDraw, match="no student was trained on a host's images"):
+        draw("factorial", Drawn(READING, blocks([result()]), PerImage(READING)))
+
+
+def test_plots_keep_real_images_apart_and_do_not_compare_them() -> None:
+    def texts_of(kind: str, given: list[Any]) -> set[str]:
+        drawn = Drawn(Reading(Store(Path("none")), given), blocks(given), PerImage(READING))
+        return {text.get_text().replace("\n", " ") for figure in draw(kind, drawn) for text in figure.findobj(Text)}
+
+    real = pair("real", "kl", 99.0, yardstick={"digest": "ab", "count": 3})
+    given = [pair("gdfq", "kl", 50.0), real]
+    assert any(text.startswith("Yardsticks (real images), resnet20") for text in texts_of("accuracy", given))
+    for kind in ("cost", "drop"):
+        texts = texts_of(kind, given)
+        assert any("gdfq" in text for text in texts)
+        assert not any("real" in text for text in texts), kind
+        with pytest.raises(NothingToDraw, match="no data-free methods to be compared"):
+            texts_of(kind, [real])
 
 
 def test_without_a_hosting_method_there_is_none() -> None:

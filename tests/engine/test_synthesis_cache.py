@@ -351,3 +351,13 @@ def test_a_plan_without_making_has_nothing_to_share() -> None:
     lockstep: Lockstep = Trial(find_method("gdfq")).start()
     assert lockstep.making_epochs == 0
     assert Trial(find_method("gznq")).start().making_epochs == 1
+
+
+def test_images_depend_on_the_file_of_the_method_that_makes_them() -> None:
+    for host in ("intraq", "lrq"):
+        settings = {"host": host, "host_settings": STORED, "calibration_epochs": 1}
+        found = synthesis_cache.dependencies(Trial(find_method("qat"), settings).start())
+        assert found["host_source"] == [find_method(host).info.source_sha256]
+        other = synthesis_cache.dependencies(Trial(find_method("qat"), settings | {"student": "ait", "end": "squant"}).start())
+        assert other == found, "and not on who trains on them"
+    assert "host_source" not in synthesis_cache.dependencies(Trial(find_method("intraq"), STORED).start())

@@ -147,7 +147,7 @@ def _contrast(color: str) -> float:
 def block_title(block: Block, found: Iterable[Block]) -> str:
     """What sets a block apart from the others that are drawn, and always its teacher and evaluation set."""
     others = list(found)
-    said = f"{block.teacher} on {block.evaluation}"
+    said = "Yardsticks (real images), " * block.yardstick + f"{block.teacher} on {block.evaluation}"
     if len({b.protocol for b in others}) > 1:
         said += f", {block.protocol}"
     if len({b.precision for b in others}) > 1:

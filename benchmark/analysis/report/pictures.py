@@ -10,9 +10,11 @@ from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
 from dfqbench.analysis.plots.figures import drawn_kinds
 from dfqbench.analysis.plots.kinds import KINDS
 from dfqbench.analysis.report.assets import Assets
+from dfqbench.analysis.tables.factorial import factorials
 
 COORDINATES = re.compile(rb' (?:d|x|y)="[^"]*"')
 DECIMALS = re.compile(rb"(\.\d\d)\d+")  # of a point: what is beyond the second nobody can see
+RARE = "factorial"
 FIRST = "accuracy"  # of every block, below its table; the other kinds are of all blocks together
 
 
@@ -30,8 +32,8 @@ def of_blocks(drawn: Drawn, assets: Assets) -> list[list[Picture]]:
 
 
 def of_all(drawn: Drawn, assets: Assets) -> list[Picture]:
-    """The other kinds."""
-    return _drawn(drawn, [kind for kind in KINDS if kind != FIRST], assets)
+    """The other kinds; one that few stores have is passed over in silence where this has none."""
+    return _drawn(drawn, [kind for kind in KINDS if kind != FIRST and (kind != RARE or factorials(drawn.blocks))], assets)
 
 
 def _drawn(drawn: Drawn, kinds: Sequence[str], assets: Assets) -> list[Picture]:

@@ -32,6 +32,11 @@ class Factorial:
     trainings: list[str] = field(default_factory=list)
     rows: dict[tuple[str, str], Row] = field(default_factory=dict)
 
+    @property
+    def widths(self) -> list[str]:
+        """From wide to narrow, those at which there is a pair."""
+        return sorted({width for row in self.rows.values() for width in (*row.entries, *row.lost)}, reverse=True)
+
     def entry(self, source: str, training: str, width: str) -> Entry | None:
         """What may be compared."""
         row = self.rows.get((source, training))
@@ -93,7 +98,6 @@ def _take_in(table: Factorial, block: Block, rows: Sequence[Row]) -> None:
         into = table.real if block.yardstick else table.sources
         into += [source] * (source not in into)
         table.trainings += [training] * (training not in table.trainings)
-    table.block.widths = sorted({*table.block.widths, *block.widths}, reverse=True) if table.block is not block else block.widths
 
 
 def _of_source(row: Row) -> str:
@@ -139,7 +143,7 @@ def _height(table: Factorial, sources: Sequence[str], trainings: Sequence[str]) 
 def written(table: Factorial) -> Written:
     """Sources down, trainings across, a group of columns for each bit width; means over what is complete; the teacher and rounding below."""
     block, lines = table.block, list[dict[tuple[str, str], str]]()
-    widths = [width for width in block.widths if any(row.entries.keys() | row.lost.keys() >= {width} for row in table.rows.values())]
+    widths = table.widths
 
     def line(name: str, of: Any) -> None:
         columns = {(width, column): of(column, width) for width in widths for column in (*table.trainings, MEAN)}
@@ -150,7 +154,7 @@ def written(table: Factorial) -> Written:
         line(name, lambda column, width, source=source: _cell(table, source, column, width))
     if len(table.sources) > 1:
         line("mean, without real images" if table.real else MEAN, lambda column, width: _percent(_mean_of(table, column, width)))
-    for name, values in _beside(block, widths).items():
+    for name, values in beside(block, widths).items():
         line(name, lambda column, width, values=values: _percent(values.get(width)) if column == MEAN else "-")
     texts = pd.DataFrame(lines)
     texts.index = pd.MultiIndex.from_product([range(len(lines)), ["accuracy"]])
@@ -174,7 +178,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None or not np.isfinite(value) else f"{value:.{DECIMALS}f}"
 
 
-def _beside(block: Block, widths: Sequence[str]) -> dict[str, Mapping[str, float]]:
+def beside(block: Block, widths: Sequence[str]) -> dict[str, Mapping[str, float]]:
     """What the pairs are measured by: rows of the group `reference`, or plain rounding; and the teacher."""
     rows = [row for row in block.rows if not _is_hosted(row) and (row.group == REFERENCE or (row.method == "round" and not row.changed))]
     found: dict[str, Mapping[str, float]] = {row.label: {width: entry.mean for width, entry in row.entries.items()} for row in rows}
