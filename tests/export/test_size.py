@@ -142,7 +142,7 @@ class Attention(nn.Module):
 
 
 def test_what_no_quantizer_is_known_for_counts_as_float() -> None:
-    """4 tokens of 8: three projections in and one out; 2 heads x (4 x 5) products of 4 numbers (one key is of the module's own), scores and values."""
+    """4 tokens of 8: three projections in and one out; 2 heads x (4 x 5) products of 4 numbers (one key is the module's own), scores and values."""
     teacher, student = sizes(Attention(), 8)
     attention, up = 4 * 4 * 8 * 8 + 2 * (2 * 20 * 4), 2 * 2 * 8 * 4 * 4
     assert [work.macs for work in teacher.work] == [4 * 8 * 48, attention, up, 40]
