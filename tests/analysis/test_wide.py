@@ -250,4 +250,4 @@ def test_the_command_joins_and_changes_nothing_where_there_is_one_block(dfqbench
     code, _, err = dfqbench("table", "--results", tmp_path / "two", "--layout", "wide", "--format", "csv")
     assert (code, err.count("\n"), "--layout wide" in err) == (2, 1, True)
     code, _, err = dfqbench("table", "--results", tmp_path / "two", "--layout", "broad")
-    assert (code, err) == (2, "dfqbench: --layout 'broad': blocks or wide\n")
+    assert (code, err) == (2, "dfqbench: --layout 'broad': blocks, wide or factorial\n")

@@ -107,7 +107,7 @@ def test_images_are_taken_from_all_of_the_set_and_are_those_of_its_training_part
         ([QAT], {"real": {"images": "digits", "count": 1199}}, "yardsticks.real: count: 1199: digits has 1198 images"),
         ([QAT], {"real": {"images": "digit"}}, "yardsticks.real.images: unknown evaluation set 'digit': did you mean 'digits'?"),
         ([QAT], {"real": {"images": "digits", "counts": 3}}, "yardsticks.real.counts: "),
-        ([QAT], {}, "unknown method 'real': known: "),
+        ([QAT], {}, "unknown method 'real': "),
         (["gdfq"], REAL, "yardsticks.real: no method is trained on it"),
         ([{"qat": {"host": "gdfq"}}], {"gdfq": REAL["real"]}, "yardsticks.gdfq: a method is called that"),
         ([{"qat": {"host": "real", "yardstick": {"digest": "0"}}}], REAL, "methods[0].qat.yardstick: it is filled in"),

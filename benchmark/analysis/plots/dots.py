@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 LABELS = 0.38  # of the width, for the names at most
 NARROWEST, WIDEST, GAP, RIGHT = 56.0, 200.0, 12.0, 5.0  # points: of a panel, between two, and beside the last
-TALLEST, JOINED = 640.0, 330.0  # points: of a page, and up to which blocks share one
+TALLEST, LEAST, JOINED = 676.0, 240.0, 330.0  # points: of a page with its note, of its rows whatever the note, and up to which blocks share one
 PITCH = 10.4  # points from row to row of one line
 HEAD, LEVEL, TICKS, BETWEEN = 11.0, 8.0, 14.0, 8.0  # points: a panel's name, a line of guides' names, the axis, between blocks
 
@@ -83,7 +83,8 @@ def dot_plots(sections: list[Section], width: float, xlabel: str, said: list[str
     sections = [replace(section, lines=[_told_in_name(section, line, plan) for line in section.lines]) for section in sections]
     plan = _plan(sections, width * 72)
     figures, page, height = [], list[tuple[Section, float]](), 0.0
-    for section in (part for whole in sections for part in _parts(whole, plan)):
+    tallest = max(LEAST, TALLEST - noted(said, plan.width)[1] - 8 - EDGE)
+    for section in (part for whole in sections for part in _parts(whole, plan, tallest)):
         tall = _height(section, plan)
         if page and height + tall > JOINED:
             figures.append(_page(page, plan, xlabel, said))
@@ -118,13 +119,13 @@ def _room(section: Section, line: Line, width: str, panel: float) -> Literal["le
     return "right" if needed < right else "left" if needed < left else None
 
 
-def _parts(section: Section, plan: _Plan) -> Iterator[Section]:
+def _parts(section: Section, plan: _Plan, tallest: float) -> Iterator[Section]:
     """What fits on a page side by side and one below the other."""
     for first in range(0, len(section.widths), plan.columns):
         lines: list[Line] = []
         here = replace(section, widths=section.widths[first : first + plan.columns], lines=lines)
         for line in section.lines:
-            if lines and _height(replace(here, lines=[*lines, line]), plan) > TALLEST:
+            if lines and _height(replace(here, lines=[*lines, line]), plan) > tallest:
                 yield here
                 lines = []
                 here = replace(here, lines=lines)

@@ -67,7 +67,7 @@ def drawn_kinds(drawn: Drawn, kinds: Iterable[str], formats: Iterable[str]) -> I
         with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
             try:
                 yield from zip(kinds, pool.map(_files_or_why, kinds, [formats] * len(kinds)), strict=True)
-            except BaseException:  # Ctrl-C: nobody waits for what they draw, nor, if they only start, at Python's end for them
+            except KeyboardInterrupt:  # nobody waits for what they draw, nor, if they only start, at Python's end for them
                 for worker in multiprocessing.active_children():
                     if worker not in others:
                         worker.kill()
