@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """What an `nn.MultiheadAttention` computes in eval mode without masks: softmax(q k^T / sqrt(d)) v for each head."""
+    """What an `nn.MultiheadAttention` computes in eval mode: softmax(q k^T / sqrt(d) + masks) v for each head; called as torch's."""
 
     def __init__(self, whole: nn.MultiheadAttention):
         super().__init__()
@@ -22,12 +22,25 @@ class Attention(nn.Module):
         self.dim = dim
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, need_weights: bool = True, average_attn_weights: bool = True
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
     ) -> tuple[Tensor, Tensor]:
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         q, k, v = (self._heads(layer(x)) for layer, x in ((self.query, query), (self.key, key), (self.value, value)))
-        shares = torch.softmax(torch.matmul(q * (1 / math.sqrt(self.head_dim)), k.transpose(-2, -1)), -1)
+        scores = torch.matmul(q * (1 / math.sqrt(self.head_dim)), k.transpose(-2, -1))
+        if attn_mask is not None:  # positions x positions, or one for each head of each image
+            scores = _masked(scores, attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.heads)))  # type: ignore[no-untyped-call]
+        if key_padding_mask is not None:  # images x positions
+            scores = _masked(scores, key_padding_mask[:, None, None])
+        shares = torch.softmax(scores, -1)
         joined = torch.matmul(shares, v).transpose(1, 2).flatten(2)
         answer: Tensor = self.out(joined)
         shown = shares.mean(1) if average_attn_weights else shares
@@ -39,7 +52,7 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """What an `nn.TransformerEncoderLayer` computes in eval mode without masks."""
+    """What an `nn.TransformerEncoderLayer` computes in eval mode; called as torch's."""
 
     def __init__(self, whole: nn.TransformerEncoderLayer):
         super().__init__()
@@ -47,17 +60,18 @@ class EncoderLayer(nn.Module):
         self.attention = Attention(whole.self_attn) if isinstance(whole.self_attn, nn.MultiheadAttention) else whole.self_attn
         self.linear1, self.linear2, self.norm1, self.norm2 = whole.linear1, whole.linear2, whole.norm1, whole.norm2
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, src: Tensor, src_mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        x, masks = src, {"attn_mask": src_mask, "key_padding_mask": src_key_padding_mask}
         if self.norm_first:
-            x = x + self._attend(self.norm1(x))
+            x = x + self._attend(self.norm1(x), masks)
             widened: Tensor = x + self._widen(self.norm2(x))
             return widened
-        x = self.norm1(x + self._attend(x))
+        x = self.norm1(x + self._attend(x, masks))
         answer: Tensor = self.norm2(x + self._widen(x))
         return answer
 
-    def _attend(self, x: Tensor) -> Tensor:
-        answer: Tensor = self.attention(x, x, x)[0]
+    def _attend(self, x: Tensor, masks: dict[str, Tensor | None]) -> Tensor:
+        answer: Tensor = self.attention(x, x, x, **masks)[0]
         return answer
 
     def _widen(self, x: Tensor) -> Tensor:
@@ -66,16 +80,21 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What an `nn.TransformerEncoder` computes without masks."""
+    """What an `nn.TransformerEncoder` computes; called as torch's."""
 
     def __init__(self, whole: nn.TransformerEncoder):
         super().__init__()
         self.layers, self.norm = whole.layers, whole.norm
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, src: Tensor, mask: Tensor | None = None, src_key_padding_mask: Tensor | None = None, is_causal: bool | None = None) -> Tensor:
         for layer in self.layers:
-            x = layer(x)
-        return x if self.norm is None else self.norm(x)
+            src = layer(src, mask, src_key_padding_mask)
+        return src if self.norm is None else self.norm(src)
+
+
+def _masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """True hides a position; numbers are added."""
+    return scores.masked_fill(mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 
 def make_attention_plain(network: nn.Module) -> bool:

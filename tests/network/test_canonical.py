@@ -132,3 +132,23 @@ def test_however_a_weight_is_written_it_goes_through_export(name: str, tmp_path:
     student(torch.randn(64, 3, 8, 8))
     student.track_ranges(False)
     assert all(agreement.holds for agreement in export(student.requires_grad_(False), tmp_path / "a.onnx"))
+
+
+NUMBERS = torch.randn(64, 64)
+HIDDEN = torch.ones(64, 64, dtype=torch.bool).triu(1)
+MASKS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "numbers": lambda n, x: n.a(x, x, x, attn_mask=NUMBERS)[0],
+    "hidden, by position": lambda n, x: n.a(x, x, x, None, False, HIDDEN)[0],
+    "hidden in each image": lambda n, x: n.a(x, x, x, key_padding_mask=x[:, :, 0] > 1e6)[0],
+    "in an encoder": lambda n, x: n.t(x, mask=HIDDEN),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_attention_with_masks_is_what_torch_computes(name: str) -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, 0.1, batch_first=True)
+    parts = {"a": nn.MultiheadAttention(4, 2, batch_first=True), "t": nn.TransformerEncoder(layer, 1, None, False)}
+    network, traced = teacher(lambda n, x: MASKS[name](n, rows(x)).transpose(1, 2), parts)
+    images = torch.randn(3, 3, 8, 8)
+    torch.testing.assert_close(traced(images), network(images), rtol=1e-4, atol=1e-4)
+    assert Student(traced, PROTOCOLS["full"], Bits(3, 8)).left_float == []
