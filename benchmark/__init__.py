@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from dfqbench.analysis.frames import results as results
     from dfqbench.errors import UserError as UserError
     from dfqbench.export.find import load_student as load_student
+    from dfqbench.method.allocation import AllocationProblem as AllocationProblem
+    from dfqbench.method.allocator import Allocator as Allocator
+    from dfqbench.method.allocator import AllocatorConfig as AllocatorConfig
+    from dfqbench.method.allocator import register_allocator as register_allocator
     from dfqbench.method.contract import Batch as Batch
     from dfqbench.method.contract import Method as Method
     from dfqbench.method.contract import Phase as Phase
@@ -32,6 +36,9 @@ if TYPE_CHECKING:
     from dfqbench.teachers.weights import read_weights as read_weights
 
 _HOME = {
+    "AllocationProblem": "dfqbench.method.allocation",
+    "Allocator": "dfqbench.method.allocator",
+    "AllocatorConfig": "dfqbench.method.allocator",
     "Batch": "dfqbench.method.contract",
     "Field": "dfqbench.method.settings",
     "Method": "dfqbench.method.contract",
@@ -51,6 +58,7 @@ _HOME = {
     "quantize": "dfqbench.run.quantize",
     "read_weights": "dfqbench.teachers.weights",
     "register": "dfqbench.method.registry",
+    "register_allocator": "dfqbench.method.allocator",
     "results": "dfqbench.analysis.frames",
     "stream_seed": "dfqbench.method.contract",
 }

@@ -238,7 +238,7 @@ def _student_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredStu
     traced.meta["network"] = header["network"]
     _complete_shapes(traced, task)
     about = {**header["about"], "sha256": header["sha256"]}
-    return StoredStudent(traced, task, protocol, Bits.parse(header["bits"]), header["left_float"], about)
+    return StoredStudent(traced, task, protocol, Bits.parse(header["bits"], average=True), header["left_float"], about)
 
 
 def _complete_shapes(traced: fx.GraphModule, task: Task) -> None:

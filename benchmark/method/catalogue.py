@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dfqbench.files import PACKAGE
 from dfqbench.method import registry
 from dfqbench.method.info import MethodInfo
-from dfqbench.method.plugins import Origin
+from dfqbench.method.plugins import GROUPS, Origin
 from dfqbench.method.settings import Setting, settings_of
 from dfqbench.store.cache import remembered
 
@@ -74,7 +74,7 @@ def catalogue(cache: Path | None) -> Catalogue:
 
 def code_state() -> list[Any]:
     """What methods depend on: digests of our own files and of those of the packages that bring methods or sets, and the versions of all packages."""
-    entries = [entry for group in (registry.ENTRY_POINTS, "dfqbench.sets") for entry in importlib.metadata.entry_points(group=group)]
+    entries = [entry for group in GROUPS for entry in importlib.metadata.entry_points(group=group)]
     files = {file for entry in entries for file in _files_of(entry)}
     for folder in (PACKAGE, *registry.built_in_folders()):
         files |= set(folder.rglob("*.py"))

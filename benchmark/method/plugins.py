@@ -16,6 +16,7 @@ from typing import Any
 
 from dfqbench.errors import UserError
 
+GROUPS = ("dfqbench.methods", "dfqbench.sets", "dfqbench.allocators")  # entry points of installed packages
 FILES = "dfqbench_plugin_"  # what the module of a single file is called
 broken: dict[str, str] = {}  # plug-in -> the last line of its traceback; reported, never fatal to the others
 _tables: list[dict[str, Any]] = []
@@ -70,7 +71,7 @@ def _version(package: str) -> str:
 @functools.cache
 def _packages() -> dict[str, str]:
     """Top-level module -> distribution of everything that brings plug-ins. (An editable installation does not list its modules.)"""
-    entries = (entry for group in ("dfqbench.methods", "dfqbench.sets") for entry in importlib.metadata.entry_points(group=group))
+    entries = (entry for group in GROUPS for entry in importlib.metadata.entry_points(group=group))
     return {entry.module.split(".")[0]: entry.dist.name for entry in entries if entry.dist is not None}
 
 

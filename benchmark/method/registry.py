@@ -79,12 +79,15 @@ def _two_places(one: type, other: type) -> str:
 @functools.cache
 def discover() -> None:
     """Imports the built-in methods and the installed plug-ins, once. What is broken is noted in `broken` and leaves nothing behind."""
-    import dfqbench_methods
+    import_modules("dfqbench_methods")
+    plugins.load_entry_points(ENTRY_POINTS)
 
-    for module in pkgutil.iter_modules(dfqbench_methods.__path__, "dfqbench_methods."):
+
+def import_modules(package: str) -> None:
+    """Imports every file of a package that is built in. What is broken is noted in `broken`."""
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."):
         if not module.ispkg:
             plugins.guarded(module.name, functools.partial(importlib.import_module, module.name))
-    plugins.load_entry_points(ENTRY_POINTS)
 
 
 def untouched() -> bool:

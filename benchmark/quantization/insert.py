@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import fx, nn
@@ -43,8 +43,10 @@ def module_of(node: fx.Node, traced: fx.GraphModule) -> nn.Module | None:
     return traced.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
-def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) -> list[str]:
+def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits, own: Mapping[str, int] | None = None) -> list[str]:
     """Quantizes `traced` in place; new modules are `quantizers.<name of the node they follow>`.
+
+    own: bits of weights and activations that have others than `bits` and the protocol say, by the names that these modules get.
 
     Returns what keeps float weights because no quantizer is known for it (modules with weights of another kind), to be said to the user: nothing is
     left out silently. Under a protocol that folds, also batch norms without running statistics, which nothing can fold; where activation functions
@@ -62,9 +64,10 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
     products = {n: found for n in traced.graph.nodes if (found := operands(n, traced))}
     if not targets and not any(o.is_weight for found in products.values() for o in found):
         raise UserError(f"{traced.meta['network']}: no weight to quantize: it has no convolution, no linear layer and no product with a parameter")
-    widths = dict.fromkeys(targets, bits.weights)
+    own, weight_bits = own or {}, int(bits.weights)
+    widths = dict.fromkeys(targets, weight_bits)
     first, last = (targets[0], targets[-1]) if targets else ("", "")
-    widths |= {first: protocol.first_bits or bits.weights} | ({last: protocol.last_bits} if protocol.last_bits else {})
+    widths |= {first: protocol.first_bits or weight_bits} | ({last: protocol.last_bits} if protocol.last_bits else {})
     left_float = _norms_left_float(traced) if protocol.batch_norm == "folded" else []
     left_float += _may_be_activations(traced) if protocol.placement == "activations" else []
 
@@ -84,12 +87,12 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
         width = protocol.input_bits if node in images else protocol.last_bits if node in last_only else bits.activations
         if width is None:  # the image stays float
             continue
-        _insert_after(node, traced, ActivationQuantizer(width, protocol))
-    _grids_of_weights(traced, products, protocol, bits.weights)
+        _insert_after(node, traced, ActivationQuantizer(own.get(f"quantizers.{node.name}", width), protocol))
+    _grids_of_weights(traced, products, protocol, weight_bits, own)
     left_float = _layers_left_float(traced, set(targets)) + left_float
     for target in targets:
         parent, _, name = target.rpartition(".")
-        setattr(traced.get_submodule(parent), name, QuantizedLayer(traced.get_submodule(target), widths[target], protocol))  # type: ignore[arg-type]
+        setattr(traced.get_submodule(parent), name, QuantizedLayer(traced.get_submodule(target), own.get(target, widths[target]), protocol))  # type: ignore[arg-type]
     traced.graph.lint()
     traced.recompile()
     return left_float
@@ -147,7 +150,7 @@ def _at_operands(traced: fx.GraphModule, products: dict[fx.Node, list[Operand]],
     return [n for n in traced.graph.nodes if n in wanted and any(u.op != "output" for u in n.users)]
 
 
-def _grids_of_weights(traced: fx.GraphModule, products: dict[fx.Node, list[Operand]], protocol: Protocol, bits: int) -> None:
+def _grids_of_weights(traced: fx.GraphModule, products: dict[fx.Node, list[Operand]], protocol: Protocol, bits: int, own: Mapping[str, int]) -> None:
     """Between a product and each weight that no layer holds."""
     for node, found in products.items():
         for operand in found:
@@ -156,7 +159,7 @@ def _grids_of_weights(traced: fx.GraphModule, products: dict[fx.Node, list[Opera
             name = f"weights.{node.name}"
             traced.add_submodule("weights", traced.weights if hasattr(traced, "weights") else nn.Module())  # type: ignore[arg-type]
             name += "" if not hasattr(traced.weights, node.name) else "_other"
-            traced.add_submodule(name, WeightGrid(bits, protocol, operand.axis))
+            traced.add_submodule(name, WeightGrid(own.get(name, bits), protocol, operand.axis))
             with traced.graph.inserting_before(node):
                 new = traced.graph.call_module(name, (operand.node,))
             new.meta = {"shape": operand.node.meta["shape"]}

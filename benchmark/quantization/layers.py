@@ -215,6 +215,11 @@ class ActivationQuantizer(nn.Module):
         self.range.set(low, high)
         self._follow_range()
 
+    def set_bits(self, bits: int) -> None:
+        """Another width, on the range as it is."""
+        self.bits = self.range.bits = bits
+        self._follow_range()
+
     @torch.no_grad()
     def _follow_range(self) -> None:
         p = self.protocol

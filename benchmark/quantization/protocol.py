@@ -17,21 +17,24 @@ BatchNormMode = Literal["fixed", "trained", "folded"]
 
 
 class Bits(NamedTuple):
-    """Bit widths of one student: `w4a3` has 4-bit weights and 3-bit activations."""
+    """Bit widths of one student: `w4a3` has 4-bit weights and 3-bit activations.
 
-    weights: int
+    weights: of a student whose tensors have a width each, their average, which need not be whole: `w3.5a4`.
+    """
+
+    weights: float
     activations: int
 
     @classmethod
-    def parse(cls, text: object) -> Bits:
-        """Raises UserError for anything but w<2-8>a<2-8>."""
-        match = re.fullmatch(r"w([2-8])a([2-8])", str(text))
+    def parse(cls, text: object, average: bool = False) -> Bits:
+        """Raises UserError for anything but w<2-8>a<2-8>; `average`: weights may have decimals, as they have in a finished cell's record."""
+        match = re.fullmatch(r"w([2-8](?:\.\d+)?)a([2-8])" if average else r"w([2-8])a([2-8])", str(text))
         if match is None:
             raise UserError(f"{text!r} is not a bit width: write weights and activations, 2 to 8 each, like 'w4a4'")
-        return cls(int(match[1]), int(match[2]))
+        return cls(float(match[1]) if "." in match[1] else int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
-        return f"w{self.weights}a{self.activations}"
+        return f"w{self.weights:g}a{self.activations}"
 
 
 class Protocol(BaseModel):

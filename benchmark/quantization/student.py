@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -32,10 +32,13 @@ class Student(Network):
 
     _other_graphs: ClassVar[tuple[str, ...]] = (*Network._other_graphs, "_tuned_graph")
 
-    def __init__(self, teacher: Teacher, protocol: Protocol, bits: Bits):
+    def __init__(self, teacher: Teacher, protocol: Protocol, bits: Bits, own: Mapping[str, int] | None = None):
+        """own: bits of those `tensors` that have others than `bits` says. Raises UserError for a network that the protocol cannot quantize."""
         traced = copy.deepcopy(teacher.traced)
-        left_float = insert_quantizers(traced, protocol, bits)
+        left_float = insert_quantizers(traced, protocol, bits, own)
         super().__init__(traced, teacher.task)
+        if unknown := sorted({*(own or {})} - {*self.tensors}):
+            raise ValueError(f"bits for {unknown[0]!r}: the network has no such tensor")
         self.protocol, self.bits, self.left_float = protocol, bits, left_float
         self.requires_grad_(True)
         self.eval()
@@ -65,6 +68,13 @@ class Student(Network):
     def layers(self) -> dict[str, QuantizedLayer]:
         """Layers with quantized weights, by their names in the teacher."""
         return {name.removeprefix("traced."): m for name, m in self.named_modules() if isinstance(m, QuantizedLayer)}
+
+    @property
+    def tensors(self) -> dict[str, QuantizedLayer | WeightGrid | ActivationQuantizer]:
+        """What puts weights and activations on a grid, by its name in the network, in the order of the forward pass; each once."""
+        nodes = dict.fromkeys(str(n.target) for n in self.traced.graph.nodes if n.op == "call_module")
+        found = {name: self.traced.get_submodule(name) for name in nodes}
+        return {name: m for name, m in found.items() if isinstance(m, QuantizedLayer | WeightGrid | ActivationQuantizer)}
 
     def training_mode(self, training: bool) -> None:
         """What a training step wants: BN layers move their statistics only under batch_norm 'trained'; nothing else differs from eval."""
