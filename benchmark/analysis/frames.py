@@ -43,6 +43,7 @@ COLUMNS = {
     "protocol": "string",
     "precision": "string",
     "bits": "category",
+    "allocator": "string",
     "weight_bits": "Int64",
     "activation_bits": "Int64",
     "seed": "Int64",
@@ -161,7 +162,7 @@ def _frame(rows: list[tuple[dict[str, Any], dict[str, Any]]]) -> pd.DataFrame:
     known = load_frame([result for _, result in rows]).to_dict("records")
     made = [{str(key): value for key, value in own.items()} | place | _more(result) for own, (place, result) in zip(known, rows, strict=True)]
     frame = pd.DataFrame(made, columns=list(COLUMNS))
-    widths = sorted({bits for bits in frame.bits if isinstance(bits, str)}, key=Bits.parse)
+    widths = sorted({bits for bits in frame.bits if isinstance(bits, str)}, key=lambda bits: Bits.parse(bits, average=True))
     frame["bits"] = pd.Categorical(frame.bits, widths, ordered=True)
     frame["status"] = pd.Categorical(frame.status, STATES)
     frame["finished"] = pd.to_datetime(frame.finished.astype("Float64"), unit="s", utc=True)
@@ -172,12 +173,14 @@ def _frame(rows: list[tuple[dict[str, Any], dict[str, Any]]]) -> pd.DataFrame:
 
 def _more(result: dict[str, Any]) -> dict[str, Any]:
     """What a table does not need."""
-    identity, bits, sizes = result["cell"]["identity"], Bits.parse(result["cell"]["bits"]), sizes_of(result)
+    identity, bits, sizes = result["cell"]["identity"], Bits.parse(result["cell"]["bits"], average=True), sizes_of(result)
+    chosen = identity.get("widths") or {}
     configuration = fingerprint({key: value for key, value in identity.items() if key not in ("bits", "seed")})
     return (
         {"method": result["cell"].get("settings") or result["cell"]["label"]}  # whatever it is called
         | {"configuration": configuration, "settings": canonical_json(identity["config"])}
-        | {"weight_bits": bits.weights, "activation_bits": bits.activations, "top5": _number(result.get("top5"))}
+        | {"allocator": chosen.get("allocator"), "weight_bits": None if chosen else bits.weights}
+        | {"activation_bits": None if chosen.get("activations") else bits.activations, "top5": _number(result.get("top5"))}
         | {"best_epoch": result["best"].get("epoch") if "top1" in result["best"] else None, "last_epoch": result.get("last_epoch")}
         | {"finished": _number(result.get("finished")) or None}
         | (sizes.as_columns() if sizes else {})

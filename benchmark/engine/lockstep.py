@@ -7,7 +7,7 @@ loop and what a checkpoint holds of it are read together.)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from dfqbench.method.contract import Batch, Phase
 from dfqbench.method.log import Log
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
-from dfqbench.sweep.cell import Bundle, Cell
+from dfqbench.sweep.cell import Bundle, Cell, fingerprint
 
 BATCH = [field.name for field in fields(Batch)]  # a method's own batches may hold more, which nobody but the method asks for
 
@@ -58,7 +58,7 @@ class Trainee:
 
     @property
     def name(self) -> str:
-        return str(self.cell.bits)
+        return self.cell.width
 
 
 class Lockstep:
@@ -80,12 +80,14 @@ class Lockstep:
         work: Path | None = None,
         plain: Callable[[Cell], Student | None] = lambda cell: None,
         yardstick: Tensor | None = None,
+        widths: Mapping[str, Mapping[str, int]] | None = None,
     ):
         """plain: makes the teacher plainly rounded, as a cell has it, to compare its student with; None where that cannot be.
 
-        yardstick: see `set_up`.
+        yardstick: see `set_up`. widths: bits by tensor of each cell that has an allocation, by its id.
         """
         first = bundle.cells[0]
+        self.widths = widths or {}
         self.bundle, self.device, self.evaluate, self.evaluate_every, self.plain = bundle, device, evaluate, evaluate_every, plain
         self.autocast = autocast_of(first, device)
         self.teacher = teacher.to(device).to(memory_format=torch.channels_last)
@@ -102,7 +104,8 @@ class Lockstep:
         self.images_from: dict[str, Any] | None = None  # the cell that made them and in how many seconds, where they were taken over
 
     def _trainee(self, cell: Cell) -> Trainee:
-        student = Student(self.teacher, cell.protocol, cell.bits).to(self.device).to(memory_format=torch.channels_last)
+        own = self.widths[cell.id] if cell.allocation else None
+        student = Student(self.teacher, cell.protocol, cell.bits, own).to(self.device).to(memory_format=torch.channels_last)
         trains = any(phase.distill for phase in self.phases)
         optimizer = self.method.student_optimizer(student) if trains else None
         if optimizer is not None:
@@ -281,6 +284,11 @@ class Lockstep:
 
     # --- interruption -------------------------------------------------------------------------------------------------
 
+    @property
+    def members(self) -> list[str]:
+        """Its cells, each with its tensors' widths where it has an allocation: what a state is a state of."""
+        return [cell.id + (f" {fingerprint(dict(self.widths[cell.id]))}" if cell.allocation else "") for cell in self.bundle.cells]
+
     def method_state(self) -> dict[str, Any]:
         """The method's own part of `state`. Raises TypeError naming an attribute that could not be restored."""
         return state_of(self.method, self._restorable)
@@ -288,7 +296,7 @@ class Lockstep:
     def state(self) -> dict[str, Any]:
         """Tensors, numbers and strings only: everything that the rest of the run depends on."""
         return {
-            "members": [t.cell.id for t in self.trainees],
+            "members": self.members,
             "epoch": self.epoch,
             "iteration": self.iteration,
             "method": self.method_state(),

@@ -5,7 +5,7 @@ Nothing here opens an evaluation set.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +87,14 @@ def kept_images(path: Path, maker: Cell, teacher: Teacher, device: torch.device,
     return load_file(path)["images"].to(device).contiguous(memory_format=torch.channels_last)
 
 
-def rounded(cell: Cell, teacher: Teacher, device: torch.device) -> Student | None:
-    """The cell's teacher rounded without any training; None where its batch norms do not say enough. Nothing random is drawn, nor any seed set."""
+def rounded(cell: Cell, teacher: Teacher, device: torch.device, own: Mapping[str, int] | None = None) -> Student | None:
+    """The cell's teacher rounded without any training; None where its batch norms do not say enough. Nothing random is drawn, nor any seed set.
+
+    own: bits by tensor, of a cell that has an allocation.
+    """
     method = find_method("round")
     try:
-        student = Student(teacher, cell.protocol, cell.bits).to(device).to(memory_format=torch.channels_last)
+        student = Student(teacher, cell.protocol, cell.bits, own).to(device).to(memory_format=torch.channels_last)
         method(teacher, method.Config(), 0, device).finish(student)
         student.check_ranges()
     except UserError:
@@ -99,9 +102,11 @@ def rounded(cell: Cell, teacher: Teacher, device: torch.device) -> Student | Non
     return student
 
 
-def plain_rounding(cell: Cell, teacher: Teacher, images: Tensor, device: torch.device) -> dict[str, float] | None:
+def plain_rounding(
+    cell: Cell, teacher: Teacher, images: Tensor, device: torch.device, own: Mapping[str, int] | None = None
+) -> dict[str, float] | None:
     """`agreement` in percent and `kl` in nats of `rounded`; None where there is none."""
-    student = rounded(cell, teacher, device)
+    student = rounded(cell, teacher, device, own)
     if student is None:
         return None
     found = agreement(student, teacher, images, autocast_of(cell, device))

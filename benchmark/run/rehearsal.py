@@ -50,7 +50,7 @@ def small(cell: Cell) -> Cell | None:
         if name in fields:
             config[name] = {**config[name], **value} if isinstance(value, dict) else value
     try:
-        return replace(cell, config=method.Config(**config).model_dump(mode="json"), changed={})
+        return replace(cell, config=method.Config(**config).model_dump(mode="json"), changed={}, allocation=None)
     except ValidationError:
         return None
 

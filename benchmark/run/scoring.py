@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,10 @@ class Scoring:
             return self._without_data(bundle.cells[0], teacher, say)
         return self._on_images(bundle.cells[0], teacher, self.loaded.evaluation, say)
 
-    def beside(self, cell: Cell, teacher: Teacher) -> dict[str, Any]:
+    def beside(self, cell: Cell, teacher: Teacher, own: Mapping[str, int] | None = None) -> dict[str, Any]:
         """What a cell without data has beside its scores; the same settings give other images elsewhere, where rounding differs."""
         made = hashlib.sha256(self._unseen.cpu().contiguous().numpy().tobytes()).hexdigest()
-        return {"plain_rounding": plain_rounding(cell, teacher, self._unseen, self.device), "unseen_sha256": made}
+        return {"plain_rounding": plain_rounding(cell, teacher, self._unseen, self.device, own), "unseen_sha256": made}
 
     def _on_images(self, cell: Cell, teacher: Teacher, found: EvaluationSet, say: Say) -> Score:
         """Accuracy on the evaluation set."""

@@ -19,6 +19,7 @@ from dfqbench.files import read_json, write_json
 from dfqbench.method.contract import Phase
 from dfqbench.network import Teacher
 from dfqbench.run.agreement import agreement, kept_images
+from dfqbench.run.allocations import Allocations
 from dfqbench.run.progress import Progress
 from dfqbench.run.rehearsal import rehearse
 from dfqbench.store import Store
@@ -51,6 +52,7 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
     device = use_device(device_name)
     keep_freed_memory()
     folder = store.root / "selections" / loaded.sweep.name
+    allocations = Allocations(loaded, store.root, device, stop)
     progress.start(bundles(loaded.cells))
     for bundle in bundles(loaded.cells):
         card = bundle.cells[0].teacher
@@ -61,15 +63,17 @@ def selected(loaded: LoadedSweep, store: Store, device_name: str, progress: Prog
         if missing:
             teacher = Teacher(load(loaded.teachers[card], card), card.task).to(device).to(memory_format=torch.channels_last)
             images = kept_images(folder / f"images-{digest}.safetensors", maker, teacher, device, selection.count, progress.say, stop)
-            for record in _compared(Bundle(missing), teacher, images, device, progress, stop):
+            for record in _compared(Bundle(missing), teacher, images, device, progress, stop, allocations):
                 write_json(paths[record["id"]], {**record, "images": {"cell": maker.record(), "count": len(images)}})
         yield from (record for record in map(read_json, paths.values()) if record is not None)
 
 
-def _compared(bundle: Bundle, teacher: Teacher, images: Tensor, device: torch.device, progress: Progress, stop: StopFlag) -> Iterator[dict[str, Any]]:
+def _compared(
+    bundle: Bundle, teacher: Teacher, images: Tensor, device: torch.device, progress: Progress, stop: StopFlag, allocations: Allocations
+) -> Iterator[dict[str, Any]]:
     rehearse(bundle, teacher, device, progress.say)
-    autocast = autocast_of(bundle.cells[0], device)
-    lockstep = Lockstep(bundle, teacher, device, lambda student: agreement(student, teacher, images, autocast))
+    autocast, widths = autocast_of(bundle.cells[0], device), allocations.of(bundle, teacher, progress.say)
+    lockstep = Lockstep(bundle, teacher, device, lambda student: agreement(student, teacher, images, autocast), widths=widths)
     progress.bundle(bundle, lockstep.steps, 0)
     lockstep.run(_Stopping(progress, stop))
     for trainee in lockstep.trainees:

@@ -29,6 +29,7 @@ from dfqbench.files import read_json, write_atomically
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
 from dfqbench.run.agreement import rounded
+from dfqbench.run.allocations import Allocations
 from dfqbench.run.options import Options, StopFlag, Summary
 from dfqbench.run.progress import Progress
 from dfqbench.run.rehearsal import rehearse
@@ -57,6 +58,7 @@ class Worker:
         self.watching = watching
         git_revision()  # as it is now, when the code is loaded, not when a cell ends
         self._scoring = Scoring(loaded, store, device, options, stop)
+        self._allocations = Allocations(loaded, store.root, device, stop)
         self._teacher: tuple[TeacherCard, Teacher] | None = None
         self._remarks: set[str] = set()  # what has been told once already
 
@@ -126,12 +128,13 @@ class Worker:
         work = self.store.bundle_folder(bundle.id)
         watcher = Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop, self.watching)
         every = self.loaded.sweep.evaluate_every
-        plain, real = lambda cell: rounded(cell, teacher, self.device), yardstick_of(bundle.cells[0], self.loaded, self.device)
-        lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, every, work, plain, real)
+        widths = self._allocations.of(bundle, teacher, lambda line: self._log(bundle, line))
+        plain, real = lambda cell: rounded(cell, teacher, self.device, widths.get(cell.id)), yardstick_of(first, self.loaded, self.device)
+        lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, every, work, plain, real, widths)
         if self.options.graphs:
             lockstep.replay_steps(lambda line: self._log(bundle, line))
         made = SynthesisCache(self.store.images_folder, work, lockstep)
-        state, why_not = load_checkpoint(watcher.path, [cell.id for cell in bundle.cells])
+        state, why_not = load_checkpoint(watcher.path, lockstep.members)
         if state is not None:
             lockstep.restore(state)
             about_images = ""
@@ -226,7 +229,7 @@ class Worker:
             "id": cell.id,
             "cell": cell.record(),
             **evaluation.scores(),
-            **(self._scoring.beside(cell, lockstep.teacher) if metric == "agreement" else {}),
+            **(self._scoring.beside(cell, lockstep.teacher, lockstep.widths.get(cell.id)) if metric == "agreement" else {}),
             "best": best,
             "evaluations": len(evaluated) + (not evaluated or evaluated[-1]["epoch"] != last["epoch"]),
             "last_epoch": len(lockstep.epochs),
@@ -239,6 +242,7 @@ class Worker:
             "seconds": {"own": round(own, 3), "shared": round(shared, 3), "bundle": [c.id for c in lockstep.bundle.cells]},
             **_cpu_seconds(trainee, lockstep),
             **self._size(trainee, lockstep),
+            **({"allocation": self._allocations.record(cell)} if cell.allocation else {}),
             "provenance": self._provenance(lockstep),
             "finished": time.time(),
         }

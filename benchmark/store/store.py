@@ -12,6 +12,7 @@
 <results>/bundles/<bundle id>/          the checkpoint of unfinished work
 <results>/images/<key>/                 images that one cell made for itself and others (engine/synthesis_cache.py)
 <results>/unseen/<key>.safetensors      images that nothing is trained on, for cells without an evaluation set
+<results>/allocations/<key>.json        a width for each tensor, chosen once for all cells that share it; images to choose on
 <results>/teachers/<key>.json           a teacher's own accuracy
 <results>/sweeps/<name>.json            which cells a config's last run stood for
 """
@@ -36,7 +37,7 @@ from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.store.lease import Lease, kept_alive
 
-WRITTEN = ("runs", "bundles", "images", "teachers", "sweeps", "selections", "replicates", "unseen")  # folders, as far as they are there
+WRITTEN = ("runs", "bundles", "images", "teachers", "sweeps", "selections", "replicates", "unseen", "allocations")  # folders, as far as they are there
 CELL_ID = re.compile(r"[0-9a-f]{12}")
 NAMED = 5  # cells that an ambiguous prefix stands for and that are named
 

@@ -11,6 +11,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from dfqbench.quantization import Bits, Protocol
+from dfqbench.sweep.allocation import Allocation
 from dfqbench.teachers import TeacherCard
 
 # Raise the first wherever the engine gives other numbers than before for the same settings: what was run before are other cells.
@@ -78,7 +79,8 @@ class Cell:
     (package, version, file, sha256) are provenance of the method's code; only its declared `version` takes part in the identity. `files`: where those
     lie that settings name, which `config` has by their sha256. `steps` by phase is for estimates only; None where nobody asked. `name` and `group`:
     what tables are to call the settings and where they belong, where the sweep says so. `preset`: the method's that settings started from, if any;
-    `by_width`: settings that it has otherwise at other bit widths of the same sweep, which is one row for tables.
+    `by_width`: settings that it has otherwise at other bit widths of the same sweep, which is one row for tables. `allocation`: who chooses the width
+    of each tensor, where `bits` are an average; None where all have the same.
     """
 
     method: str
@@ -101,6 +103,7 @@ class Cell:
     preset: str = field(default="", compare=False)
     by_width: tuple[str, ...] = field(default=(), compare=False)
     steps: dict[str, int] | None = field(default=None, compare=False)
+    allocation: Allocation | None = None
 
     def identity(self) -> dict[str, Any]:
         """Everything that can change the number."""
@@ -121,7 +124,21 @@ class Cell:
             "bits": str(self.bits),
             "seed": self.seed,
             "precision": self.precision,
+            **({"widths": self.allocation.identity()} if self.allocation else {}),
         }
+
+    @property
+    def width(self) -> str:
+        """`w4a4`, or `w4a4 dnq` where dnq chooses the width of each tensor: unique in a bundle."""
+        return f"{self.bits} {self.allocation.text}" if self.allocation else str(self.bits)
+
+    @property
+    def allocation_key(self) -> str:
+        """Equal for cells that share a choice of widths: whatever the method declares for itself has no part in it."""
+        assert self.allocation is not None
+        own = {key: value for key, value in self.protocol.fingerprint().items() if key not in ("ranges", "batch_norm")}
+        folded = self.protocol.batch_norm == "folded"
+        return fingerprint([ENGINE_VERSION, self.identity()["teacher"], own, folded, str(self.bits), self.allocation.identity()])
 
     @property
     def yardstick(self) -> dict[str, Any]:
@@ -162,7 +179,8 @@ class Cell:
     @cached_property
     def bundle_key(self) -> tuple[str, ...]:
         """Equal for cells that can run in lockstep: all but the bits is the same, and the images do not depend on the student."""
-        return (*self._common[:2], str(self.seed), "" if self.shares_synthesis else str(self.bits))
+        common = replace(self, allocation=None)._common if self.allocation else self._common
+        return (*common[:2], str(self.seed), "" if self.shares_synthesis else self.width)
 
     @property
     def label(self) -> str:
@@ -186,6 +204,7 @@ class Cell:
             "plugin": self.plugin,
             "source": self.source,
             **({"by_width": list(self.by_width)} if self.by_width else {}),
+            **({"allocation": self.allocation.record()} if self.allocation else {}),
             **({"files": {name: PurePath(path).name for name, path in self.files.items()}} if self.files else {}),
             "teacher": {**self.teacher.as_dict(), "weights": PurePath(self.teacher.weights).name},
             "evaluation": {key: value for key, value in vars(self.evaluation).items() if key != "digest" and value not in ("", None)},
@@ -212,7 +231,7 @@ class Bundle:
 
     def __str__(self) -> str:
         first = self.cells[0]
-        bits = ", ".join(str(c.bits) for c in self.cells)
+        bits = ", ".join(c.width for c in self.cells)
         return f"{first.label} on {first.teacher.label} ({first.evaluation.name}), {bits}, seed {first.seed}"
 
 

@@ -17,21 +17,24 @@ from dfqbench.errors import nearest
 from dfqbench.method.info import lacking
 from dfqbench.method.registry import load_plugin
 from dfqbench.quantization import Bits, Protocol, find_protocol
+from dfqbench.sweep.allocation import Allocation, find_allocations
 from dfqbench.sweep.cell import Cell, EvaluationCard, fingerprint
 from dfqbench.sweep.config_file import VARIABLE, text_digest
 from dfqbench.sweep.presets import about_presets
 from dfqbench.sweep.problems import Problems, described
-from dfqbench.sweep.schema import WITHOUT_DATA, NamedSet, Sweep
+from dfqbench.sweep.schema import WITHOUT_DATA, Budget, NamedSet, Selection, Sweep
 from dfqbench.sweep.students import about_work, student_of
 from dfqbench.sweep.variants import Variant, find_variants
 from dfqbench.teachers import InMemory, TeacherCard, TeacherSpec, examine, parse_teacher
 from dfqbench.yaml_file import read_yaml
 
+ALLOCATE = "allocate"  # what tables call the choice of an allocator, among changed settings
+
 
 @dataclass(frozen=True)
 class LoadedSweep:
     """A sweep with the cells it spans. evaluation: None where it has no evaluation set (`evaluate: none`). remarks: what is to be said
-    of teachers and presets. yardsticks: by their digest."""
+    of teachers and presets. yardsticks: by their digest. pool: the images that bit widths are chosen on, where cells have such."""
 
     sweep: Sweep
     path: Path
@@ -42,11 +45,12 @@ class LoadedSweep:
     selection: LoadedSelection | None = None
     remarks: Sequence[str] = ()
     yardsticks: Mapping[str, Yardstick] = field(default_factory=dict)
+    pool: LoadedSelection | None = None
 
 
 @dataclass(frozen=True)
 class LoadedSelection:
-    """What makes the images to select on: one cell for each teacher, whose student is never made."""
+    """What makes the images to select on, or to choose bit widths on: one cell for each teacher, whose student is never made."""
 
     cells: list[Cell]
     count: int
@@ -80,12 +84,13 @@ def span_sweep(
     problems.raise_all()
     assert sweep is not None
     assert found is not None
-    selection = _selection(sweep, found)
+    selection = _images(sweep, sweep.selection, found, found.image_makers)
+    pool = _images(sweep, sweep.allocation, found, found.pool_makers)
     ran = [(teacher, [v for v in found.variants if v.asked == asked and v.widths]) for teacher, asked in found.presets.items()]
     remarks = found.quantized + about_presets(ran)
-    cells = _span(sweep, found, selection)
+    cells = _span(sweep, found, selection, pool)
     _check_labels(sweep, cells, found.variants, problems)
-    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, cells, selection, remarks, found.yardsticks)
+    return LoadedSweep(sweep, path, text_sha256, found.evaluation, found.teachers, cells, selection, remarks, found.yardsticks, pool)
 
 
 def _check_labels(sweep: Sweep, cells: list[Cell], variants: list[Variant], problems: Problems) -> None:
@@ -111,7 +116,7 @@ def _validate(content: Any, problems: Problems) -> Sweep | None:
         del content[key]
     bits = content.get("bits")
     if isinstance(bits, list):  # anything else than text here is a mistake that Bits.parse explains best
-        content["bits"] = [str(b) for b in bits]
+        content["bits"] = [b if isinstance(b, dict) else str(b) for b in bits]
     try:
         return Sweep(**content)
     except ValidationError as error:
@@ -139,7 +144,7 @@ class _Parts:
     """What a sweep's names stand for."""
 
     protocol: Protocol
-    bits: list[Bits]
+    bits: list[tuple[Bits, Allocation | None]]
     evaluation: EvaluationSet | None
     evaluation_card: EvaluationCard | None
     teachers: dict[TeacherCard, TeacherSpec | InMemory]
@@ -147,13 +152,14 @@ class _Parts:
     quantized: list[str]
     variants: list[Variant]
     image_makers: list[Variant]
+    pool_makers: list[Variant]
     yardsticks: dict[str, Yardstick]
 
 
 def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str, InMemory] | None = None) -> _Parts | None:
     """Looks everything up; None where something is wrong, which `problems` then holds."""
     protocol = problems.catch("protocol", lambda: find_protocol(sweep.protocol))
-    bits = [problems.catch(f"bits[{i}]", partial(Bits.parse, b)) for i, b in enumerate(sweep.bits)]
+    bits = find_allocations(sweep.bits, problems, cache)
     has_data = sweep.evaluate.set != WITHOUT_DATA
     evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate.set)) if has_data else None
     card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate, cache)) if evaluation else None
@@ -180,14 +186,19 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
             problems.add(f"teachers[{i}]", f"{teacher.label} has {teacher.task.classes} classes, evaluation set {card.name} has {card.classes}")
         elif card and evaluation:
             problems.catch(f"teachers[{i}]", partial(evaluation.check, teacher.task))
-    variants, makers = find_variants(
-        sweep, protocol, {teacher.task for teacher in teachers}, {*presets.values()} or {sweep.preset or ""}, problems, cache, cards
-    )
+    asked = sweep.model_copy(update={"bits": list(dict.fromkeys(str(width) for width, _ in bits if width))})  # a method is not told who allocates
+    tasks, asked_presets = {teacher.task for teacher in teachers}, {*presets.values()} or {sweep.preset or ""}
+    variants, makers = find_variants(asked, protocol, tasks, asked_presets, problems, cache, cards)
+    pool_makers: list[Variant] = []
+    if any(allocation for _, allocation in bits) and not problems.lines:
+        of_pool = asked.model_copy(update={"methods": [], "yardsticks": {}, "selection": sweep.allocation, "budget": Budget()})
+        _, pool_makers = find_variants(of_pool, protocol, tasks, asked_presets, problems, cache, images_key="allocation.images")
+        _check_pool(sweep, variants, makers, pool_makers, problems)
     if len(makers) > len({v.asked for v in makers}):
         problems.add("selection.images", f"{len(makers)} variants, exactly one is expected: no lists of values here")
     if not has_data and sweep.selection and sweep.selection.seed in sweep.seeds and {v.method for v in makers} & {v.method for v in variants}:
         problems.add("selection.seed", f"{sweep.selection.seed} is also a seed of the sweep: students would be scored on images that they have seen")
-    for (i, teacher, student), variant in itertools.product(found, [*variants, *makers]):
+    for (i, teacher, student), variant in itertools.product(found, [*variants, *makers, *pool_makers]):
         if variant.asked != presets[teacher]:
             continue
         lacks = lacking(variant.needs, teacher.offers)
@@ -198,7 +209,7 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
     if problems.lines or protocol is None or (has_data and card is None):
         return None
     quantized = [line for _, teacher, student in found if (line := about_work(teacher.label, protocol.name, student))]
-    return _Parts(protocol, bits, evaluation, card, teachers, presets, quantized, variants, makers, yardsticks)
+    return _Parts(protocol, bits, evaluation, card, teachers, presets, quantized, variants, makers, pool_makers, yardsticks)
 
 
 def _yardsticks(
@@ -217,21 +228,34 @@ def _yardsticks(
     return made, cards
 
 
-def _selection(sweep: Sweep, parts: _Parts) -> LoadedSelection | None:
-    if sweep.selection is None:
+def _check_pool(sweep: Sweep, variants: list[Variant], makers: list[Variant], pool_makers: list[Variant], problems: Problems) -> None:
+    """Adds what would let images for one purpose be those for another."""
+    pool = sweep.allocation
+    if len(pool_makers) > len({v.asked for v in pool_makers}):
+        problems.add("allocation.images", f"{len(pool_makers)} variants, exactly one is expected: no lists of values here")
+    methods = {v.method for v in pool_makers}
+    if pool.seed in sweep.seeds and methods & {v.method for v in variants}:
+        problems.add("allocation.seed", f"{pool.seed} is also a seed of the sweep: widths would be chosen on images that students are trained on")
+    if sweep.selection and pool.seed == sweep.selection.seed and methods & {v.method for v in makers}:
+        problems.add("allocation.seed", f"{pool.seed} is also the seed of `selection`: widths would be chosen on images that students are scored on")
+    if pool.count < 2:
+        problems.add("allocation.count", f"{pool.count}: 2 at least: a half chooses, a half checks")
+
+
+def _images(sweep: Sweep, given: Selection | None, parts: _Parts, variants: list[Variant]) -> LoadedSelection | None:
+    if given is None or not variants:
         return None
-    width = next(width for width in parts.bits if str(width) in parts.image_makers[0].widths)
-    makers = replace(parts, variants=parts.image_makers, bits=[width])
-    return LoadedSelection(_span(sweep.model_copy(update={"seeds": [sweep.selection.seed]}), makers), sweep.selection.count)
+    width = next(width for width, _ in parts.bits if str(width) in variants[0].widths)
+    makers = replace(parts, variants=variants, bits=[(width, None)])
+    return LoadedSelection(_span(sweep.model_copy(update={"seeds": [given.seed]}), makers), given.count)
 
 
-def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None) -> list[Cell]:
-    """unseen: the images on which cells are scored where there is no evaluation set."""
+def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None, pool: LoadedSelection | None = None) -> list[Cell]:
+    """unseen: the images on which cells are scored where there is no evaluation set. pool: those on which bit widths are chosen."""
     cells = []
     for teacher, variant in itertools.product(parts.teachers, parts.variants):
         if variant.asked != parts.presets[teacher]:
             continue
-        widths = [width for width in parts.bits if str(width) in variant.widths]
         first = Cell(
             method=variant.method,
             method_version=variant.version,
@@ -239,7 +263,7 @@ def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None) ->
             teacher=teacher,
             evaluation=parts.evaluation_card or _without_data(teacher, unseen),
             protocol=parts.protocol.for_method(variant.method, variant.ranges, variant.batch_norm),
-            bits=parts.bits[0],
+            bits=parts.bits[0][0],
             seed=0,
             precision=sweep.precision,
             shares_synthesis=variant.shares_synthesis,
@@ -254,10 +278,28 @@ def _span(sweep: Sweep, parts: _Parts, unseen: LoadedSelection | None = None) ->
             by_width=tuple(variant.by_width),
             steps=variant.steps.get(str(teacher.task)),
         )
-        if called := sweep.labels.get(first.label):
-            first = replace(first, name=called.label or first.name, group=called.group or first.group)
-        cells += [first.at(width, seed if variant.uses_seed else 0) for seed, width in itertools.product(sweep.seeds, widths)]
+        seeds = sweep.seeds if variant.uses_seed else [0]
+        for text in dict.fromkeys(allocation.text if allocation else "" for _, allocation in parts.bits):
+            its = [(width, given) for width, given in parts.bits if (given.text if given else "") == text and str(width) in variant.widths]
+            if not its or (text and variant.fidelity == "released"):  # what others have released has the bits that they gave it
+                continue
+            own = _allocated(first, its[0][1], pool)
+            if called := sweep.labels.get(own.label):
+                own = replace(own, name=called.label or own.name, group=called.group or own.group)
+            cells += [own.at(width, seed) for seed, (width, _) in itertools.product(seeds, its)]
     return list({cell.id: cell for cell in cells}.values())
+
+
+def _allocated(cell: Cell, allocation: Allocation | None, pool: LoadedSelection | None) -> Cell:
+    """The cell with its widths left to an allocator, which tables show as they show a setting."""
+    if allocation is None:
+        return cell
+    assert pool is not None
+    maker = pool.maker(cell.teacher)
+    made = {"images": {maker.method: maker.config}, "seed": maker.seed, "count": pool.count}
+    named = f"{cell.name} ({allocation.text})" if cell.name else ""
+    changed = {**cell.changed, ALLOCATE: allocation.text}
+    return replace(cell, allocation=allocation.on(pool.digest(cell.teacher), made), changed=changed, name=named)
 
 
 def _without_data(teacher: TeacherCard, unseen: LoadedSelection | None) -> EvaluationCard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dfqbench.quantization import Bits
 from dfqbench.sweep.cell import without_data
 from dfqbench.yaml_file import write_yaml
 
@@ -21,6 +22,12 @@ def config_of(record: dict[str, Any]) -> dict[str, Any]:
     on: dict[str, Any] = {"evaluate": _evaluation_set(record["evaluation"])}
     if without_data(record):
         on = {"evaluate": "none"} | ({"selection": selection} if selection else {})
+    bits: Any = "{bits}"
+    if chosen := record["identity"].get("widths"):
+        average = Bits.parse(record["bits"], average=True)
+        bits = {"average_weight_bits": average.weights, "activations": average.activations, "allocate": {chosen["allocator"]: chosen["settings"]}}
+        bits |= {"allocate_activations": True} if chosen.get("activations") else {}
+        on["allocation"] = record["allocation"]["pool"]
     settings = record["identity"]["config"] | {name: f"${{{name.upper()}}}" for name in record.get("files", {})}
     if real := settings.pop("yardstick", None):
         on["yardsticks"] = {settings["host"]: {"images": "${YARDSTICK}", "count": real["count"]}}
@@ -29,7 +36,7 @@ def config_of(record: dict[str, Any]) -> dict[str, Any]:
         "teachers": [teacher],
         **on,
         "methods": [{record["method"]: settings}],
-        "bits": ["{bits}"],
+        "bits": [bits],
         "seeds": ["{seed}"],
         "protocol": {"name": record["protocol"], **record["identity"]["protocol"]},
         "precision": record["precision"],
@@ -61,7 +68,7 @@ def _code_of_others(record: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def recipe(result: dict[str, Any]) -> str:
-    """What to type, with {bits}, {seed} and {id} left open."""
+    """What to type, with {bits} (where all tensors have the same), {seed} and {id} left open."""
     record, provenance = result["cell"], result["provenance"]
     config = config_of(record)
     lines = []

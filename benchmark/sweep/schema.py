@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 class Tracking(BaseModel):
@@ -87,6 +87,41 @@ class RealImages(BaseModel):
     count: int = Field(1280, ge=2)
 
 
+class BitBudget(BaseModel):
+    """An entry of `bits` that leaves the width of each tensor to an allocator."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    average_weight_bits: float = Field(ge=2, le=8, description="of all weights that the protocol does not fix, each counted alike")
+    activations: int = Field(ge=2, le=8, description="bits of activations; their average where these are allocated too")
+    allocate: str | dict[str, dict[str, Any] | None] = Field(description="an allocator, alone or with its settings")
+    allocate_activations: bool = Field(False, description="whether each activation has a width of its own, too")
+
+    @field_validator("average_weight_bits")
+    @classmethod
+    def _two_decimals(cls, given: float) -> float:
+        if given != round(given, 2):
+            raise ValueError("two decimals at most")
+        return int(given) if given == int(given) else given
+
+    @field_validator("allocate")
+    @classmethod
+    def _one_allocator(cls, given: Any) -> Any:
+        if isinstance(given, dict) and len(given) != 1:
+            raise ValueError("one allocator with its settings is expected, like {dnq: {updates: 100}}")
+        return given
+
+    @property
+    def allocator(self) -> tuple[str, dict[str, Any]]:
+        """Its name and the settings that it is given."""
+        name, settings = (self.allocate, None) if isinstance(self.allocate, str) else next(iter(self.allocate.items()))
+        return name, dict(settings or {})
+
+
+def _kind(given: Any) -> str:
+    return "budget" if isinstance(given, dict | BitBudget) else "str"
+
+
+Width = Annotated[Annotated[str, Tag("str")] | Annotated[BitBudget, Tag("budget")], Discriminator(_kind)]
 WITHOUT_DATA = "none"  # for `evaluate`
 
 
@@ -108,7 +143,7 @@ class Sweep(BaseModel):
     evaluate: NamedSet
     methods: list[str | dict[str, dict[str, Any] | str | None]] = Field(min_length=1)
     labels: dict[str, Called] = Field({}, description="what tables call rows, by their name without a label; no part of any cell")
-    bits: list[str] = Field(min_length=1)
+    bits: list[Width] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
     protocol: str | dict[str, Any] = "lineage"
     preset: str | None = Field(None, description="the methods' own set of defaults, where a method has one of that name: imagenet")
@@ -116,6 +151,9 @@ class Sweep(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluate_every: int | None = Field(None, ge=1, description="epochs between evaluations; null: only at the end")
     selection: Selection | None = Field(None, description="for `dfqbench select`; no part of any cell")
+    allocation: Selection = Field(
+        Selection(**unseen_images(512), seed=2000), description="synthetic images that bit widths are chosen on: a half chooses, a half checks"
+    )
     yardsticks: dict[str, RealImages] = Field({}, description="real images by the name by which a `host` names them; no data-free methods")
     plugins: list[str] = Field([], description="Python files that register more methods or evaluation sets")
     tracking: Tracking | None = Field(

@@ -118,11 +118,12 @@ def find_variants(
     problems: Problems,
     cache: Path,
     yardsticks: Mapping[str, dict[str, Any]] | None = None,
+    images_key: str = "selection.images",
 ) -> tuple[list[Variant], list[Variant]]:
     """(those of the methods, those of the method that makes images to select on); what is wrong is added to `problems`.
 
     presets: those that teachers ask for, "" for none; there are variants for each of them. yardsticks: digest and count by name, empty where they
-    are not known.
+    are not known. images_key: what the key of the images is called in the config.
 
     Remembered where nothing is wrong and no code but the suite's has a say, for as long as neither its files nor any installed package change.
     The steps for each of the teachers' tasks are remembered with it: they need the methods too.
@@ -135,7 +136,7 @@ def find_variants(
         from dfqbench.method.hosting import methods_of
 
         entries: list[tuple[str, str, Entry, Sweep]] = [("methods", f"methods[{i}]", given, sweep) for i, given in enumerate(sweep.methods)]
-        entries += [("images", "selection.images", given, sweep.model_copy(update={"bits": sweep.bits[:1]})) for given in images]
+        entries += [("images", images_key, given, sweep.model_copy(update={"bits": sweep.bits[:1]})) for given in images]
         found: dict[str, list[Configured]] = {"methods": [], "images": []}
         for preset, (part, key, given, asking) in itertools.product(sorted(presets), entries):
             found[part] += _variants(key, given, preset, asking, protocol, real if part == "methods" else {}, problems)

@@ -19,6 +19,7 @@ from dfqbench.analysis.stats import Estimate, binomial_error
 from dfqbench.analysis.tables.cells import Cell, comparable, told_apart
 from dfqbench.analysis.tables.choice import USUAL, Columns
 from dfqbench.analysis.warning_signs import BELOW_ROUNDING
+from dfqbench.quantization import Bits
 
 Rule = Literal["last", "best-on-test"]
 NOT_OF_A_ROW = ("bits", "seed", "teacher", "evaluation", "precision")  # of a cell's identity: they say which column, seed or table it is in
@@ -231,7 +232,7 @@ def _block(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerI
 
 def rows_of(cells: list[Cell], marks: dict[str, str], entry_of: Callable[[list[Cell]], Entry]) -> tuple[list[Row], list[str]]:
     """Rows from worst to best and widths from wide to narrow. entry_of: of the finished cells of one row at one width."""
-    widths, rows = sorted({cell["bits"] for cell in cells}, reverse=True), []
+    widths, rows = sorted({cell["bits"] for cell in cells}, key=lambda bits: Bits.parse(bits, average=True), reverse=True), []
     for _, (own, *more) in groupby(sorted(cells, key=lambda cell: (cell["settings"], int(cell["seed"]))), key=lambda cell: cell["settings"]):
         at = {w: [cell for cell in (own, *more) if cell["bits"] == w] for w in widths}
         entries = {w: entry_of(there) for w in widths if (there := [cell for cell in at[w] if cell["status"] == "done"])}
