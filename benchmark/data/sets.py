@@ -23,7 +23,7 @@ from dfqbench.data.images import Images, Labels, Pixels, open_image, prepare, th
 from dfqbench.data.pixels import kept
 from dfqbench.errors import Notice, UserError
 from dfqbench.store.cache import cache_folder, remembered
-from dfqbench.task import Task
+from dfqbench.task import Kind, Task
 
 BUILT_IN = {
     "digits": "scikit-learn's handwritten digits, 599 test images; needs no download",
@@ -38,6 +38,7 @@ MANY = 10_000  # images: reading them takes a while
 class EvaluationSet(ABC):
     """Labelled images. `name` says which, never where: two machines that keep the same images in different folders mean the same set."""
 
+    kind: Kind = "classify"  # of the networks that can be evaluated on it
     training_split: str = "test"  # the name of the training images, or of all where the set has no others
     other_order: list[str] | None = None  # the class names as others may have sorted them, where that is not `class_names`
     source: dict[str, str] | None = None  # where a plug-in's code came from, plugins.Origin

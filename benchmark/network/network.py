@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -17,14 +17,18 @@ from torch import Tensor, fx, nn
 from dfqbench.network.frozen_batch_norm import BatchNorm, gradient_of_moments, moments_of, with_frozen_norms
 from dfqbench.network.trace import trace as trace
 from dfqbench.task import Task
+from dfqbench.tasks import native_shapes, packed, unpacked
+
+Decode = Callable[[Any, int, int], list[dict[str, Tensor]]]
 
 
 @dataclass
 class Observation:
     """What a network says about a batch of N images.
 
-    logits: N x C. features: the output of each stage, N x C_i x H_i x W_i. bn_inputs: what entered each BN layer, in the order
-    of the forward pass (empty for networks without BN, and for students whose BN is folded). batch_norms: those layers.
+    logits: N x C, or what else answers of the task are (`dfqbench.tasks`). features: the output of each stage, N x C_i x H_i x W_i.
+    bn_inputs: what entered each BN layer, in the order of the forward pass (empty for networks without BN, and for students whose BN is folded).
+    batch_norms: those layers.
     moments: the `statistics` that came along, (None, None) where none did.
     """
 
@@ -48,13 +52,17 @@ def without_owner(traced: fx.GraphModule) -> fx.GraphModule:
 
 
 class Network(nn.Module):
-    """A traced network. Calling it gives logits (N x C); `observe` gives an `Observation`."""
+    """A traced network. Calling it gives its answer (N x C logits, or see `dfqbench.tasks`); `observe` gives an `Observation`.
+
+    decode: of detectors, makes boxes of what the head says: (native answer, height, width) -> one dict of boxes, scores, labels per image.
+    """
 
     _other_graphs: ClassVar[tuple[str, ...]] = ("_observing_graph",)  # over the same modules; made when first needed
 
     def __init__(self, traced: fx.GraphModule, task: Task):
         super().__init__()
         self.traced, self.task = without_owner(traced), task
+        self.decode: Decode | None = None
         nodes = list(traced.graph.nodes)
         self.batch_norms_used = [n.target for n in sorted((n for n in nodes if "batch_norm" in n.meta), key=lambda n: n.meta["batch_norm"])]
         self.stages = sum("stage" in n.meta for n in nodes)
@@ -66,13 +74,20 @@ class Network(nn.Module):
         return {"statistics": len(self.batch_norms_used), "features": self.stages, "classifier": len(layers)}
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.traced(images)
-        return logits
+        return packed(self.traced(images), self.task)
+
+    def native(self, answer: Tensor) -> Any:
+        """An answer in the form in which the network itself gives it: of a detector level after level, (class logits, boxes, ...)."""
+        if self.task.kind != "detect":
+            return answer
+        output = next(n for n in self.traced.graph.nodes if n.op == "output")
+        given = fx.node.map_arg(output.args[0], lambda node: torch.empty(node.meta["shape"], device="meta"))
+        return unpacked(answer, native_shapes(given), self.task.classes)
 
     def observe(self, images: Tensor) -> Observation:
         """Runs the same graph, and also hands out the inner tensors (attached to autograd like the logits)."""
         logits, features, bn_inputs, *moments = self._observing(images)
-        return Observation(logits, list(features), list(bn_inputs), self.batch_norms, *moments)
+        return Observation(packed(logits, self.task), list(features), list(bn_inputs), self.batch_norms, *moments)
 
     @contextlib.contextmanager
     def batch_statistics(self) -> Iterator[None]:
@@ -136,6 +151,7 @@ class Teacher(Network):
 
     def __init__(self, network: nn.Module, task: Task):
         super().__init__(trace(network, task), task)
+        self.decode = getattr(network, "decode", None)
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -143,8 +159,7 @@ class Teacher(Network):
         if answering is None:
             plain = fx.GraphModule(self.traced, copy.deepcopy(self.traced.graph))
             answering = self.__dict__["_answering_graph"] = without_owner(self._prepared(plain))
-        logits: Tensor = answering(images)
-        return logits
+        return packed(answering(images), self.task)
 
     def _prepared(self, other: fx.GraphModule, observing: bool = False) -> fx.GraphModule:
         return with_frozen_norms(other, moments=observing)

@@ -20,6 +20,7 @@ from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, We
 from dfqbench.quantization.pairs import Pair, find_pairs
 from dfqbench.quantization.protocol import Bits, Protocol
 from dfqbench.quantization.tune_mode import tuned
+from dfqbench.tasks import packed
 
 
 class Student(Network):
@@ -37,6 +38,7 @@ class Student(Network):
         left_float = insert_quantizers(traced, protocol, bits)
         super().__init__(traced, teacher.task)
         self.protocol, self.bits, self.left_float = protocol, bits, left_float
+        self.decode = teacher.decode
         self.requires_grad_(True)
         self.eval()
 
@@ -44,8 +46,7 @@ class Student(Network):
         graph = self.__dict__.get("_tuned_graph")
         if graph is None:
             graph = self.__dict__["_tuned_graph"] = without_owner(tuned(self.traced))
-        logits: Tensor = graph(images)
-        return logits
+        return packed(graph(images), self.task)
 
     @property
     def quantizers(self) -> dict[str, ActivationQuantizer]:

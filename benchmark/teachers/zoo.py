@@ -65,7 +65,7 @@ def _torchvision(name: str, spec: TeacherSpec) -> Built:
                 setattr(network, head, None)
     classes = spec.classes or 1000
     if not known:
-        return Built(network, Task(classes, 3, spec.size or 0, IMAGENET_MEAN, IMAGENET_STD, crop_ratio=0.875))
+        return Built(network, Task(classes, 3, (spec.height_and_width or (0, 0))[0], IMAGENET_MEAN, IMAGENET_STD, crop_ratio=0.875))
     wants = known[0].transforms()
     size, resized = wants.crop_size[0], wants.resize_size[0]
     task = Task(classes, 3, size, tuple(wants.mean), tuple(wants.std), crop_ratio=size / resized, interpolation=wants.interpolation.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -72,20 +74,21 @@ class ClassConditionalBatchNorm(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latent vector (N x latent_dim) -> normalised images (N x C x S x S) for a task of image size S.
+    """Latent vector (N x latent_dim) -> normalised images (N x C x H x W) for a task with images of H x W.
 
-    Linear to 128 maps of S/4 -> BN -> [x2, 3x3 conv 128 -> BN -> LeakyReLU] -> [x2, 3x3 conv 64 -> BN -> LeakyReLU] ->
+    Linear to 128 maps of a quarter of that -> BN -> [x2, 3x3 conv 128 -> BN -> LeakyReLU] -> [x2, 3x3 conv 64 -> BN -> LeakyReLU] ->
     3x3 conv -> tanh -> BN without affine, which makes every batch zero-mean and unit-variance per channel. The inner BNs'
     eps of 0.8 is the authors' (an argument in another's place, kept by the whole lineage). With `by_class`, the three inner
-    BNs are class-conditional. A size that 4 does not divide is cropped from the next one that it does.
+    BNs are class-conditional. A side that 4 does not divide is cropped from the next one that it does.
 
     With `by_place` ("coordinates" or "bump": see `place_maps`), both blocks also see where a given centre lies (N x 2, in [0, 1]).
     """
 
     def __init__(self, task: Task, latent_dim: int, by_class: bool = False, by_place: str | None = None, eps: float = 0.8):
         super().__init__()
-        self.size, self.first_size = task.size, -(-task.size // 4)
-        self.first = nn.Linear(latent_dim, 128 * self.first_size**2)
+        self.size = task.image_shape[1:]
+        self.first_size = [-(-side // 4) for side in self.size]
+        self.first = nn.Linear(latent_dim, 128 * math.prod(self.first_size))
         maps = 2 if by_place else 0
         self.block1, self.block2 = UpsampleConv(128 + maps, 128), UpsampleConv(128 + maps, 64)
         self.last = nn.Conv2d(64, task.channels, 3, padding=1)
@@ -106,14 +109,14 @@ class Generator(nn.Module):
 
     def forward(self, latent: Tensor, labels: Tensor | None = None, centers: Tensor | None = None) -> Tensor:
         condition = (labels,) if self.by_class else ()
-        x = self.first(latent).view(-1, 128, self.first_size, self.first_size).contiguous(memory_format=torch.channels_last)
+        x = self.first(latent).view(-1, 128, *self.first_size).contiguous(memory_format=torch.channels_last)
         x = self.norm0(x, *condition)
         x = F.leaky_relu(self.norm1(self.block1(self._placed(x, centers)), *condition), 0.2, inplace=True)
         x = F.leaky_relu(self.norm2(self.block2(self._placed(x, centers)), *condition), 0.2, inplace=True)
         return self._images(x)
 
     def _images(self, x: Tensor) -> Tensor:
-        pixels = torch.tanh(self.last(x)[:, :, : self.size, : self.size])
+        pixels = torch.tanh(self.last(x)[:, :, : self.size[0], : self.size[1]])
         images: Tensor = self.to_images(pixels.contiguous())  # a batch norm of so few channels takes a CPU six times as long in channels_last
         return images.contiguous(memory_format=torch.channels_last)
 

@@ -123,7 +123,7 @@ def test_a_name_and_a_mapping_are_the_same_teacher() -> None:
         ("torchvison:resnet18", "unknown zoo 'torchvison': did you mean 'torchvision'?"),
         ({"model": "cifar:resnet20", "wieghts": "x"}, "unknown setting 'wieghts': did you mean 'weights'?"),
         ({"weights": "x"}, "one under 'model'"),
-        ({"model": "cifar:resnet20", "size": 0}, "size: Input should be greater than or equal to 1, not 0"),
+        ({"model": "cifar:resnet20", "size": 0}, "size: Value error, a whole number of pixels is expected, at least 1, or [height, width], not 0"),
         ({"model": "cifar:resnet20", "crop_ratio": 1.5}, "crop_ratio"),
         ({"model": "cifar:resnet20", "interpolation": "cubic"}, "'bicubic'"),
         ({"model": "cifar:resnet20", "mean": [0.5], "std": [0.1, 0.1]}, "mean has 1 channels, std has 2"),
