@@ -154,9 +154,9 @@ def train(
             x = normalise(_moved(pixels, chosen, task.size, recipe, stream), mean, std)
             y = labels[chosen.to(device)]
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                exits = [answer.float() for answer in (answers if isinstance(answers := network(x), tuple) else (answers,))]
-                loss = sum(F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing) for logits in exits)
-                assert isinstance(loss, Tensor)
+                answers = network(x)
+                exits = [answer.float() for answer in (answers if isinstance(answers, tuple) else (answers,))]
+                loss = torch.stack([F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing) for logits in exits]).sum()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -101,8 +101,8 @@ class ExitingResNet(CifarResNet):
         return self.early(self.pool(halfway).flatten(1)), self.linear(self.pool(self.layer3(halfway)).flatten(1))
 
 
-KINDS: dict[str, type[CifarResNet]] = {"": CifarResNet, "_weighted": WeightedResNet, "_exits": ExitingResNet}
-NETWORKS = {name + suffix: (kind, blocks) for suffix, kind in KINDS.items() for name, blocks in BLOCKS_PER_STAGE.items()}
+KINDS: dict[str, type[CifarResNet]] = {"": CifarResNet, "_exits": ExitingResNet, "_weighted": WeightedResNet}
+NETWORKS = {name + suffix: (kind, blocks) for name, blocks in BLOCKS_PER_STAGE.items() for suffix, kind in KINDS.items()}
 
 
 def cifar_resnet(name: str, classes: int = 10, in_channels: int = 3) -> CifarResNet:

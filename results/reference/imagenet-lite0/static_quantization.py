@@ -1,7 +1,8 @@
 """onnxruntime's static quantization on real photographs, beside this store's cells: `python .../static_quantization.py PHOTOGRAPHS WEIGHTS`.
 
-PHOTOGRAPHS: the folder of class folders that the cells were evaluated on; WEIGHTS: of timm:tf_efficientnet_lite0. Every seventh photograph, 64 in all,
-calibrates; the others are what everything is measured on, cells included (by their correct.npy). Writes static_quantization.csv beside this file.
+PHOTOGRAPHS: the folder of class folders that the cells were evaluated on; WEIGHTS: of timm:tf_efficientnet_lite0. Every seventh photograph, 64 in
+all, calibrates; the others are what everything is measured on, cells included (by their correct.npy). Writes static_quantization.csv beside
+this file.
 """
 
 from __future__ import annotations
