@@ -23,9 +23,10 @@ class Task:
     brought to `size`: the shorter side is resized to `size / crop_ratio`, then the centre is cropped; at crop_ratio 1 an
     image that already has the size stays as it is.
 
-    kind: one class per image, one per pixel, or boxes with a class each; rooms that compare answers ask `dfqbench.tasks`. `size` is the height, and
-    the width too unless `width` says otherwise; images of the two dense kinds are resized to fit into it, their aspect kept (`data`). scores: how a
-    detector's class scores are made of its logits; under "softmax" the first class is the background.
+    kind: one class per image, one per pixel, or boxes with a class each; rooms that compare answers ask `dfqbench.tasks`. `size` is the height,
+    and the width too unless `width` says otherwise; images of the two dense kinds are resized to fit into it, their aspect kept (`data`).
+    scores: how a detector's class scores are made of its logits; under "softmax" the first class is the background. exits: of a classifier, how
+    many times it answers on its way (early exits), the last time at its end.
     """
 
     classes: int
@@ -38,6 +39,7 @@ class Task:
     kind: Kind = "classify"
     width: int | None = None
     scores: Scores = "sigmoid"
+    exits: int = 1
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -59,7 +61,7 @@ class Task:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if k not in _LATER or v != _LATER[k]}
 
 
-_LATER = {field.name: field.default for field in fields(Task) if field.name in ("kind", "width", "scores")}
+_LATER = {field.name: field.default for field in fields(Task) if field.name in ("kind", "width", "scores", "exits")}
 
 
 def size_of_images(height: int, width: int) -> dict[str, int | None]:

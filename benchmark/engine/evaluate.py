@@ -79,7 +79,7 @@ def _evaluated(network: nn.Module, images: Images, task: Task, device: torch.dev
     network.to(device)
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (task.mean, task.std))
     hits1, hits5, losses = [], [], []
-    with _eval_mode(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with eval_mode(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for pixels, labels in images.batches(batch_size):
             target = _to(labels, device)
             logits = network(normalise(_to(pixels, device), mean, std))
@@ -125,8 +125,8 @@ def _check(logits: object, count: int, classes: int) -> None:
 
 
 @contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
-    """Each module's own flag is restored: a student in training may hold some of its modules in eval mode."""
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Inside, all of it. Each module's own flag is restored: a student in training may hold some of its modules in eval mode."""
     flags = [(module, module.training) for module in network.modules()]
     network.eval()
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -240,12 +240,22 @@ class Lockstep:
                 return
             assert trainee.optimizer is not None
             with self.autocast:
-                loss = self.method.distill(trainee.student, batch)
+                loss = self._loss(trainee.student, batch)
             self.method.log("loss", loss)
             self.method.student_step(trainee.student, loss, trainee.optimizer)
             if not self.method.info.shares_synthesis:
                 with self.autocast:
                     self.method.adversary(trainee.student)
+
+    def _loss(self, student: Student, batch: Batch) -> Tensor:
+        """The method's; of a network with early exits the sum over them, each learning from the teacher's same exit."""
+        loss = self.method.distill(student, batch)
+        for exit in range(self.teacher.task.exits - 1):
+            with student.answering_at(exit), self.teacher.answering_at(exit):
+                with torch.no_grad():
+                    said = self.teacher(batch.images)
+                loss = loss + self.method.distill(student, replace(batch, teacher_logits=said))
+        return loss
 
     def _end_epoch(self, phase: Phase, shared: dict[str, float], calibrating: bool = False) -> None:
         """shared: the averages of what was logged outside any student."""

@@ -55,6 +55,7 @@ class Network(nn.Module):
     """A traced network. Calling it gives its answer (N x C logits, or see `dfqbench.tasks`); `observe` gives an `Observation`.
 
     decode: of detectors, makes boxes of what the head says: (native answer, height, width) -> one dict of boxes, scores, labels per image.
+    exit: of a network with early exits, whose answer it is; None: all, N x exits x C.
     """
 
     _other_graphs: ClassVar[tuple[str, ...]] = ("_observing_graph",)  # over the same modules; made when first needed
@@ -63,6 +64,7 @@ class Network(nn.Module):
         super().__init__()
         self.traced, self.task = without_owner(traced), task
         self.decode: Decode | None = None
+        self.exit: int | None = -1
         nodes = list(traced.graph.nodes)
         self.batch_norms_used = [n.target for n in sorted((n for n in nodes if "batch_norm" in n.meta), key=lambda n: n.meta["batch_norm"])]
         self.stages = sum("stage" in n.meta for n in nodes)
@@ -74,7 +76,20 @@ class Network(nn.Module):
         return {"statistics": len(self.batch_norms_used), "features": self.stages, "classifier": len(layers)}
 
     def forward(self, images: Tensor) -> Tensor:
-        return packed(self.traced(images), self.task)
+        return self._said(self.traced(images))
+
+    def _said(self, native: Any) -> Tensor:
+        answer = packed(native, self.task)
+        return answer if self.task.exits == 1 or self.exit is None else answer[:, self.exit]
+
+    @contextlib.contextmanager
+    def answering_at(self, exit: int | None) -> Iterator[None]:
+        """Inside, it is that exit's answer (see `exit`) that the network gives, observed or not."""
+        before, self.exit = self.exit, exit
+        try:
+            yield
+        finally:
+            self.exit = before
 
     def native(self, answer: Tensor) -> Any:
         """An answer in the form in which the network itself gives it: of a detector level after level, (class logits, boxes, ...)."""
@@ -87,7 +102,7 @@ class Network(nn.Module):
     def observe(self, images: Tensor) -> Observation:
         """Runs the same graph, and also hands out the inner tensors (attached to autograd like the logits)."""
         logits, features, bn_inputs, *moments = self._observing(images)
-        return Observation(packed(logits, self.task), list(features), list(bn_inputs), self.batch_norms, *moments)
+        return Observation(self._said(logits), list(features), list(bn_inputs), self.batch_norms, *moments)
 
     @contextlib.contextmanager
     def batch_statistics(self) -> Iterator[None]:
@@ -159,7 +174,7 @@ class Teacher(Network):
         if answering is None:
             plain = fx.GraphModule(self.traced, copy.deepcopy(self.traced.graph))
             answering = self.__dict__["_answering_graph"] = without_owner(self._prepared(plain))
-        return packed(answering(images), self.task)
+        return self._said(answering(images))
 
     def _prepared(self, other: fx.GraphModule, observing: bool = False) -> fx.GraphModule:
         return with_frozen_norms(other, moments=observing)

@@ -116,7 +116,7 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
             f"{traced._get_name()} traced by torch.fx computes something else than the network itself: its forward asks for what only holds in one "
             "of the two (the type of its input, or state that it keeps)"
         )
-    _mark(traced)
+    _mark(traced, _heads(traced) if task.kind == "detect" else set())
     by_weights = any(operand.is_weight for node in traced.graph.nodes for operand in operands(node, traced))
     to_constants = any(node.target in SUMS and any(map(is_constant, added(node))) for node in traced.graph.nodes)
     traced.meta["form"] = FORM if concrete or attention or rewritten or by_weights or to_constants else 0
@@ -227,7 +227,7 @@ def _propagate_shapes(traced: fx.GraphModule, task: Task) -> None:
         raise UserError(f"{traced._get_name()} answers one image {problem}")
 
 
-def _mark(traced: fx.GraphModule) -> None:
+def _mark(traced: fx.GraphModule, heads: set[fx.Node]) -> None:
     """A stage is a run of at least two layers at one spatial resolution; it ends with the last tensor of that resolution that
     everything later is computed from.
 
@@ -235,7 +235,6 @@ def _mark(traced: fx.GraphModule) -> None:
     block for the last stage; VGG: the last activation before each pooling; Inception: the last concatenation. A detector's heads, of
     which each sees one resolution, belong to no stage.
     """
-    heads = _heads(traced)
     stages: list[tuple[tuple[int, ...], int, fx.Node]] = []
     batch_norms = 0
     necks = _necks(traced)
@@ -264,7 +263,7 @@ def _heads(traced: fx.GraphModule) -> set[fx.Node]:
     reached = {node: {node} if node in answers else set() for node in traced.graph.nodes}
     for node in reversed(traced.graph.nodes):
         reached[node] = reached[node].union(*(reached[user] for user in node.users))
-    return {node for node, found in reached.items() if len(answers) > 1 and len(found) < len(answers)}
+    return {node for node, found in reached.items() if len(found) < len(answers)}
 
 
 def _necks(traced: fx.GraphModule) -> set[fx.Node]:

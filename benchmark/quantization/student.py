@@ -20,7 +20,6 @@ from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, We
 from dfqbench.quantization.pairs import Pair, find_pairs
 from dfqbench.quantization.protocol import Bits, Protocol
 from dfqbench.quantization.tune_mode import tuned
-from dfqbench.tasks import packed
 
 
 class Student(Network):
@@ -46,7 +45,7 @@ class Student(Network):
         graph = self.__dict__.get("_tuned_graph")
         if graph is None:
             graph = self.__dict__["_tuned_graph"] = without_owner(tuned(self.traced))
-        return packed(graph(images), self.task)
+        return self._said(graph(images))
 
     @property
     def quantizers(self) -> dict[str, ActivationQuantizer]:

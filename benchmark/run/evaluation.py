@@ -14,6 +14,7 @@ from dfqbench.analysis.records import read_correct
 from dfqbench.data import find_set
 from dfqbench.engine.device import use_device
 from dfqbench.engine.evaluate import evaluate
+from dfqbench.engine.exits import early_exits
 from dfqbench.errors import Notice
 from dfqbench.export.find import load_student, student_path
 from dfqbench.files import read_json
@@ -62,6 +63,7 @@ def measure(given: str, set_name: str, results: Path, device_name: str = "auto",
         "id": cell.get("id", path.name),
         "cell": {**_unknown(path, student), **cell, "identity": identity, "evaluation": named},
         **evaluation.scores(),
+        **({"exits": early_exits(student, images, student.task, device, precision, batch_size)} if student.task.exits > 1 else {}),
         "steps": student.about.get("steps"),
         "last_epoch": student.about.get("last_epoch"),
         "teacher": {"top1": None},
@@ -109,6 +111,19 @@ def _difference(ours: NDArray[np.uint8], theirs: NDArray[np.uint8], kept: dict[s
     return f"{gained} images right that were wrong, {lost} wrong that were right" + (f" ({'; '.join(differs)})" if differs else "")
 
 
+def exits_in_words(exits: dict[str, Any]) -> list[str]:
+    """Of early exits, a line for each and one for each confidence at which images leave."""
+    each = [
+        f"exit {i + 1}: top-1 {top1:.2f} %, {macs / 1e6:.1f} M MACs" for i, (top1, macs) in enumerate(zip(exits["top1"], exits["macs"], strict=True))
+    ]
+    sure = [
+        f"leaving at {at['confidence']:.0%} confidence: {' / '.join(f'{share:.1f}' for share in at['shares'])} % by exit, "
+        f"top-1 {at['top1']:.2f} %, {at['macs'] / 1e6:.1f} M MACs on average"
+        for at in exits["leaving"]
+    ]
+    return each + sure
+
+
 def in_words(measured: Measured) -> list[str]:
     """Lines for a terminal."""
     result, cell = measured.result, measured.result["cell"]
@@ -118,4 +133,5 @@ def in_words(measured: Measured) -> list[str]:
         f"{measured.path}: {cell['label']} {cell['teacher']['label']} {cell['bits']}{seed}",
         f"{measured.set_name}: top-1 {result['top1']:.2f} % ({result['correct']} of {result['images']}){top5}",
     ]
+    lines += exits_in_words(result["exits"]) if "exits" in result else []
     return [*lines, *([measured.against_cell] if measured.against_cell else [])]

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from dfqbench.data import Images, find_set
 from dfqbench.engine.evaluate import Precision, evaluate, normalise
 from dfqbench.errors import UserError
+from dfqbench.network import Teacher
 from dfqbench.task import Task
 from dfqbench.teachers import parse_teacher
 from dfqbench.teachers.cifar import cifar_resnet
@@ -93,10 +94,12 @@ def pretrain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = cifar_resnet(name, task.classes, task.channels)
+    task = replace(task, exits=getattr(network, "exits", 1))
     started = time.monotonic()
     train(network, train_images, task, recipe, seed, torch.device(device), precision, progress)
     seconds = time.monotonic() - started
-    accuracy = evaluate(network, test_images, task, device).top1 if test_images is not None else None
+    answering = network if task.exits == 1 else Teacher(network, task)  # at its end, of several exits
+    accuracy = evaluate(answering, test_images, task, device).top1 if test_images is not None else None
     tested_on = test_set.name if test_set is not None else None
     facts = {"model": model, "source": train_set.name, "seed": seed, "precision": precision, "test_set": tested_on, "accuracy": accuracy}
     write_weights(network, out, {**facts, "recipe": asdict(recipe)})
@@ -151,14 +154,15 @@ def train(
             x = normalise(_moved(pixels, chosen, task.size, recipe, stream), mean, std)
             y = labels[chosen.to(device)]
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = network(x).float()
-                loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
+                answers = network(x)
+                exits = [answer.float() for answer in (answers if isinstance(answers, tuple) else (answers,))]
+                loss = torch.stack([F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing) for logits in exits]).sum()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             total += loss.detach() * len(y)
-            hits += (logits.detach().argmax(1) == y).sum()
+            hits += (exits[-1].detach().argmax(1) == y).sum()
         mean_loss, correct = total.item() / len(images), 100 * hits.item() / len(images)
         if not np.isfinite(mean_loss):
             raise UserError(f"training diverged in epoch {epoch} (loss {mean_loss}); nothing is written")

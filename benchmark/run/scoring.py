@@ -13,8 +13,9 @@ from torch import Tensor
 from dfqbench.data import EvaluationSet, Images
 from dfqbench.engine.device import autocast_of
 from dfqbench.engine.evaluate import Evaluation, Precision, evaluate
+from dfqbench.engine.exits import early_exits
 from dfqbench.files import read_json, write_json
-from dfqbench.network import Teacher
+from dfqbench.network import Network, Teacher
 from dfqbench.quantization.student import Student
 from dfqbench.run.agreement import agreement, kept_images, plain_rounding
 from dfqbench.run.class_order import doubt_about_classes
@@ -46,6 +47,13 @@ class Scoring:
         """What a cell without data has beside its scores; the same settings give other images elsewhere, where rounding differs."""
         made = hashlib.sha256(self._unseen.cpu().contiguous().numpy().tobytes()).hexdigest()
         return {"plain_rounding": plain_rounding(cell, teacher, self._unseen, self.device), "unseen_sha256": made}
+
+    def exits(self, cell: Cell, network: Network, precision: Precision) -> dict[str, Any]:
+        """What a network with early exits has beside its scores on the evaluation set, under `exits`; nothing of others."""
+        images = self._images.get(fingerprint(cell.teacher.task.as_dict()))
+        if cell.teacher.task.exits == 1 or images is None:
+            return {}
+        return {"exits": early_exits(network, images, cell.teacher.task, self.device, precision, self.options.evaluation_batch)}
 
     def _on_images(self, cell: Cell, teacher: Teacher, found: EvaluationSet, say: Say) -> Score:
         """Accuracy on the evaluation set."""
@@ -92,6 +100,7 @@ class Scoring:
         if known is None:
             result = measured(images)
             known = {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], **result.scores()}
+            known |= self.exits(cell, teacher, "fp32")
             write_json(path, known)
         if path not in self._teachers_seen:
             self._teachers_seen.add(path)

@@ -227,6 +227,7 @@ class Worker:
             "cell": cell.record(),
             **evaluation.scores(),
             **(self._scoring.beside(cell, lockstep.teacher) if metric == "agreement" else {}),
+            **self._scoring.exits(cell, trainee.student, cell.precision),
             "best": best,
             "evaluations": len(evaluated) + (not evaluated or evaluated[-1]["epoch"] != last["epoch"]),
             "last_epoch": len(lockstep.epochs),

@@ -58,11 +58,16 @@ class Answers(ABC):
 
 
 class OneClass(Answers):
-    """Logits, N x classes."""
+    """Logits, N x classes: of the exit that is asked, where there are several."""
 
     def problem(self, native: Any, count: int) -> str:
-        wanted = (count, self.task.classes)
-        return "" if _shape(native) == wanted else f"with {_shape(native)}, not with {wanted} logits"
+        wanted, exits = (count, self.task.classes), self.task.exits
+        if exits > 1:
+            shapes = [_shape(part) for part in native] if isinstance(native, Sequence) else _shape(native)
+            return "" if shapes == [wanted] * exits else f"with {shapes}, not with {wanted} logits at each of {exits} exits"
+        several = isinstance(native, Sequence) and len(native) > 1 and all(_shape(part) == wanted for part in native)
+        hint = f": if these are early exits, say `exits: {len(native)}`" if several else ""
+        return "" if _shape(native) == wanted else f"with {_shape(native)}, not with {wanted} logits{hint}"
 
     def rows(self, answer: Tensor) -> Tensor:
         return answer
@@ -161,12 +166,14 @@ def without_auxiliary(native: Any) -> Any:
 
 
 def packed(native: Any, task: Task) -> Tensor:
-    """What a network's forward returned, as one tensor; of classifiers and segmentation networks the tensor itself.
+    """What a network's forward returned, as one tensor; of classifiers and segmentation networks the tensor itself, of early exits N x exits x C.
 
     Of detectors: N x positions x (classes + 4 + others). Its head gives level after level, each as (class logits, boxes, further logits, ...), or
     one such tuple: as maps N x A c x H x W, or as lists N x M x c (M positions and anchors), c being `classes`, 4, and what further logits have.
     Positions of a map are counted row by row, the anchors of a position next to each other, as torchvision does. Raises ValueError otherwise.
     """
+    if task.exits > 1:
+        return torch.stack(list(native), 1)
     if task.kind != "detect":
         assert isinstance(native, Tensor)
         return native

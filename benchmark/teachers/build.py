@@ -48,7 +48,7 @@ def check_answer(built: Built, where: str) -> None:
 
 def _with_overrides(task: Task, spec: TeacherSpec) -> Task:
     """The spec's settings win over what a zoo says; UserError where they do not go with the network's channels."""
-    given = ("classes", "mean", "std", "crop_ratio", "interpolation", "kind", "scores")
+    given = ("classes", "mean", "std", "crop_ratio", "interpolation", "kind", "scores", "exits")
     changes = {key: value for key in given if (value := getattr(spec, key)) is not None}
     if spec.height_and_width is not None:
         changes |= size_of_images(*spec.height_and_width)

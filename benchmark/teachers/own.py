@@ -18,7 +18,7 @@ from dfqbench.teachers.packages import package_files
 from dfqbench.teachers.spec import Built, TeacherSpec
 from dfqbench.teachers.weights import fit, one_line, weights_of
 
-OF_A_TASK = ("classes", "size", "mean", "std", "kind", "scores")
+OF_A_TASK = ("classes", "size", "mean", "std", "kind", "scores", "exits")
 
 
 def from_file(name: str, spec: TeacherSpec) -> Built:
@@ -67,7 +67,8 @@ def task_of(where: str, shells: Sequence[nn.Module], settings: Mapping[str, Any]
     for key in OF_A_TASK:
         given = settings.get(key)
         known[key] = given if given is not None else next((getattr(shell, key) for shell in shells if hasattr(shell, key)), None)
-    said = {key: known.pop(key) for key in ("kind", "scores")}
+    said = {key: known.pop(key) for key in ("kind", "scores", "exits")}
+    exits = said["exits"] if isinstance(said["exits"], int) else 1
     kind, scores = (value if isinstance(value := said[key], str) else usual for key, usual in (("kind", "classify"), ("scores", "sigmoid")))
     missing = [key for key, value in known.items() if value is None]
     if missing:
@@ -76,7 +77,7 @@ def task_of(where: str, shells: Sequence[nn.Module], settings: Mapping[str, Any]
     try:
         mean, std = (tuple(float(value) for value in known[key]) for key in ("mean", "std"))
         height, width = map(int, known["size"] if isinstance(known["size"], Sequence) else (known["size"],) * 2)
-        task = Task(int(known["classes"]), len(mean), mean=mean, std=std, kind=kind, scores=scores, **size_of_images(height, width))  # type: ignore[arg-type]
+        task = Task(int(known["classes"]), len(mean), mean=mean, std=std, kind=kind, scores=scores, exits=exits, **size_of_images(height, width))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: classes and size must be whole numbers, mean and std one number per channel ({error})") from None
     for key, value, allowed in (("kind", kind, KINDS), ("scores", scores, SCORES)):

@@ -32,6 +32,7 @@ class TeacherSpec(BaseModel):
     size: int | tuple[int, int] | None = Field(None, description="side of the square input image in pixels, or [height, width]")
     kind: Kind | None = Field(None, description="what the network answers: classify, segment or detect; default: what it says of itself, or classify")
     scores: Scores | None = Field(None, description="of a detector: how they are made of its logits, sigmoid, or softmax with the background first")
+    exits: int | None = Field(None, ge=1, description="of a classifier with early exits: how many answers it gives, the last at its end")
     mean: tuple[float, ...] | None = Field(None, min_length=1, description="per channel, of images scaled to [0, 1]")
     std: tuple[float, ...] | None = Field(None, min_length=1)
     crop_ratio: float | None = Field(None, gt=0, le=1)

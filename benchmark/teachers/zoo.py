@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dfqbench.errors import UserError, nearest
 from dfqbench.task import Task
-from dfqbench.teachers.cifar import BLOCKS_PER_STAGE, cifar_resnet
+from dfqbench.teachers.cifar import NETWORKS, cifar_resnet
 from dfqbench.teachers.spec import Built, TeacherSpec
 from dfqbench.teachers.weights import downloaded, fit, read_weights, weights_of
 
@@ -33,7 +34,7 @@ NOT_CLASSIFIERS = re.compile(
 def zoo_names(zoo: str) -> list[str]:
     """Every name that a zoo knows, sorted; UserError where its package is not installed."""
     if zoo == "cifar":
-        return list(BLOCKS_PER_STAGE)
+        return list(NETWORKS)
     package = _package(zoo)
     if zoo == "torchvision":
         return sorted(package.models.list_models(module=package.models))
@@ -135,7 +136,7 @@ def _cifar(name: str, spec: TeacherSpec) -> Built:
     classes = spec.classes or (linear.shape[0] if linear is not None and linear.ndim == 2 else 10)
     network = cifar_resnet(name, classes, channels)
     fit(network, state, spec)
-    return Built(network, cifar_task(classes, channels))
+    return Built(network, replace(cifar_task(classes, channels), exits=getattr(network, "exits", 1)))
 
 
 def cifar_task(classes: int, channels: int) -> Task:
