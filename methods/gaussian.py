@@ -11,13 +11,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from dfqbench import Batch, Field, Method, Phase, Student, TrainingConfig, register
-from dfqbench_methods.parts.losses import divergence_loss
 
 
 @register("gaussian", paper="none", fidelity="paper", shares_synthesis=True)
 class Gaussian(Method):
     """Distils on Gaussian noise: the floor under every source of images."""
 
+    tasks = {"classify", "segment", "detect"}
     quick = {"calibration_epochs": 1}
 
     class Config(TrainingConfig):
@@ -40,4 +40,4 @@ class Gaussian(Method):
         return Batch(images, None, self.teacher(images).detach())
 
     def distill(self, student: Student, batch: Batch) -> Tensor:
-        return divergence_loss(student(batch.images), batch.teacher_logits, self.config.temperature)
+        return self.answers.divergence(student(batch.images), batch.teacher_logits, self.config.temperature)
