@@ -66,11 +66,14 @@ class _Tracer(fx.Tracer):
 
 
 class _RunningTracer(ConcreteTracer, _Tracer):
-    """Where shapes decide what is computed."""
+    """Where shapes decide what is computed.
 
-    def __init__(self, images: tuple[Tensor, Tensor]):
+    follow_buffers: what is made of buffers is recorded, too: where a network expands one by the number of images.
+    """
+
+    def __init__(self, images: tuple[Tensor, Tensor], follow_buffers: bool = False):
         _Tracer.__init__(self)
-        self.images = images
+        self.images, self.proxy_buffer_attributes = images, follow_buffers
 
 
 def trace(network: nn.Module, task: Task) -> fx.GraphModule:
@@ -140,14 +143,13 @@ def _graph_of(network: nn.Module, images: Tensor, answer: list[Tensor] | None) -
     seen = plain if plain is not None and not _keeps_weights_from_view(plain, network) else None
     if seen is not None and (answer is None or _are_close(_answer(fx.GraphModule(network, seen), images), answer)):
         return seen, False
-    try:
-        with torch.random.fork_rng(devices=[]), nothing_kept_whole():
-            return _RunningTracer((images, torch.cat([images, images[:1]]))).trace(network), True
-    except Exception:  # what the plain tracer said is about the network, and not about its shapes
-        if plain is not None:
-            return plain, False
-        assert refusal is not None
-        raise refusal from refusal.__cause__
+    for follow_buffers in (False, True):
+        with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), nothing_kept_whole():
+            return _RunningTracer((images, torch.cat([images, images[:1]])), follow_buffers).trace(network), True
+    if plain is not None:  # what the plain tracer said is about the network, and not about its shapes
+        return plain, False
+    assert refusal is not None
+    raise refusal from refusal.__cause__
 
 
 def _keeps_weights_from_view(graph: fx.Graph, network: nn.Module) -> bool:

@@ -90,6 +90,10 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits) ->
     for target in targets:
         parent, _, name = target.rpartition(".")
         setattr(traced.get_submodule(parent), name, QuantizedLayer(traced.get_submodule(target), widths[target], protocol))  # type: ignore[arg-type]
+    for node in traced.graph.nodes:
+        owner, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and owner in targets:
+            node.target = f"{owner}.layer.{name}"
     traced.graph.lint()
     traced.recompile()
     return left_float
@@ -273,6 +277,8 @@ def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]
                     yield str(node.target), module
             elif node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(traced)
+                if all(user.target is getattr for user in node.users):  # its type or device is asked for
+                    continue
                 if isinstance(value, nn.Parameter) and value.dim() > 1 and str(node.target).endswith("weight") and not _reaches_grid(node, traced):
                     yield str(node.target), None
 
