@@ -89,7 +89,8 @@ def detection_loss(levels: Sequence[tuple[Tensor, Tensor]], classes: Tensor, box
     quality = torch.zeros_like(said)
     quality[image, position, classes[image, position]] = paired_iou(ours.detach(), theirs)
     focal = F.binary_cross_entropy_with_logits(said, quality, reduction="none") * (said.detach().sigmoid() - quality).abs()
-    return (focal.sum() + 2 * generalized_box_iou_loss(ours, theirs, reduction="sum")) / count
+    loss: Tensor = (focal.sum() + 2 * generalized_box_iou_loss(ours, theirs, reduction="sum")) / count
+    return loss
 
 
 def paired_iou(a: Tensor, b: Tensor) -> Tensor:

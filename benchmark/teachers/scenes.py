@@ -102,7 +102,7 @@ def centres(height: int, width: int, stride: int, device: torch.device | None = 
 
 def boxes_of(numbers: Tensor, stride: int) -> Tensor:
     """N x 4 x h x w box numbers of a level -> N x (h * w) x 4 boxes in pixels."""
-    middle = centres(*numbers.shape[2], numbers.shape[3], stride, numbers.device)
+    middle = centres(numbers.shape[2], numbers.shape[3], stride, numbers.device)
     offset, size = numbers.flatten(2).transpose(1, 2).split(2, 2)
     middle, half = middle + offset * stride, size.clamp(-5, 5).exp() * stride / 2
     return torch.cat([middle - half, middle + half], 2)
