@@ -22,7 +22,7 @@ SIDE = 64
 SMALLEST, LARGEST, MOST = 12, 28, 5  # side of a digit's square in pixels, digits on a scene
 INK = 96  # of 255: from here on a pixel of a digit belongs to its mask
 OVERLAP = 0.15  # of the smaller of two squares, at most
-COUNTS = {"train": 1200, "test": 300}
+COUNTS = {"train": 3000, "test": 300}
 CLASSES = [str(digit) for digit in range(10)]
 
 
@@ -41,7 +41,7 @@ class Scenes:
 
 @cache
 def scenes(split: str) -> Scenes:
-    """The 1200 training or 300 test scenes, always the same. UserError for another split."""
+    """The 3000 training or 300 test scenes, always the same. UserError for another split."""
     if split not in COUNTS:
         raise UserError(f"digit scenes have no split {split!r}, only 'train' and 'test'")
     opened, digits = Digits()._split(split)

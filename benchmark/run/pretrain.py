@@ -31,7 +31,7 @@ from dfqbench.teachers.cifar import cifar_resnet
 from dfqbench.teachers.scenes import CLASSES, NETWORKS
 from dfqbench.teachers.zoo import cifar_task, scenes_task
 
-SCENES = {"digit-scenes-segment": 8, "digit-scenes-detect": 20}  # sets, and epochs on them
+SCENES = {"digit-scenes-segment": 4, "digit-scenes-detect": 8}  # sets, and epochs on them
 
 
 @dataclass(frozen=True)
