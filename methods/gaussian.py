@@ -18,7 +18,7 @@ class Gaussian(Method):
     """Distils on Gaussian noise: the floor under every source of images."""
 
     tasks = {"classify", "segment", "detect"}
-    quick = {"calibration_epochs": 1}
+    quick = {"calibration_epochs": 1, "student_lr": 0.01}
 
     class Config(TrainingConfig):
         calibration_epochs: int = Field(4, ge=1, unit="epochs", description="epochs in which activation ranges are tracked; then they are frozen")

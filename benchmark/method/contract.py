@@ -161,6 +161,11 @@ class Method:
         return {}
 
     @classmethod
+    def tasks_with(cls, config: Any) -> set[Kind]:
+        """The kinds of `tasks` for which it is defined with these settings: all of them, unless a setting decides what the loss is."""
+        return set(cls.tasks)
+
+    @classmethod
     def widths(cls, config: Any, asked: Sequence[str]) -> Sequence[str]:
         """Of the bit widths that a sweep asks for (`w4a4`, ...), those at which there is a cell with these settings: all of them.
 

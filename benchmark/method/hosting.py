@@ -99,7 +99,7 @@ def needs_of(method: type[Method], config: MethodConfig) -> set[Needs]:
 
 def tasks_of(method: type[Method], config: MethodConfig) -> set[Kind]:
     """The kinds of tasks for which a method as configured is defined: not more than the one that it wraps is."""
-    return set.intersection(*(set(one.tasks) for one, _ in methods_of(method, config)))
+    return set.intersection(*(one.tasks_with(settings) for one, settings in methods_of(method, config)))
 
 
 class HostingMethod(Method):

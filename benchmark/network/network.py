@@ -20,6 +20,7 @@ from dfqbench.task import Task
 from dfqbench.tasks import native_shapes, packed, unpacked
 
 Decode = Callable[[Any, int, int], list[dict[str, Tensor]]]
+Boxes = Callable[[Any, int, int], Tensor]
 
 
 @dataclass
@@ -55,6 +56,8 @@ class Network(nn.Module):
     """A traced network. Calling it gives its answer (N x C logits, or see `dfqbench.tasks`); `observe` gives an `Observation`.
 
     decode: of detectors, makes boxes of what the head says: (native answer, height, width) -> one dict of boxes, scores, labels per image.
+    boxes: of detectors that have it, where the box of every position is before anything is chosen among them: (native answer, height, width) ->
+    N x positions x 4 (left, top, right, bottom in pixels), positions as in the answer, differentiable.
     exit: of a network with early exits, whose answer it is; None: all, N x exits x C.
     """
 
@@ -64,6 +67,7 @@ class Network(nn.Module):
         super().__init__()
         self.traced, self.task = without_owner(traced), task
         self.decode: Decode | None = None
+        self.boxes: Boxes | None = None
         self.exit: int | None = -1
         nodes = list(traced.graph.nodes)
         self.batch_norms_used = [n.target for n in sorted((n for n in nodes if "batch_norm" in n.meta), key=lambda n: n.meta["batch_norm"])]
@@ -73,7 +77,8 @@ class Network(nn.Module):
     def offers(self) -> dict[str, int]:
         """How many there are of what a method may need: BN layers with running statistics, stages, layers with one output per class."""
         layers = [m for m in self.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[0] == self.task.classes]
-        return {"statistics": len(self.batch_norms_used), "features": self.stages, "classifier": len(layers)}
+        found = {"statistics": len(self.batch_norms_used), "features": self.stages, "classifier": len(layers)}
+        return found | ({"boxes": int(self.boxes is not None)} if self.task.kind == "detect" else {})
 
     def forward(self, images: Tensor) -> Tensor:
         return self._said(self.traced(images))
@@ -167,6 +172,7 @@ class Teacher(Network):
     def __init__(self, network: nn.Module, task: Task):
         super().__init__(trace(network, task), task)
         self.decode = getattr(network, "decode", None)
+        self.boxes = getattr(network, "boxes", None) if task.kind == "detect" else None
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:

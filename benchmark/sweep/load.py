@@ -196,7 +196,9 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
             continue
         if teacher.task.kind not in variant.tasks:
             kind, defined = teacher.task.kind, _defined_for(teacher.task.kind)
-            problems.add(f"teachers[{i}]", f"{teacher.label} is there to {kind}, for which method {variant.method} is not defined: {defined}")
+            problems.add(
+                f"teachers[{i}]", f"{teacher.label} is there to {kind}, for which method {variant.method}, as it is set, is not defined: {defined}"
+            )
             continue
         lacks = lacking(variant.needs, teacher.offers)
         if "ranges" in variant.needs and student.get("ranges"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ def test_a_layout_has_two_to_six_regions_of_different_classes_and_all_classes_al
 def test_a_region_is_what_is_nearest_to_its_point() -> None:
     """Cells are convex: in a row, a class that is left does not come back."""
     for row in voronoi(50, TASK, stream()).flatten(0, 1).tolist():
-        changes = [a for a, b in zip(row, row[1:], strict=False) if a != b] + [row[-1]]
+        changes = [a for a, b in itertools.pairwise(row) if a != b] + [row[-1]]
         assert len(changes) == len(set(changes))
 
 
