@@ -98,10 +98,12 @@ class Network(nn.Module):
             self.exit = before
 
     def native(self, answer: Tensor) -> Any:
-        """An answer in the form in which the network itself gives it: of a detector level after level, (class logits, boxes, ...)."""
+        """An answer in the form in which the network itself gives it: of a detector (class logits, boxes, ...), or one such for each level."""
         if self.task.kind != "detect":
             return answer
-        return unpacked(answer, native_shapes(self._native_on_meta()), self.task.classes)
+        own = self._native_on_meta()
+        levels = unpacked(answer, native_shapes(own), self.task.classes)
+        return levels[0] if all(isinstance(part, Tensor) for part in own) else levels
 
     def _native_on_meta(self) -> Any:
         """What the network itself gives for one image, as tensors without values."""

@@ -61,12 +61,14 @@ def test_they_are_quantized_as_a_whole_and_rounded_by_their_batch_norms(name: st
     assert share_of(work_of(student)) == (1.0, 1.0)
     assert student.left_float == []
     student.set_ranges_from_bn(6.0)
+    student.check_ranges()
     with torch.no_grad():
-        ours, theirs = student(images), teacher(images)
-        student.check_ranges()
+        answer = teacher(images)
+        assert float(student.clipped_shares(images)[1].max()) < 0.1  # noise has a share of pixels beyond any image's, too
+        with student.full_precision():
+            assert (student(images) - answer).norm() < 1e-3 * answer.norm()
     if built.task.kind == "segment":
-        assert ours.shape == theirs.shape == (2, 21, 96, 128)
-    assert (ours - theirs).norm() < 0.5 * theirs.norm()
+        assert answer.shape == (2, 21, 96, 128)
 
 
 @pytest.mark.slow
