@@ -42,6 +42,11 @@ class Task:
     exits: int = 1
 
     @property
+    def labels(self) -> int:
+        """Classes that an image, a pixel or a box can have: all but a background that only a detector's scores know."""
+        return self.classes - (self.kind == "detect" and self.scores == "softmax")
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """C, H, W."""
         return (self.channels, self.size, self.width or self.size)

@@ -6,12 +6,20 @@ import fnmatch
 import inspect
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from dfqbench.data.dense import CocoFolder, SegmentationFolder, VocFolder
 from dfqbench.data.own import own_sets
 from dfqbench.data.sets import BUILT_IN, Cifar, Digits, EvaluationSet, ImageFolder
 from dfqbench.errors import UserError, nearest
 from dfqbench.method import plugins
+
+DENSE_FOLDERS: dict[str, Callable[[str, Path], EvaluationSet]] = {
+    "segmentation": SegmentationFolder,
+    "voc-detection": VocFolder,
+    "coco": CocoFolder,
+}
 
 
 def find_set(text: str) -> EvaluationSet:
@@ -22,6 +30,7 @@ def find_set(text: str) -> EvaluationSet:
     - `imagenet`, with `:ROOT`: the 1000 folders n01440764 ... of validation images, or the folder above with `val` in it; default $IMAGENET
     - `imagefolder:PATH`: a folder with one sub-folder of images per class, sorted by name, or as numbers where
       all of them are whole numbers (torchvision sorts those as text: `10` before `2`)
+    - `segmentation:PATH`, `voc-detection:PATH`, `coco:PATH`: images with masks or boxes (dense.py)
     - whatever a plug-in registered (`register_set`), with or without `:PLACE`
 
     Folders are listed here, and errors in them raised as UserError; CIFAR is opened when it is first needed.
@@ -43,7 +52,9 @@ def find_set(text: str) -> EvaluationSet:
     if name == "imagenet":
         return _imagenet(path)
     if path is None:
-        raise UserError(f"evaluation set {text!r}: write imagefolder:PATH")
+        raise UserError(f"evaluation set {text!r}: write {name}:PATH")
+    if name in DENSE_FOLDERS:
+        return DENSE_FOLDERS[name](f"{name}:{path.resolve().name}", path)
     return ImageFolder(f"imagefolder:{path.resolve().name}", path)
 
 

@@ -31,6 +31,9 @@ BUILT_IN = {
     "cifar100": "CIFAR-100, 10,000 test images; cifar100:ROOT, downloaded into it where absent",
     "imagenet": "ImageNet, 50,000 validation images; imagenet:ROOT or $IMAGENET",
     "imagefolder": "a folder with one sub-folder of images per class; imagefolder:PATH",
+    "segmentation": "a folder of images and one of masks of class indices (CamVid's, PASCAL VOC's); segmentation:PATH",
+    "voc-detection": "images with boxes in PASCAL VOC's XML files; voc-detection:PATH",
+    "coco": "images with boxes in a JSON file of COCO's format; coco:FILE or coco:FOLDER",
 }
 MANY = 10_000  # images: reading them takes a while
 

@@ -180,8 +180,8 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
         if card and evaluation and evaluation.kind != teacher.task.kind:
             kind = teacher.task.kind
             problems.add(f"teachers[{i}]", f"{teacher.label} is there to {kind}, evaluation set {card.name} is for networks that {evaluation.kind}")
-        elif card and evaluation and not evaluation.fits(teacher.task.classes):
-            problems.add(f"teachers[{i}]", f"{teacher.label} has {teacher.task.classes} classes, evaluation set {card.name} has {card.classes}")
+        elif card and evaluation and not evaluation.fits(teacher.task.labels):
+            problems.add(f"teachers[{i}]", f"{teacher.label} has {teacher.task.labels} classes, evaluation set {card.name} has {card.classes}")
         elif card and evaluation:
             problems.catch(f"teachers[{i}]", partial(evaluation.check, teacher.task))
     variants, makers = find_variants(

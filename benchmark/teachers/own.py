@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -51,6 +52,23 @@ def from_file(name: str, spec: TeacherSpec) -> Built:
         return Built(network, task, beside.files)
     package = package_files(str(spec.source_module))
     return Built(network, task, {place: found for place, found in package.items() if found[0] != spec.source_file})
+
+
+def function_of(text: str) -> Any:
+    """The function that `path/to/file.py:name` or `package.module:name` says. UserError where there is none."""
+    place, _, name = text.rpartition(":")
+    file = Path(place).expanduser()
+    if not place or (file.suffix == ".py" and not file.is_file()):
+        raise UserError(f"{text!r}: there is no such file; write path/to/file.py:name or package.module:name")
+    beside = Neighbours(file) if file.suffix == ".py" else None
+    with beside or nullcontext():
+        try:
+            found = getattr(beside.run() if beside else importlib.import_module(place), name, None)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{text!r}: importing {place} failed: {one_line(error)}") from error
+    if not callable(found):
+        raise UserError(f"{text!r}: there is no function {name!r} in {place}")
+    return found
 
 
 def decode_of(where: str, places: Sequence[Any]) -> Any:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-ZOOS = ("torchvision", "timm", "pytorchcv", "cifar")
+ZOOS = ("torchvision", "timm", "pytorchcv", "cifar", "scenes")
+OWN_ZOOS = ("cifar", "scenes")  # defined here, no package's
 UNTRAINED = "untrained"  # for `weights`: what the network's builder drew; good for measuring speed, and nothing else
 
 
@@ -26,7 +27,9 @@ class TeacherSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(description="torchvision:NAME, timm:NAME, pytorchcv:NAME, cifar:NAME, path/to/file.py:factory or package.module:factory")
+    model: str = Field(
+        description="torchvision:NAME, timm:NAME, pytorchcv:NAME, cifar:NAME, scenes:NAME, path/to/file.py:factory or package.module:factory"
+    )
     weights: str | None = Field(None, description="a .safetensors, .pth or .pt file; null: the zoo's weights (IMAGENET1K_V1 for torchvision)")
     classes: int | None = Field(None, ge=2)
     size: int | tuple[int, int] | None = Field(None, description="side of the square input image in pixels, or [height, width]")

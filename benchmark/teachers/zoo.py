@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from dfqbench.errors import UserError, nearest
-from dfqbench.task import Task
+from dfqbench.task import Kind, Task
+from dfqbench.teachers import scenes
 from dfqbench.teachers.cifar import NETWORKS, cifar_resnet
 from dfqbench.teachers.spec import Built, TeacherSpec
 from dfqbench.teachers.weights import downloaded, fit, read_weights, weights_of
@@ -35,6 +36,8 @@ def zoo_names(zoo: str) -> list[str]:
     """Every name that a zoo knows, sorted; UserError where its package is not installed."""
     if zoo == "cifar":
         return list(NETWORKS)
+    if zoo == "scenes":
+        return list(scenes.NETWORKS)
     package = _package(zoo)
     if zoo == "torchvision":
         return sorted(package.models.list_models(module=package.models))
@@ -141,11 +144,36 @@ def _cifar(name: str, spec: TeacherSpec) -> Built:
 
 def cifar_task(classes: int, channels: int) -> Task:
     """What the `cifar:` networks expect: 32 x 32 pixels, not cropped, normalised as ImageNet is; grey ones with the mean of the three channels."""
+    mean, std = _normalisation(channels)
+    return Task(classes, channels, 32, mean, std)
+
+
+def _scenes(name: str, spec: TeacherSpec) -> Built:
+    """Classes and input channels are read off the weights, and are those of scenes of digits where there are none."""
+    _known(name, "scenes")
+    if spec.weights is None:
+        raise UserError(f"{spec.model}: no zoo has weights for it; train it with `dfqbench pretrain digit-scenes-{name}`, then give `weights: FILE`")
+    state, factory = weights_of(spec), scenes.NETWORKS[name]
+    stem, last = (next((v for k, v in state.items() if k in keys and v.ndim == 4), None) for keys in scenes.ENDS)
+    channels = stem.shape[1] if stem is not None else 1
+    network = factory(spec.classes or (last.shape[0] if last is not None else scenes.CLASSES[name]), channels)
+    fit(network, state, spec)
+    return Built(network, scenes_task(name, network.classes, channels))
+
+
+def scenes_task(name: str, classes: int, channels: int) -> Task:
+    """What the `scenes:` networks expect: 64 x 64 pixels, normalised as the `cifar:` networks' are."""
+    kind: Kind = "segment" if name == "segment" else "detect"
+    return Task(classes, channels, 64, *_normalisation(channels), kind=kind)
+
+
+def _normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of ImageNet; of other than three channels, the mean of the three."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     if channels != 3:
         mean, std = (round(sum(mean) / 3, 6),) * channels, (round(sum(std) / 3, 6),) * channels
-    return Task(classes, channels, 32, mean, std)
+    return mean, std
 
 
 def _known(name: str, zoo: str) -> None:
@@ -168,4 +196,5 @@ BUILDERS: dict[str, Callable[[str, TeacherSpec], Built]] = {
     "timm": _timm,
     "pytorchcv": _pytorchcv,
     "cifar": _cifar,
+    "scenes": _scenes,
 }
