@@ -86,7 +86,8 @@ class SceneMasks(_OfDigits, SegmentationSet):
 
     def target(self, index: int, split: str = "test") -> Mask:
         """64 x 64."""
-        return scenes(split).masks[index]
+        mask: Mask = scenes(split).masks[index]
+        return mask
 
     def _bytes(self, index: int) -> bytes:
         return self.target(index).tobytes()

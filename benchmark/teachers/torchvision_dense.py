@@ -63,7 +63,7 @@ def detector(models: Any, name: str, spec: TeacherSpec) -> Built:
 class BackboneAndHead(nn.Module):
     """N x 3 x H x W normalised images -> (N x M x classes logits, N x M x 4 box numbers[, N x M x 1 centerness logits]), M positions and anchors."""
 
-    def __init__(self, whole: nn.Module):
+    def __init__(self, whole: Any):
         super().__init__()
         self.backbone, self.head = whole.backbone, whole.head
         self.decode = Decoder(whole)
@@ -80,10 +80,10 @@ class Decoder:
     Labels count the classes; under "softmax" without the background, which is none.
     """
 
-    def __init__(self, whole: nn.Module):
+    def __init__(self, whole: Any):
         self.rest, self.backbone = copy.copy(whole), copy.deepcopy(whole.backbone).to("meta").eval()  # no weights here
         self.rest._modules = {name: part for name, part in whole._modules.items() if name not in ("backbone", "head")}
-        self.by_level = not hasattr(whole, "size")  # SSD's postprocessing takes all levels together
+        self.by_level = type(whole).__name__ != "SSD"  # SSD's postprocessing takes all levels together
         self.sizes: dict[tuple[int, int], list[tuple[int, int]]] = {}  # of the backbone's maps, by the image's, found when needed
         self.first = 0 if self.by_level else 1
 
