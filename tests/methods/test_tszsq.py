@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou, generalized_box_iou
+from torchvision.ops import box_iou, clip_boxes_to_image, generalized_box_iou
 
 from dfqbench.errors import UserError
 from dfqbench.method.registry import find_method
 from dfqbench.network import Teacher
 from dfqbench.task import Task
 from dfqbench.tasks import answers_of
+from dfqbench.teachers.scenes import DetectionNet
 from dfqbench.testing import Trial, small_task, small_teacher
 from dfqbench.testing.networks import SmallDetector
 from dfqbench_methods.parts.boxes import POSITIONS, assigned, detection_loss, draw_boxes, overlaps, relabelled
@@ -108,6 +109,8 @@ def test_boxes_are_corrected_by_what_the_detector_sees() -> None:
     found = seen((1, 1, 20, 20, 2, 0.9), (40, 0, 59, 12, 2, 0.6), (0, 30, 9, 39, 0, 0.1), (50, 35, 53, 38, 0, 0.9), (0, 0, 60, 39, 0, 0.9))
     # the second is not seen any more; of the others one is there already, one is doubtful, one too small, one too large
     assert boxes_in(relabelled(found, there, TASK)) == [[0, 0, 20, 20, 0], [40, 0, 59, 12, 2]]
+    shifted = boxes_in(relabelled(found, there, BACKGROUND))
+    assert shifted == [[0, 0, 20, 20, 0], [40, 0, 59, 12, 3]], "labels do not count the background, places among logits do"
     assert boxes_in(relabelled(seen(), there, TASK)) == [[0, 0, 20, 20, 0]], "one box always stays"
     many = seen(*((10.0 * i, 0.0, 10.0 * i + 9, 39.0, 0.0, 0.9) for i in range(6)))
     assert len(boxes_in(relabelled(many, wanting((0, 0, 1, 1, 0)), TASK))) == 4, "no more than there is room for"
@@ -161,6 +164,24 @@ def test_the_flat_divergence_is_one_distribution_for_each_scale_and_image() -> N
     assert float(tszsq.divergence(ours, theirs)) == pytest.approx(expected, rel=1e-4)
     by_choice = method({"divergence": "choices"})
     assert torch.equal(by_choice.divergence(ours, theirs), answers_of(tszsq.task).divergence(ours, theirs, 4.0))
+
+
+@pytest.mark.parametrize("network", [SmallDetector, DetectionNet])
+def test_what_a_network_decodes_is_among_its_boxes(network: Any) -> None:
+    torch.manual_seed(0)
+    task = small_task(classes=5, size=32, kind="detect", width=48)
+    teacher = Teacher(network(task) if network is SmallDetector else network(5, 3), task)
+    assert teacher.boxes is not None
+    assert teacher.decode is not None
+    answer = 3 * torch.randn(teacher(torch.zeros(1, 3, 32, 48)).shape, generator=stream())
+    native = teacher.native(answer)
+    boxes, (found,) = teacher.boxes(native, 32, 48)[0], teacher.decode(native, 32, 48)
+    assert len(boxes) == answer.shape[1]
+    probable = answers_of(task).probabilities(answer)[0]  # type: ignore[attr-defined]
+    assert len(found["boxes"]) > 10
+    for box, score, label in zip(found["boxes"], found["scores"], found["labels"], strict=True):
+        (position,) = (probable[:, label] - score).abs().argsort()[:1]
+        assert torch.allclose(clip_boxes_to_image(boxes[position], (32, 48)), clip_boxes_to_image(box, (32, 48)), atol=1e-4)
 
 
 def test_a_detector_that_does_not_say_where_all_its_boxes_are_is_refused() -> None:
