@@ -114,8 +114,8 @@ class Boxes(Answers):
 
     def parts(self, answer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Class logits (N x positions x classes), boxes (N x positions x 4), further logits (N x positions x others, often 0)."""
-        classes, boxes, others = answer.split([self.task.classes, BOX, answer.shape[2] - self.task.classes - BOX], 2)
-        return classes, boxes, others
+        end = self.task.classes
+        return answer[..., :end], answer[..., end : end + BOX], answer[..., end + BOX :]
 
     def probabilities(self, answer: Tensor) -> Tensor:
         """Of each class but a background, N x positions x classes, in float32 at least."""

@@ -76,11 +76,16 @@ class DetectionNet(nn.Module):
         return tuple((classify(x), locate(x)) for x, classify, locate in zip(levels, self.classify, self.locate, strict=True))
 
     @staticmethod
+    def boxes(levels: Sequence[tuple[Tensor, Tensor]], height: int, width: int) -> Tensor:
+        """Where the box of every position is: N x positions x 4 pixels, level by level, row by row."""
+        return torch.cat([boxes_of(numbers.float(), stride) for (_, numbers), stride in zip(levels, STRIDES, strict=True)], 1)
+
+    @staticmethod
     def decode(levels: Sequence[tuple[Tensor, Tensor]], height: int, width: int) -> list[dict[str, Tensor]]:
         """What `forward` gave for images of height x width -> for each image boxes (K x 4 pixels), scores and labels, best first, K <= 100."""
         from torchvision.ops import batched_nms, clip_boxes_to_image
 
-        boxes = torch.cat([boxes_of(numbers.float(), stride) for (_, numbers), stride in zip(levels, STRIDES, strict=True)], 1)
+        boxes = DetectionNet.boxes(levels, height, width)
         scores = torch.cat([logits.float().flatten(2).transpose(1, 2) for logits, _ in levels], 1).sigmoid()
         found = []
         for box, score in zip(clip_boxes_to_image(boxes, (height, width)), scores, strict=True):

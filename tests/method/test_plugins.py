@@ -88,7 +88,7 @@ def test_a_file_that_takes_a_built_in_name_is_refused_though_it_came_first(tmp_p
         (METHOD.format(name="x").replace('"paper")', '"guess")'), "fidelity 'guess' is none of code, paper, abstract, released"),
         (
             METHOD.format(name="x") + '    needs = {"labels", "attention"}\n',
-            "method x: needs 'attention': known: classifier, features, labels, ranges, statistics",
+            "method x: needs 'attention': known: boxes, classifier, features, labels, ranges, statistics",
         ),
     ],
 )
