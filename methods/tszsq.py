@@ -58,6 +58,7 @@ class TSZSQ(Method):
 
         epochs: int = Field(100, ge=1, unit="epochs", description="training in all, calibration included; the making of images comes before")
         batch_size: int = Field(32, ge=1)
+        milestones: list[int] = Field([], unit="epochs", description="epochs from which on the student's learning rate is multiplied by lr_decay")
         student_momentum: float = Field(0.9, ge=0, lt=1, description="first beta of the student's Adam", source="Adam's own")
         student_weight_decay: float = Field(0.0, ge=0, description="weight decay of the student's Adam", source="Adam's own")
         calibration_epochs: int = Field(4, ge=1, unit="epochs", description="in which ranges are tracked; then they are frozen", source="GDFQ's code")

@@ -7,22 +7,29 @@ whose stream is fixed for good.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dfqbench.data.dense import DenseSet, DetectionSet, Mask, SegmentationSet, boxes_of
 from dfqbench.data.images import Labels, Pixels
-from dfqbench.data.sets import Digits
+from dfqbench.data.sets import Digits, content_digest
 from dfqbench.errors import UserError
+from dfqbench.store.cache import remembered
+from dfqbench.tasks.detect import Boxes
 
 SIDE = 64
 SMALLEST, LARGEST, MOST = 12, 28, 5  # side of a digit's square in pixels, digits on a scene
 INK = 96  # of 255: from here on a pixel of a digit belongs to its mask
 OVERLAP = 0.15  # of the smaller of two squares, at most
-COUNTS = {"train": 1200, "test": 300}
+COUNTS = {"train": 3000, "test": 300}
 CLASSES = [str(digit) for digit in range(10)]
 
 
@@ -39,9 +46,75 @@ class Scenes:
     labels: list[Labels]
 
 
+class _OfDigits(DenseSet):
+    training_split = "train"
+
+    def __len__(self) -> int:
+        return COUNTS["test"]
+
+    def count(self, split: str) -> int:
+        if split not in COUNTS:
+            raise self._no_split(split, "'train' and 'test'")
+        return COUNTS[split]
+
+    def open(self, index: int, split: str) -> Image.Image:
+        return Image.fromarray(scenes(split).images[index])
+
+    def _bytes(self, index: int) -> bytes:
+        """Of a test scene's target."""
+        raise NotImplementedError
+
+    def digest(self, cache: Path | None = None) -> str:
+        def compute() -> dict[str, Any]:
+            images = scenes("test").images
+            return {"sha256": content_digest(self.classes, ((0, image.tobytes() + self._bytes(i)) for i, image in enumerate(images)))}
+
+        code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        versions = [importlib.metadata.version(package) for package in ("scikit-learn", "pillow")]
+        return str(remembered(cache, "set", [self.name, code, *versions], compute)["sha256"])
+
+
+class SceneMasks(_OfDigits, SegmentationSet):
+    """`digit-scenes-segment`: background, and a class for each digit."""
+
+    def __init__(self) -> None:
+        super().__init__("digit-scenes-segment", 1 + len(CLASSES))
+
+    @property
+    def class_names(self) -> list[str]:
+        return ["background", *CLASSES]
+
+    def target(self, index: int, split: str = "test") -> Mask:
+        """64 x 64."""
+        mask: Mask = scenes(split).masks[index]
+        return mask
+
+    def _bytes(self, index: int) -> bytes:
+        return self.target(index).tobytes()
+
+
+class SceneBoxes(_OfDigits, DetectionSet):
+    """`digit-scenes-detect`: a box around each digit."""
+
+    def __init__(self) -> None:
+        super().__init__("digit-scenes-detect", len(CLASSES))
+
+    @property
+    def class_names(self) -> list[str]:
+        return CLASSES
+
+    def target(self, index: int, split: str = "test") -> Boxes:
+        drawn = scenes(split)
+        return boxes_of([(box, label, False) for box, label in zip(drawn.boxes[index].tolist(), drawn.labels[index], strict=True)], SIDE, SIDE)
+
+    def _bytes(self, index: int) -> bytes:
+        found = self.target(index)
+        return found.boxes.tobytes() + found.labels.tobytes()
+
+
 @cache
 def scenes(split: str) -> Scenes:
-    """The 1200 training or 300 test scenes, always the same. UserError for another split."""
+    """The 3000 training or 300 test scenes, always the same. UserError for another split."""
     if split not in COUNTS:
         raise UserError(f"digit scenes have no split {split!r}, only 'train' and 'test'")
     opened, digits = Digits()._split(split)

@@ -27,6 +27,8 @@ from dfqbench.task import Kind, Task
 
 BUILT_IN = {
     "digits": "scikit-learn's handwritten digits, 599 test images; needs no download",
+    "digit-scenes-segment": "those digits on 300 test scenes of 64 x 64 pixels, a class for each pixel; needs no download",
+    "digit-scenes-detect": "the same scenes, a box for each digit; needs no download",
     "cifar10": "CIFAR-10, 10,000 test images; cifar10:ROOT, downloaded into it where absent",
     "cifar100": "CIFAR-100, 10,000 test images; cifar100:ROOT, downloaded into it where absent",
     "imagenet": "ImageNet, 50,000 validation images; imagenet:ROOT or $IMAGENET",

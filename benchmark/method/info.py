@@ -22,7 +22,7 @@ NEEDS: dict[Needs, str] = {
     "features": "stage features (attention, relations, class centres)",
     "labels": "class labels to make images from",
     "classifier": "a convolution or linear layer with one output per class",
-    "boxes": "boxes of all positions: a detector with an attribute `boxes`, a function of (answer, height, width)",
+    "boxes": "boxes of all positions: a detector with a function boxes(answer, height, width) beside its decode",
     "ranges": "activation ranges from BN parameters: a BN layer that says how each quantized tensor is distributed",
 }
 

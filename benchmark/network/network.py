@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_structure, tree_unflatten
 
 from dfqbench.network.frozen_batch_norm import BatchNorm, gradient_of_moments, moments_of, with_frozen_norms
 from dfqbench.network.trace import trace as trace
@@ -97,12 +98,32 @@ class Network(nn.Module):
             self.exit = before
 
     def native(self, answer: Tensor) -> Any:
-        """An answer in the form in which the network itself gives it: of a detector level after level, (class logits, boxes, ...)."""
+        """An answer in the form in which the network itself gives it: of a detector (class logits, boxes, ...), or one such for each level."""
         if self.task.kind != "detect":
             return answer
+        own = self._native_on_meta()
+        levels = unpacked(answer, native_shapes(own), self.task.classes)
+        return levels[0] if all(isinstance(part, Tensor) for part in own) else levels
+
+    def _native_on_meta(self) -> Any:
+        """What the network itself gives for one image, as tensors without values."""
         output = next(n for n in self.traced.graph.nodes if n.op == "output")
-        given = fx.node.map_arg(output.args[0], lambda node: torch.empty(node.meta["shape"], device="meta"))
-        return unpacked(answer, native_shapes(given), self.task.classes)
+        return fx.node.map_arg(output.args[0], lambda node: torch.empty(node.meta["shape"], device="meta"))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors that the network itself gives, one after the other: `logits`; of early exits `exit_1` ... and at last `logits`; of a
+        detector `class_logits`, `boxes`, and further logits `others_1` ..., for each level with its number behind where there are several."""
+        native = self._native_on_meta()
+        if self.task.kind != "detect":
+            return [*(f"exit_{i}" for i in range(1, self.task.exits)), "logits"]
+        levels = native_shapes(native)
+        parts = [["class_logits", "boxes", *(f"others_{i}" for i in range(1, len(level) - 1))] for level in levels]
+        return [part + (f"_{i}" if len(levels) > 1 else "") for i, level in enumerate(parts, 1) for part in level]
+
+    def answer_of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The answer that these tensors, in the order of `names`, are."""
+        return self._said(tree_unflatten(list(tensors), tree_structure(self._native_on_meta())))
 
     def observe(self, images: Tensor) -> Observation:
         """Runs the same graph, and also hands out the inner tensors (attached to autograd like the logits)."""

@@ -236,10 +236,11 @@ def weighs_linearly(layer: Layer | TransposedConv, shape: tuple[int, ...]) -> bo
     return torch.allclose(twice - none, 2 * (once - none), rtol=1e-3, atol=1e-5)
 
 
-def bn_distribution(norm: nn.BatchNorm2d | nn.BatchNorm1d) -> tuple[torch.Tensor, torch.Tensor]:
+def bn_distribution(norm: nn.BatchNorm2d | nn.BatchNorm1d | nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean beta and variance gamma^2 of a BN layer's output, per channel, float64."""
     if norm.weight is None:
-        return torch.zeros(norm.num_features, dtype=torch.float64), torch.ones(norm.num_features, dtype=torch.float64)
+        n = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+        return torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
     return norm.bias.detach().double().cpu(), norm.weight.detach().double().cpu().square()
 
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfqbench.data import Images, find_set
-from dfqbench.engine.evaluate import Precision, evaluate, normalise
+from dfqbench.engine.evaluate import Precision, evaluate, evaluate_task, normalise
 from dfqbench.errors import UserError
+from dfqbench.metrics import metric_of
 from dfqbench.network import Teacher
 from dfqbench.task import Task
 from dfqbench.teachers import parse_teacher
@@ -31,7 +32,7 @@ from dfqbench.teachers.cifar import cifar_resnet
 from dfqbench.teachers.scenes import CLASSES, NETWORKS
 from dfqbench.teachers.zoo import cifar_task, scenes_task
 
-SCENES = {"digit-scenes-segment": 8, "digit-scenes-detect": 20}  # sets, and epochs on them
+SCENES = {"digit-scenes-segment": 4, "digit-scenes-detect": 10}  # sets, and epochs on them
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a training gave. `accuracy` is in percent on `test_set`, both None where no test set was given."""
+    """What a training gave. `accuracy` (of other kinds of tasks: their metric) is in percent on `test_set`, both None where no test set was given."""
 
     path: Path
     accuracy: float | None
@@ -133,9 +134,12 @@ def _on_scenes(
     started = time.monotonic()
     train_scenes(network, scenes("train"), task, epochs, seed, progress, device)
     seconds = time.monotonic() - started
-    write_weights(network, out, {"model": f"scenes:{name}", "source": f"digit-scenes-{name}", "seed": seed, "epochs": epochs})
-    progress(f"{out}: {seconds:.0f} s")
-    return Pretrained(out, None, None, seconds)
+    found = find_set(f"digit-scenes-{name}")
+    measured = evaluate_task(Teacher(network, task), found.decode(task), task, device)
+    facts = {"model": f"scenes:{name}", "source": found.name, "seed": seed, "epochs": epochs, "test_set": found.name, measured.metric: measured.value}
+    write_weights(network, out, facts)
+    progress(f"{out}: {metric_of(measured.scores()).name} {measured.value:.2f} % on {len(found)} scenes of {found.name}, {seconds:.0f} s")
+    return Pretrained(out, measured.value, found.name, seconds)
 
 
 def check_writable(out: Path) -> None:

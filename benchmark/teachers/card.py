@@ -156,7 +156,7 @@ def _zoo_names(zoo: str, cache: Path | None) -> list[str]:
         return {"names": zoo_names(zoo)}
 
     here = [
-        _sha256(Path(__file__).with_name(name)) for name in ("zoo.py", "cifar.py", "scenes.py")
+        _sha256(Path(__file__).with_name(name)) for name in ("zoo.py", "cifar.py", "scenes.py", "torchvision_dense.py", "spec.py")
     ]  # they say which of a package's networks are meant
     if zoo in OWN_ZOOS:
         return list(remembered(cache, "zoo", [zoo, here], ask)["names"])

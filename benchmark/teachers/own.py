@@ -47,7 +47,7 @@ def from_file(name: str, spec: TeacherSpec) -> Built:
     unwrap_parts(network)  # after the weights, whose names are those of the network as it was saved
     task = task_of(where, shells, {key: getattr(spec, key) for key in OF_A_TASK})
     if task.kind == "detect":
-        network.decode = decode_of(where, [*shells, module])
+        network.decode, network.boxes = decode_of(where, [*shells, module]), boxes_of([*shells, module])
     if beside is not None:
         return Built(network, task, beside.files)
     package = package_files(str(spec.source_module))
@@ -77,6 +77,11 @@ def decode_of(where: str, places: Sequence[Any]) -> Any:
     if found is None:
         raise UserError(f"{where}: a detector needs decode(answer, height, width), as a method or beside its factory: it makes boxes of the answer")
     return found
+
+
+def boxes_of(places: Sequence[Any]) -> Any:
+    """Where the box of every position is (`Network.boxes`), from the same places; None where nothing says it."""
+    return next((place.boxes for place in places if callable(getattr(place, "boxes", None))), None)
 
 
 def task_of(where: str, shells: Sequence[nn.Module], settings: Mapping[str, Any]) -> Task:

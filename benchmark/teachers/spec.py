@@ -22,6 +22,18 @@ OWN_ZOOS = ("cifar", "scenes")  # defined here, no package's
 UNTRAINED = "untrained"  # for `weights`: what the network's builder drew; good for measuring speed, and nothing else
 
 
+DENSE: dict[Kind, tuple[str, ...]] = {  # what the names of a zoo's networks for other than one class per image begin with
+    "segment": ("torchvision:deeplabv3_", "torchvision:fcn_", "torchvision:lraspp_", "scenes:segment"),
+    "detect": ("torchvision:fcos_", "torchvision:retinanet_", "torchvision:ssd300_", "torchvision:ssdlite320_", "scenes:detect"),
+}
+TWO_STAGE = ("fasterrcnn_", "maskrcnn_", "keypointrcnn_")  # torchvision's
+
+
+def zoo_kind(model: str) -> Kind:
+    """What a zoo's network answers, from its name, `ZOO:NAME`."""
+    return next((kind for kind, begins in DENSE.items() if model.startswith(begins)), "classify")
+
+
 class TeacherSpec(BaseModel):
     """Which network, with which weights, and what differs from what its zoo says about it."""
 

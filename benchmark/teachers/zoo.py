@@ -19,7 +19,8 @@ from dfqbench.errors import UserError, nearest
 from dfqbench.task import Kind, Task
 from dfqbench.teachers import scenes
 from dfqbench.teachers.cifar import NETWORKS, cifar_resnet
-from dfqbench.teachers.spec import Built, TeacherSpec
+from dfqbench.teachers.spec import TWO_STAGE, Built, TeacherSpec, zoo_kind
+from dfqbench.teachers.torchvision_dense import dense_names, detector, segmentation
 from dfqbench.teachers.weights import downloaded, fit, read_weights, weights_of
 
 T = TypeVar("T")  # python 3.11 has no other way to say it
@@ -40,7 +41,7 @@ def zoo_names(zoo: str) -> list[str]:
         return list(scenes.NETWORKS)
     package = _package(zoo)
     if zoo == "torchvision":
-        return sorted(package.models.list_models(module=package.models))
+        return sorted([*package.models.list_models(module=package.models), *dense_names(package.models)])
     if zoo == "timm":
         return sorted({*package.list_models(), *package.list_models(pretrained=True)})
     return sorted(name for name in package.model_provider._models if not NOT_CLASSIFIERS.search(name))
@@ -48,8 +49,16 @@ def zoo_names(zoo: str) -> list[str]:
 
 def _torchvision(name: str, spec: TeacherSpec) -> Built:
     """Weights are IMAGENET1K_V1, with which the literature's full-precision numbers were measured (ResNet-18: 69.76 %), not torchvision's newest."""
-    _known(name, "torchvision")
     models = _package("torchvision").models
+    if name.startswith(TWO_STAGE):
+        raise UserError(
+            f"{spec.model}: its second stage looks at boxes that its first found, so that it has no answer to compare or quantize as a "
+            "whole: take a one-stage detector, like torchvision:retinanet_resnet50_fpn or torchvision:ssdlite320_mobilenet_v3_large"
+        )
+    _known(name, "torchvision")
+    kind = zoo_kind(spec.model)
+    if kind != "classify":
+        return (segmentation if kind == "segment" else detector)(models, name, spec)
     known = [entry for entry in models.get_model_weights(name) if entry.name == "IMAGENET1K_V1"]
     if not known and (spec.weights is None or spec.size is None):
         raise UserError(f"{spec.model}: torchvision has no IMAGENET1K_V1 weights for it; give `weights: FILE` and `size`")

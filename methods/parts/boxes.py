@@ -104,10 +104,12 @@ def relabelled(
     there goes where it overlaps none of the detector's by that much. One box always stays.
     """
     height, width = task.image_shape[1:]
+    background = int(task.scores == "softmax")  # which a detector's labels do not count
     after = torch.zeros_like(wanted)
     for n, seen in enumerate(found):
         chosen = seen["scores"] > sure
         boxes, kinds = (seen[name][chosen].to(wanted.device, wanted.dtype) for name in ("boxes", "labels"))
+        kinds = kinds + background
         there = wanted[n][wanted[n, :, 5] > 0]
         overlap = overlaps(there[:, :4], boxes)
         share = area(boxes) / (height * width)

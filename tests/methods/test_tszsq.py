@@ -109,6 +109,8 @@ def test_boxes_are_corrected_by_what_the_detector_sees() -> None:
     found = seen((1, 1, 20, 20, 2, 0.9), (40, 0, 59, 12, 2, 0.6), (0, 30, 9, 39, 0, 0.1), (50, 35, 53, 38, 0, 0.9), (0, 0, 60, 39, 0, 0.9))
     # the second is not seen any more; of the others one is there already, one is doubtful, one too small, one too large
     assert boxes_in(relabelled(found, there, TASK)) == [[0, 0, 20, 20, 0], [40, 0, 59, 12, 2]]
+    shifted = boxes_in(relabelled(found, there, BACKGROUND))
+    assert shifted == [[0, 0, 20, 20, 0], [40, 0, 59, 12, 3]], "labels do not count the background, places among logits do"
     assert boxes_in(relabelled(seen(), there, TASK)) == [[0, 0, 20, 20, 0]], "one box always stays"
     many = seen(*((10.0 * i, 0.0, 10.0 * i + 9, 39.0, 0.0, 0.9) for i in range(6)))
     assert len(boxes_in(relabelled(many, wanting((0, 0, 1, 1, 0)), TASK))) == 4, "no more than there is room for"
