@@ -26,6 +26,8 @@ METRICS = {
     )
 }
 
+DENSE = frozenset(("miou", "ap"))  # of which no image is right or wrong
+
 
 def metric_of(result: Mapping[str, Any]) -> Metric:
     """Of a result.json, a teacher's record or a row of either; results say it unless they are of a classifier with an evaluation set."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from dfqbench.method.contract import Batch
 from dfqbench.network import Network
 from dfqbench.quantization.student import Student
-from dfqbench.tasks import answers_of
+from dfqbench.tasks.answers import answers_of
 
 
 def look(student: Student, batch: Batch, autocast: AbstractContextManager[Any]) -> dict[str, float]:

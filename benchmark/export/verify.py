@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from dfqbench.network import Network
 from dfqbench.quantization.layers import ActivationQuantizer
 from dfqbench.task import Task
-from dfqbench.tasks import answers_of
+from dfqbench.tasks.answers import answers_of
 
 CLOSE = 1e-4  # logits: an answer as near as that to another may be the other
 SYSTEMATIC = 1e-3  # of the largest logit: boundaries that are met move few images, a wrong file moves the median one

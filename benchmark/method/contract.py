@@ -22,7 +22,7 @@ from dfqbench.method.log import Log, Value
 from dfqbench.method.settings import MethodConfig
 from dfqbench.quantization.protocol import BatchNormMode, RangeEstimatorName
 from dfqbench.task import Kind, Task
-from dfqbench.tasks import Answers, answers_of
+from dfqbench.tasks.answers import Answers, answers_of
 
 if TYPE_CHECKING:
     from dfqbench.network import Teacher

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_structure, tree_unflatten
 from dfqbench.network.frozen_batch_norm import BatchNorm, gradient_of_moments, moments_of, with_frozen_norms
 from dfqbench.network.trace import trace as trace
 from dfqbench.task import Task
-from dfqbench.tasks import native_shapes, packed, unpacked
+from dfqbench.tasks.answers import native_shapes, packed, unpacked
 
 Decode = Callable[[Any, int, int], list[dict[str, Tensor]]]
 Boxes = Callable[[Any, int, int], Tensor]

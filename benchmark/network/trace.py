@@ -23,7 +23,7 @@ from dfqbench.network.inplace import InPlaceProxy, watched, without_side_effects
 from dfqbench.network.plain_batch_norm import make_batch_norms_plain, with_plain_batch_norms
 from dfqbench.network.products import added, is_constant, operands
 from dfqbench.task import Task
-from dfqbench.tasks import answers_of, without_auxiliary
+from dfqbench.tasks.answers import answers_of, without_auxiliary
 
 FORM = 1  # of networks that are not made of layers alone: raised when what is quantized in them, or how, changes
 

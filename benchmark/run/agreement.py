@@ -25,7 +25,7 @@ from dfqbench.quantization.student import Student
 from dfqbench.run.options import StopFlag
 from dfqbench.run.rehearsal import rehearse
 from dfqbench.sweep.cell import Bundle, Cell
-from dfqbench.tasks import answers_of
+from dfqbench.tasks.answers import answers_of
 
 BATCH = 256
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from dfqbench.errors import UserError
 from dfqbench.task import Task, size_of_images
-from dfqbench.tasks import answers_of, packed, without_auxiliary
+from dfqbench.tasks.answers import answers_of, packed, without_auxiliary
 from dfqbench.teachers.baking import bake
 from dfqbench.teachers.own import from_file
 from dfqbench.teachers.spec import ZOOS, Built, TeacherSpec

@@ -19,7 +19,7 @@ from dfqbench.quantization import PROTOCOLS, Bits
 from dfqbench.quantization.student import Student
 from dfqbench.sweep.cell import Bundle, Cell, EvaluationCard
 from dfqbench.task import Kind, Task
-from dfqbench.tasks import answers_of
+from dfqbench.tasks.answers import answers_of
 from dfqbench.teachers import TeacherCard
 from dfqbench.testing.networks import NETWORKS
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dfqbench.task import Task
-from dfqbench.tasks import answers_of
+from dfqbench.tasks.answers import answers_of
 from dfqbench_methods.parts.generators import LabelledGenerator
 from dfqbench_methods.parts.layouts import at_size, label_accuracy, label_loss, voronoi
 from dfqbench_methods.parts.losses import distillation_loss

@@ -13,7 +13,7 @@ from dfqbench.errors import UserError
 from dfqbench.method.registry import find_method
 from dfqbench.network import Teacher
 from dfqbench.task import Task
-from dfqbench.tasks import answers_of
+from dfqbench.tasks.answers import answers_of
 from dfqbench.teachers.scenes import DetectionNet
 from dfqbench.testing import Trial, small_task, small_teacher
 from dfqbench.testing.networks import SmallDetector

@@ -14,7 +14,7 @@ from dfqbench.network import Teacher
 from dfqbench.quantization import PROTOCOLS, Bits
 from dfqbench.quantization.student import Student
 from dfqbench.task import Task
-from dfqbench.tasks import answers_of, native_shapes, packed, unpacked
+from dfqbench.tasks.answers import answers_of, native_shapes, packed, unpacked
 
 GREY: dict[str, Any] = {"channels": 3, "size": 16, "mean": (0.5,) * 3, "std": (0.25,) * 3, "width": 24}
 SEGMENT, DETECT = Task(classes=5, kind="segment", **GREY), Task(classes=3, kind="detect", **GREY)
