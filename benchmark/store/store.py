@@ -34,6 +34,7 @@ from typing import Any
 
 from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_atomically, write_json
+from dfqbench.metrics import METRICS
 from dfqbench.store.lease import Lease, kept_alive
 
 WRITTEN = ("runs", "bundles", "images", "teachers", "sweeps", "selections", "replicates", "unseen")  # folders, as far as they are there
@@ -129,7 +130,7 @@ class Store:
                 result = read_json(path)
                 if result is None:
                     continue
-                if not {"id", "cell"} <= result.keys() or not {"top1", "agreement"} & result.keys():
+                if not {"id", "cell"} <= result.keys() or not METRICS.keys() & result.keys():
                     raise ValueError("not a result of this suite")
                 found.append(result)
             except (ValueError, AttributeError) as error:

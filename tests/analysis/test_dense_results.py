@@ -33,7 +33,7 @@ class Net(nn.Module):
         return self.classify(x) if self.kind == "segment" else (self.classify(x), self.locate(x))
 
     def decode(self, answer, height, width):
-        (classes, boxes), = answer
+        classes, boxes = answer
         found = []
         for scores, box in zip(classes.flatten(2), boxes.flatten(2)):
             score, label = scores.sigmoid().max(0)
@@ -85,7 +85,7 @@ def test_all_speak_the_metric_of_the_task(
     config = sweep_file(teachers=[teacher], evaluate=data.format(place), methods=["round", gaussian], bits=["w8a8"], evaluate_every=1)
     store = tmp_path / "r"
     code, out, err = dfqbench("run", config, "--results", store)
-    assert code == 0, err
+    assert code == 0, out + err
     assert f": {name} " in out + err
     results = [json.loads(path.read_text()) for path in sorted(store.glob("runs/*/result.json"))]
     for result in results:
@@ -93,6 +93,8 @@ def test_all_speak_the_metric_of_the_task(
         assert "top1" not in result
         assert not {"top1"} & result["teacher"].keys()
         assert 0 <= result[key] <= 100
+    code, out, _ = dfqbench("plan", config, "--results", store)
+    assert (code, "2 cells: 2 done" in out, "damaged" in out) == (0, True, False), out
     code, out, _ = dfqbench("table", "--results", store)
     assert (code, f"% {name}, protocol" in out, f"{name} in %" in out, "top-1" in out) == (0, True, True, False)
     assert "not compared" not in out
