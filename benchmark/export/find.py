@@ -55,9 +55,11 @@ def load_student(given: str | Path, results: str | Path = "results") -> StoredSt
     from dfqbench.export.student_file import load_student_file
 
     student = load_student_file(student_path(given, results))
-    model = (student.about.get("cell") or {}).get("teacher", {}).get("model", "")
-    if student.task.kind == "detect" and model.partition(":")[0] in ZOOS:
-        student.decode = _DecodeOfZoo(model, student.task.classes)
+    if student.task.kind == "detect":
+        cell = student.about.get("cell")
+        model = cell["teacher"]["model"] if isinstance(cell, dict) else ""
+        if model.partition(":")[0] in ZOOS:
+            student.decode = _DecodeOfZoo(model, student.task.classes)
     return student
 
 
