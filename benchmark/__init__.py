@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     from dfqbench.quantization.student import Student as Student
     from dfqbench.run.quantize import quantize as quantize
     from dfqbench.task import Task as Task
+    from dfqbench.tasks.answers import Answers as Answers
     from dfqbench.teachers.weights import read_weights as read_weights
 
 _HOME = {
     "AllocationProblem": "dfqbench.method.allocation",
     "Allocator": "dfqbench.method.allocator",
     "AllocatorConfig": "dfqbench.method.allocator",
+    "Answers": "dfqbench.tasks.answers",
     "Batch": "dfqbench.method.contract",
     "Field": "dfqbench.method.settings",
     "Method": "dfqbench.method.contract",

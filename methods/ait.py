@@ -28,7 +28,6 @@ from torch.optim import Optimizer
 
 from dfqbench import Batch, Field, HostingConfig, HostingMethod, Student, register
 from dfqbench_methods.parts import inundation
-from dfqbench_methods.parts.losses import divergence_loss
 
 BISECTIONS = 5
 CLOSE_ENOUGH = 0.01  # of the share that is wanted: bisection ends there
@@ -84,6 +83,7 @@ class AIT(HostingMethod):
     """KL alone and gradient inundation, on the images of a host (Choi et al., CVPR 2022)."""
 
     version = 2
+    tasks = {"classify", "segment"}
     needs = {"statistics", "labels"}  # with the host gdfq
     quick = {"host_settings": {"warmup_epochs": 1, "calibration_epochs": 1}, "student_lr": 0.01}
 
@@ -111,8 +111,8 @@ class AIT(HostingMethod):
         }
 
     def distill(self, student: Student, batch: Batch) -> Tensor:
-        """The mean is over all N x C elements, as in GDFQ's code."""
-        return divergence_loss(student(batch.images), batch.teacher_logits, self.config.temperature) / self.task.classes
+        """The mean is over all N x C elements, as in GDFQ's code; of segmentation over those of all pixels."""
+        return self.answers.divergence(student(batch.images), batch.teacher_logits, self.config.temperature) / self.task.classes
 
     def student_optimizer(self, student: Student) -> Optimizer:
         optimizer = super().student_optimizer(student)

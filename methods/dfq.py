@@ -36,6 +36,7 @@ SWEEPS = 100  # over all pairs, at most
 class DFQ(Method):
     """Equalised weights, absorbed and corrected biases, no images, no training (Nagel et al., ICCV 2019)."""
 
+    tasks = {"classify", "segment", "detect"}
     needs = {"statistics", "ranges"}
     uses_seed = False
 

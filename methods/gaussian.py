@@ -11,14 +11,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from dfqbench import Batch, Field, Method, Phase, Student, TrainingConfig, register
-from dfqbench_methods.parts.losses import divergence_loss
 
 
 @register("gaussian", paper="none", fidelity="paper", shares_synthesis=True)
 class Gaussian(Method):
     """Distils on Gaussian noise: the floor under every source of images."""
 
-    quick = {"calibration_epochs": 1}
+    tasks = {"classify", "segment", "detect"}
+    quick = {"calibration_epochs": 1, "student_lr": 0.01}
 
     class Config(TrainingConfig):
         calibration_epochs: int = Field(4, ge=1, unit="epochs", description="epochs in which activation ranges are tracked; then they are frozen")
@@ -40,4 +40,4 @@ class Gaussian(Method):
         return Batch(images, None, self.teacher(images).detach())
 
     def distill(self, student: Student, batch: Batch) -> Tensor:
-        return divergence_loss(student(batch.images), batch.teacher_logits, self.config.temperature)
+        return self.answers.divergence(student(batch.images), batch.teacher_logits, self.config.temperature)

@@ -7,6 +7,9 @@ Images of every category are reconstructed from what the teacher's BN layers rem
     keep (x, y) where P is more than 50 % sure of y
     post-training: ranges of least squared error, bias correction;   fine-tuning: CE + T^2 KL over the images
 
+Segmentation: y is a class for each pixel (Voronoi cells of 2 to 6 classes), P's doubt a mean over pixels, and no two images are of one class. A
+detector's images are asked for nothing: BN statistics and roughness alone.
+
 Fidelity: abstract. Only its first page could be read: BN mean and variance by squares, cross-entropy, the reading as
 generative modelling. The rest is reconstructed from the practice of its time (DeepInversion's priors). BN statistics describe
 a data set, not a batch: the loss compares a mix of the earlier batches' statistics and this one's. `mode: generator` makes
@@ -23,13 +26,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim import Adam
 
 from dfqbench import Batch, Field, Method, Observation, Phase, Student, TrainingConfig, register
 from dfqbench_methods.parts.generators import Generator
-from dfqbench_methods.parts.losses import divergence_loss
-from dfqbench_methods.parts.pixels import clip_to_pixels, jitter, roughness, same_class_similarity
+from dfqbench_methods.parts.layouts import at_size, draw_labels, label_loss
+from dfqbench_methods.parts.pixels import clip_to_pixels, drawn_jitter, roughness, same_class_similarity
 
 
 @register("gznq", paper="arXiv:2101.08430", fidelity="abstract", shares_synthesis=True)
@@ -37,6 +39,7 @@ class GZNQ(Method):
     """Images reconstructed from BN statistics, for calibration or fine-tuning (He et al., CVPRW 2021)."""
 
     ranges = "mse"
+    tasks = {"classify", "segment", "detect"}
     needs = {"statistics", "features", "labels"}
     quick = {"images": 8, "synthesis_batch": 8, "synthesis_iterations": 3, "confidence": 0.0}
 
@@ -70,7 +73,9 @@ class GZNQ(Method):
         self.generator: Generator | None = Generator(self.task, 256, eps=1e-5) if c.mode == "generator" else None
         shape = (c.synthesis_batch, 256) if self.generator else (c.synthesis_batch, *self.task.image_shape)
         self.source = torch.zeros(shape).requires_grad_()  # what is optimised: pixels, or one latent vector per image
-        self.labels = torch.arange(c.synthesis_batch) % self.task.classes
+        self.labels = torch.arange(c.synthesis_batch) % self.task.classes  # of a detector's images none is ever asked for
+        if self.task.kind == "segment":
+            self.labels = torch.zeros(c.synthesis_batch, *self.task.image_shape[1:], dtype=torch.long)
         groups = [{"params": [self.source], "lr": c.image_lr}]
         if self.generator:
             groups.append({"params": list(self.generator.parameters()), "lr": c.image_generator_lr})
@@ -96,13 +101,19 @@ class GZNQ(Method):
         for group in self.optimizer.param_groups[1:]:
             group["lr"] = c.image_generator_lr * 0.95 ** (self.iteration // 100)
         images = self.make()
-        answer = self.teacher.observe(jitter(images, c.jitter, self.random("jitter", on_cpu=True)))
-        label_loss = self.log("image_ce", cross_entropy(answer.logits, self.labels))
+        moved = drawn_jitter(c.jitter, self.random("jitter", on_cpu=True))
+        answer = self.teacher.observe(moved(images))
+        asked: Tensor | float = 0.0
+        if self.task.kind != "detect":
+            labels = self.labels if self.task.kind == "classify" else moved(self.labels)
+            asked = self.log("image_ce", label_loss(self.answers, answer.logits, labels))
         statistics_loss = self.log("image_bns", self.statistics_loss(answer))
-        similarity = self.log("image_similarity", same_class_similarity(answer.features[-1].mean((2, 3)), self.labels))
-        prior = c.roughness_weight * roughness(images) + c.size_weight * images.square().sum() / len(images)
-        loss = self.log("image_loss", label_loss + c.bn_weight * statistics_loss + prior + c.similarity_weight * similarity)
-        self.minimise(loss, self.optimizer)
+        loss = asked + c.bn_weight * statistics_loss
+        loss = loss + (c.roughness_weight * roughness(images) + c.size_weight * images.square().sum() / len(images))
+        if self.task.kind == "classify":
+            similarity = self.log("image_similarity", same_class_similarity(answer.features[-1].mean((2, 3)), self.labels))
+            loss = loss + c.similarity_weight * similarity
+        self.minimise(self.log("image_loss", loss), self.optimizer)
         if not self.generator:
             clip_to_pixels(self.source, self.task)
         self.iteration += 1
@@ -113,7 +124,10 @@ class GZNQ(Method):
     @torch.no_grad()
     def begin_batch(self) -> None:
         self.source.copy_(self.draw_noise(*self.source.shape))
-        self.labels = self.labels[torch.randperm(len(self.labels), generator=self.random("labels"), device=self.device)]
+        if self.task.kind == "segment":
+            self.labels = draw_labels(self, len(self.labels))
+        else:
+            self.labels = self.labels[torch.randperm(len(self.labels), generator=self.random("labels"), device=self.device)]
         self.optimizer.state.clear()
         for module in self.generator.modules() if self.generator else ():
             if hasattr(module, "reset_parameters"):
@@ -123,10 +137,18 @@ class GZNQ(Method):
     def finish_batch(self) -> None:
         images = self.make()
         answer = self.teacher.observe(images)
-        sure = answer.logits.softmax(1).gather(1, self.labels[:, None])[:, 0] >= self.config.confidence
+        sure = self.confidence(answer.logits) >= self.config.confidence
         self.log("kept", sure.float().mean())
-        self.stored.add(images[sure], self.labels[sure])
+        labels = self.labels if self.task.kind != "segment" else self.labels.to(torch.int16)  # a class for each pixel takes room
+        self.stored.add(images[sure], labels[sure])
         self.past = self.mixed([part for pair in answer.statistics() for part in pair])
+
+    def confidence(self, answer: Tensor) -> Tensor:
+        """How probable the teacher finds what each image was asked to show (N): its class, its pixels' classes on average; 1 where it was nothing."""
+        if self.task.kind == "detect":
+            return answer.new_ones(len(answer))
+        found: Tensor = answer.softmax(1).gather(1, at_size(self.labels, answer)[:, None])[:, 0]
+        return found if found.dim() == 1 else found.mean((1, 2))
 
     def mixed(self, now: list[Tensor]) -> list[Tensor]:
         share = self.config.statistics_momentum
@@ -144,12 +166,12 @@ class GZNQ(Method):
         if not len(self.stored):
             raise RuntimeError(f"the teacher is sure of none of the {self.config.images} images: more iterations, or a lower confidence")
         images, labels = self.stored.next(self.config.batch_size)
-        return Batch(images, labels, self.teacher(images).detach())
+        return Batch(images, None if self.task.kind == "detect" else labels.long(), self.teacher(images).detach())
 
     def distill(self, student: Student, batch: Batch) -> Tensor:
-        assert batch.labels is not None
-        logits = student(batch.images)
-        return cross_entropy(logits, batch.labels) + divergence_loss(logits, batch.teacher_logits, self.config.temperature)
+        answer = student(batch.images)
+        distilled = self.answers.divergence(answer, batch.teacher_logits, self.config.temperature)
+        return distilled if batch.labels is None else label_loss(self.answers, answer, batch.labels) + distilled
 
     def finish(self, student: Student) -> None:
         if not self.config.finetune:

@@ -16,8 +16,8 @@ Fidelity: code. Loss, step, momentum, weight decay and learning rate are those o
 that method's own images this is that method, to the bit. Images are the host's, to the bit. What is said once for both: epochs, batch and milestones
 (the lineage's: IntraQ's own fall is at 20 epochs). A host that trains keeps its plan (warm-up, calibration); of one that does not (`zeroq`, `gznq`)
 only the images are taken, and ranges are the protocol's, tracked for `calibration_epochs`. ZeroQ's one batch is the batch of every step. y is the
-host's label; of Qimera's mixtures the shares of the classes, but the heaviest one for `dkd`; where a host has no labels (`gaussian`, `zeroq`, real
-images) the teacher's answer.
+host's label, in segmentation that of each pixel; of Qimera's mixtures the shares of the classes, but the heaviest one for `dkd`; where a host has no
+labels (`gaussian`, `zeroq`, real images) the teacher's answer. `kl` trains detectors too, `gdfq` and `ait` segmentation networks.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ PRESETS |= {f"imagenet-{net}": dict(batch_size=16, host_preset=f"imagenet-{net}"
 class QAT(HostingMethod):
     """Any method's training of the student on any method's images, or on real ones: the two as factors."""
 
+    tasks = {"classify", "segment", "detect"}
     needs = {"labels"}  # and what the host does
     quick = {"host_settings": {"warmup_epochs": 1, "calibration_epochs": 1}, "calibration_epochs": 1}
 
@@ -99,6 +100,11 @@ class QAT(HostingMethod):
         self.trainer = training.method(self.teacher, training_config(self.config), self.seed, self.device)  # never set up: it makes no images
         self.trainer._log = self._log
 
+    @classmethod
+    def tasks_with(cls, config: Any) -> set[Any]:
+        """KL alone compares answers of any kind; the others are defined where the methods are whose losses they are."""
+        return set(cls.tasks) if config.student == "kl" else set(TRAININGS[config.student].method.tasks)
+
     @property
     def static_step(self) -> bool:
         return self.host.static_step and self.trainer.static_step
@@ -116,7 +122,8 @@ class QAT(HostingMethod):
 
     def synthesize(self) -> Batch:
         batch = self.host.synthesize()
-        return replace(batch, labels=batch.teacher_logits.argmax(1)) if batch.labels is None else batch
+        without = batch.labels is None and self.task.kind != "detect"
+        return replace(batch, labels=batch.teacher_logits.argmax(1)) if without else batch
 
     def student_optimizer(self, student: Student) -> Optimizer:
         """Made before the first step, when the student is still the teacher."""

@@ -15,6 +15,7 @@ from dfqbench import Field, Method, MethodConfig, Student, register
 class Round(Method):
     """Nearest rounding, activation ranges from batch-norm parameters (Nagel et al., ICCV 2019); no training."""
 
+    tasks = {"classify", "segment", "detect"}
     needs = {"statistics", "ranges"}
     uses_seed = False
 

@@ -30,6 +30,7 @@ LARGEST_ZERO_POINT = 2**20  # beyond it float32 hardly tells a grid's levels apa
 class SQuant(Method):
     """Rounding whose errors cancel within kernels and channels, no images, no training (Guo et al., ICLR 2022)."""
 
+    tasks = {"classify", "segment", "detect"}
     needs = {"statistics", "ranges"}
     uses_seed = False
 

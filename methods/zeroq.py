@@ -33,6 +33,7 @@ class ZeroQ(Method):
     """Noise optimised towards BN statistics, for calibration only (Cai et al., CVPR 2020)."""
 
     ranges = "minmax"
+    tasks = {"classify", "segment", "detect"}
     needs = {"statistics"}
     quick = {"images": 4, "synthesis_iterations": 6}
 

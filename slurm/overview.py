@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dfqbench.errors import counted
+from dfqbench.metrics import METRICS
 from dfqbench.run.progress import duration
 from dfqbench.store import Store
 from dfqbench_slurm import cluster
@@ -34,7 +35,7 @@ class Word(enum.Enum):
 
 COLOURS = {Word.RUNNING: "cyan", Word.FAILED: "red", Word.LOST: "red", Word.PREEMPTED: "yellow", Word.DONE: "green"}
 
-REACHED = {"top1": "{:.2f} %", "agreement": "agreement {:.2f} %"}
+REACHED = {key: f"{metric.name} {{:.2f}} %" if key != "top1" else "{:.2f} %" for key, metric in METRICS.items()}
 
 
 @dataclass(frozen=True)

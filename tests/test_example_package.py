@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def test_what_the_package_brings_is_listed_with_its_version(example: Example) -> None:
     methods = example.dfqbench("methods", "list", "rip*")
     assert methods.returncode == 0, methods.stderr
-    assert " ".join(methods.stdout.splitlines()[1].split()) == "ripples none paper logits only yes dfqbench-example 1.2.3"
+    assert " ".join(methods.stdout.splitlines()[1].split()) == "ripples none paper classify logits only yes dfqbench-example 1.2.3"
     shown = example.dfqbench("methods", "show", "ripples")
     assert "dfqbench-example 1.2.3, ripples.py, sha256 " in shown.stdout
     assert "waves per image" in shown.stdout

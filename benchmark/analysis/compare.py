@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfqbench.analysis.records import Reading, read_store, said_of
-from dfqbench.analysis.stats import Bootstrap, Column, Estimate, McNemar, mcnemar
+from dfqbench.analysis.records import Reading, read_store, said_of, score_of
+from dfqbench.analysis.stats import RESAMPLES, Bootstrap, Column, DenseBootstrap, Estimate, McNemar, mcnemar
 from dfqbench.errors import UserError, counted
+from dfqbench.metrics import DENSE, metric_of
 from dfqbench.store import Store
 from dfqbench.sweep.cell import leaves, without_data
 
@@ -32,14 +33,15 @@ class Difference:
 class Pair:
     """Two results, compared on the images of their last epoch.
 
-    difference: accuracy of the first minus the second's, in percentage points, over test images alone. both, neither: images that both and that none
-    of them got right; `test` counts the rest. Of two cells without data it is the agreement with their teacher, and right is what the teacher says.
+    difference: accuracy of the first minus the second's, in percentage points, over test images alone. both, neither: images that both and that
+    none of them got right; `test` counts the rest; all three None and 0 for scores of dense tasks, of which no image is right or wrong. Of two
+    cells without data it is the agreement with their teacher, and right is what the teacher says.
     """
 
     first: dict[str, Any]
     second: dict[str, Any]
     difference: Estimate
-    test: McNemar
+    test: McNemar | None
     both: int
     neither: int
     differences: list[Difference]
@@ -60,6 +62,11 @@ def compare(store: Store, first: str, second: str, measured: Mapping[str, Side] 
         known[given] = result, _correct(reading, result)
     (ours, right), (theirs, theirs_right) = known[first], known[second]
     _check_images(ours, theirs)
+    metric = metric_of(ours).key
+    if metric in DENSE:
+        counts: list[Any] = [right, theirs_right]
+        bootstrap = DenseBootstrap(lambda cell, times: score_of(metric, counts[cell], times), 2, ours["images"], RESAMPLES)
+        return Pair(ours, theirs, Column(bootstrap, [[0], [1]]).difference(0, 1), None, 0, 0, list(_differences(ours, theirs)))
     test, both = mcnemar(right, theirs_right), int(np.bitwise_count(right & theirs_right).sum())
     return Pair(
         first=ours,
@@ -96,9 +103,10 @@ def _finished(reading: Reading, cell_id: str) -> dict[str, Any]:
 
 
 def _correct(reading: Reading, result: dict[str, Any]) -> Any:
-    packed = reading.correct(result)
+    dense = metric_of(result).key in DENSE
+    packed = reading.counts(result) if dense else reading.correct(result)
     if packed is None:
-        path = reading.store.folder(result["id"]) / "correct.npy"
+        path = reading.store.folder(result["id"]) / ("per_image.npz" if dense else "correct.npy")
         raise UserError(f"{path}: missing, damaged or not this result's: without it nothing can be compared image by image")
     return packed
 
@@ -117,7 +125,7 @@ def _named(result: dict[str, Any]) -> dict[str, Any]:
     cell, identity = result["cell"], result["cell"]["identity"]
     teacher = {"": cell["teacher"]["label"]} | dict(identity.get("teacher") or {"weights": cell["teacher"]["weights_sha256"]})
     first = {"method": cell["method"], "bits": cell["bits"], "seed": cell["seed"], "teacher": teacher}
-    first |= {"teacher top-1": result["teacher"]["top1"]} if result["teacher"].get("top1") is not None else {}
+    first |= {f"teacher {metric_of(result).name}": result["teacher"]["top1"]} if result["teacher"].get("top1") is not None else {}
     more = {"student steps": result["steps"], "code": cell.get("plugin", "")}
     return first | more | {key: value for key, value in identity.items() if key not in first}
 
@@ -130,16 +138,23 @@ def in_words(pair: Pair) -> Iterator[str]:
         cell = result["cell"]
         called = f"{cell['label']} {cell['teacher']['label']} {cell['evaluation']['name']} {cell['bits']} seed {cell['seed']}"
         reached = f"KL {result['kl']:.3g}, agreement {result['agreement']:.2f} %" if blind else f"{result['top1']:.2f} %"
-        yield f"{name:<7} {result['id']}  {called}: {reached} ({result['correct']} of {result['images']})"
+        dense = metric_of(result).key in DENSE
+        beside = f"{metric_of(result).name}, {result['images']} images" if dense else f"{result['correct']} of {result['images']}"
+        yield f"{name:<7} {result['id']}  {called}: {reached} ({beside})"
     d, test = pair.difference, pair.test
     yield ""
     points = "points of agreement with the teacher" if blind else "points"
     yield f"first - second: {d.value:+.2f} {points}, 95 % interval {d.low:+.2f} to {d.high:+.2f}, p = {d.p:.2g} (paired bootstrap over {images})"
-    yield f"McNemar's exact test: p = {test.p:.2g}"
-    yield "both are about the last epoch of these two runs on these images: what other seeds would give is not in them"
+    if test is not None:
+        yield f"McNemar's exact test: p = {test.p:.2g}"
+    both, them = ("both are", "them") if test is not None else ("this is", "it")
+    yield f"{both} about the last epoch of these two runs on these images: what other seeds would give is not in {them}"
     if blind:
         yield "this is no accuracy: the cells have no evaluation set (`evaluate: none`), and how they do on real images is not known"
     yield ""
+    if test is None:
+        yield from _differences_in_words(pair.differences)
+        return
     counts = [[str(n) for n in row] for row in ((pair.both, test.only_first), (test.only_second, pair.neither))]
     heads = f"second {right}", f"second {wrong}"
     wide = max(map(len, heads))

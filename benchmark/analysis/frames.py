@@ -18,12 +18,14 @@ from dfqbench.analysis.size import sizes_of
 from dfqbench.analysis.tables.cells import load_frame
 from dfqbench.errors import Notice, UserError, counted
 from dfqbench.files import read_json
+from dfqbench.metrics import DENSE, metric_of
 from dfqbench.quantization import Bits
 from dfqbench.store import Store
 from dfqbench.sweep.cell import canonical_json, fingerprint
 
 STATES = ("done", "diverged", "failed")
 # the columns of `results` with their dtypes; results/README.md says what they hold
+OF_DENSE_TASKS = ("miou", "pixel_accuracy", "teacher_miou", "ap", "ap50", "ap75", "teacher_ap")  # columns that are there where a cell has them
 COLUMNS = {
     "store": "string",
     "id": "string",
@@ -54,6 +56,7 @@ COLUMNS = {
     "best_epoch": "Int64",
     "teacher_top1": "Float64",
     "drop": "Float64",
+    **dict.fromkeys(OF_DENSE_TASKS, "Float64"),
     "agreement": "Float64",
     "kl": "Float64",
     "plain_agreement": "Float64",
@@ -161,12 +164,13 @@ def _frame(rows: list[tuple[dict[str, Any], dict[str, Any]]]) -> pd.DataFrame:
     """Of (what is known of its place, result), sorted as tables are read: teacher, evaluation set, protocol, precision, method, bits, seed."""
     known = load_frame([result for _, result in rows]).to_dict("records")
     made = [{str(key): value for key, value in own.items()} | place | _more(result) for own, (place, result) in zip(known, rows, strict=True)]
-    frame = pd.DataFrame(made, columns=list(COLUMNS))
+    there = {name for line in made for name in OF_DENSE_TASKS if line.get(name) is not None}
+    frame = pd.DataFrame(made, columns=[name for name in COLUMNS if name in there or name not in OF_DENSE_TASKS])
     widths = sorted({bits for bits in frame.bits if isinstance(bits, str)}, key=lambda bits: Bits.parse(bits, average=True))
     frame["bits"] = pd.Categorical(frame.bits, widths, ordered=True)
     frame["status"] = pd.Categorical(frame.status, STATES)
     frame["finished"] = pd.to_datetime(frame.finished.astype("Float64"), unit="s", utc=True)
-    frame = frame.astype({name: kind for name, kind in COLUMNS.items() if kind != "category"})
+    frame = frame.astype({name: kind for name, kind in COLUMNS.items() if kind != "category" and name in frame})
     order = ["teacher", "evaluation", "protocol", "precision", "method", "configuration", "bits", "seed", "id", "replicate"]
     return frame.sort_values(order, ignore_index=True)
 
@@ -181,10 +185,20 @@ def _more(result: dict[str, Any]) -> dict[str, Any]:
         | {"configuration": configuration, "settings": canonical_json(identity["config"])}
         | {"allocator": chosen.get("allocator"), "weight_bits": None if chosen else bits.weights}
         | {"activation_bits": None if chosen.get("activations") else bits.activations, "top5": _number(result.get("top5"))}
+        | _dense_scores(result)
         | {"best_epoch": result["best"].get("epoch") if "top1" in result["best"] else None, "last_epoch": result.get("last_epoch")}
         | {"finished": _number(result.get("finished")) or None}
         | (sizes.as_columns() if sizes else {})
     )
+
+
+def _dense_scores(result: dict[str, Any]) -> dict[str, Any]:
+    """mIoU or AP with what stands beside it, in columns of their own: they are no top-1 accuracy."""
+    metric = metric_of(result)
+    if metric.key not in DENSE:
+        return {}
+    own = {key: _number(result.get(key)) for key in (metric.key, *metric.beside)}
+    return own | {f"teacher_{metric.key}": _number(result["teacher"].get(metric.key))}
 
 
 def _number(value: Any) -> float | None:

@@ -19,11 +19,12 @@ from typing import Any
 from dfqbench.analysis.records import read_correct, read_store
 from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_atomically
+from dfqbench.metrics import metric_of
 from dfqbench.store import Store
 from dfqbench.sweep.cell import fingerprint
 
 SETUP = ("git", "packages", "python", "device", "device_name", "threads", "cpu_capability")  # of a result's provenance: what may change its bits
-SCORES = ("top1", "top5", "agreement", "kl", "plain_rounding", "correct", "images", "loss", "best")
+SCORES = ("top1", "top5", "miou", "pixel_accuracy", "ap", "ap50", "ap75", "agreement", "kl", "plain_rounding", "correct", "images", "loss", "best")
 NUMBERS = (*SCORES, "evaluations", "last_epoch", "steps", "student_state")
 NOT_COPIED = ("lease.json", "wandb.json")
 
@@ -210,5 +211,5 @@ def _merge_teachers(other: Store, store: Store, done: Merged) -> None:
             continue
         if known is None:
             write_atomically(mine, path.read_bytes())
-        elif known.get("correct") != record.get("correct"):
-            done.conflicts.append(f"{path}: the teacher's own accuracy is {known.get('top1')} here, {record.get('top1')} there; nothing was changed")
+        elif (known.get("correct"), known.get(key := metric_of(record).key)) != (record.get("correct"), record.get(key)):
+            done.conflicts.append(f"{path}: the teacher's own accuracy is {known.get(key)} here, {record.get(key)} there; nothing was changed")

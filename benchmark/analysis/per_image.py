@@ -8,32 +8,39 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfqbench.analysis.records import Reading
+from dfqbench.analysis.records import Reading, score_of
 from dfqbench.analysis.seeds import Basis
-from dfqbench.analysis.stats import Bootstrap, Column, Estimate, McNemar, mcnemar
+from dfqbench.analysis.stats import Bootstrap, Column, DenseBootstrap, Estimate, McNemar, mcnemar
+from dfqbench.metrics import DENSE, metric_of
 
 
 class PerImage:
     """Comparisons by cell id. A cell without readable per-image results takes part in none; `missing` names them."""
 
     def __init__(self, reading: Reading):
-        groups: dict[tuple[str, int], list[tuple[str, NDArray[np.uint8]]]] = {}
+        groups: dict[tuple[str, int], list[tuple[str, Any]]] = {}
         self.missing: list[str] = []
+        self._metrics: dict[tuple[str, int], str] = {}
         for result in reading.results:
-            packed = reading.correct(result)
-            if packed is None:
-                self.missing.append(
-                    f"{reading.store.folder(result['id']) / 'correct.npy'}: missing, or not this result's: the cell is in no comparison"
-                )
+            metric = metric_of(result).key
+            found = reading.counts(result) if metric in DENSE else reading.correct(result)
+            if found is None:
+                file = reading.store.folder(result["id"]) / ("per_image.npz" if metric in DENSE else "correct.npy")
+                self.missing.append(f"{file}: missing, or not this result's: the cell is in no comparison")
             else:
-                groups.setdefault(_set_of(result), []).append((result["id"], packed))
+                groups.setdefault(_set_of(result), []).append((result["id"], found))
+                self._metrics[_set_of(result)] = metric
         self._seedless = {r["id"] for r in reading.results if not r["last_epoch"]}  # no epoch, so nothing was made or trained: nothing was drawn
         self._place: dict[str, tuple[tuple[str, int], int]] = {}
         self._rows: dict[tuple[str, ...], tuple[Column, int]] = {}
         self._packed: dict[tuple[str, int], NDArray[np.uint8]] = {}
+        self._counts: dict[tuple[str, int], list[dict[str, NDArray[Any]]]] = {}
         self._bootstraps: dict[tuple[str, int], Bootstrap] = {}
         for key, group in groups.items():
-            self._packed[key] = np.stack([packed for _, packed in group])
+            if self._metrics[key] in DENSE:
+                self._counts[key] = [counts for _, counts in group]
+            else:
+                self._packed[key] = np.stack([packed for _, packed in group])
             self._place.update({cell_id: (key, i) for i, (cell_id, _) in enumerate(group)})
 
     def column(self, rows: Sequence[list[str]]) -> list[tuple[Estimate, Basis] | None]:
@@ -64,9 +71,10 @@ class PerImage:
             raise ValueError("rows of different columns cannot be compared image by image")
         return column.difference(row, base)
 
-    def mcnemar(self, first: str, second: str) -> McNemar:
+    def mcnemar(self, first: str, second: str) -> McNemar | None:
+        """None where no image is right or wrong (mIoU, AP)."""
         key, (a, b) = self._set([first, second]), (self._place[first][1], self._place[second][1])
-        return mcnemar(self._packed[key][a], self._packed[key][b])
+        return None if key in self._counts else mcnemar(self._packed[key][a], self._packed[key][b])
 
     def _set(self, ids: Sequence[str]) -> tuple[str, int]:
         keys = {self._place[cell_id][0] for cell_id in ids}
@@ -75,6 +83,9 @@ class PerImage:
         return keys.pop()
 
     def _bootstrap(self, key: tuple[str, int]) -> Bootstrap:
+        if key in self._counts and key not in self._bootstraps:
+            counts, metric = self._counts[key], self._metrics[key]
+            self._bootstraps[key] = DenseBootstrap(lambda cell, times: score_of(metric, counts[cell], times), len(counts), key[1])
         if key not in self._bootstraps:
             self._bootstraps[key] = Bootstrap(self._packed[key], key[1])
         return self._bootstraps[key]

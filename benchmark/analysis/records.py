@@ -8,6 +8,7 @@ import math
 import os
 import re
 import time
+import zipfile
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,8 +19,11 @@ from numpy.typing import NDArray
 
 from dfqbench.analysis.warning_signs import signs_of
 from dfqbench.files import read_json
+from dfqbench.metrics import DENSE, METRICS, metric_of
 from dfqbench.store import Store
 from dfqbench.sweep.cell import canonical_json, fingerprint, without_data
+from dfqbench.tasks.detect import Matches, average_precision
+from dfqbench.tasks.segment import mean_iou
 
 CELL_ID = re.compile(r"[0-9a-f]{12}")
 OF_A_CELL = {"cell.json", "result.json", "failed.json", "lease.json", "log.txt", "history.csv"}
@@ -34,7 +38,6 @@ REQUIRED: dict[str, type | tuple[type, ...]] = {
     "evaluations": int,
     "last_epoch": int,
     "images": int,
-    "correct": int,
     "steps": int,
     "teacher": dict,
     "seconds.own": (int, float),
@@ -56,8 +59,9 @@ REQUIRED: dict[str, type | tuple[type, ...]] = {
     "cell.identity.protocol": dict,
     "cell.identity.config": dict,
 }
-OF_ACCURACY: dict[str, type | tuple[type, ...]] = {"top1": (int, float), "best.top1": (int, float), "teacher.top1": (int, float)}
-OF_AGREEMENT: dict[str, type | tuple[type, ...]] = {"agreement": (int, float), "kl": (int, float), "best.agreement": (int, float)}
+OF_ACCURACY: dict[str, type | tuple[type, ...]] = {"correct": int, "top1": (int, float), "best.top1": (int, float), "teacher.top1": (int, float)}
+OF_DENSE: dict[str, type | tuple[type, ...]] = {"top1": (int, float), "best.top1": (int, float), "teacher.top1": (int, float)}  # see `_scored`
+OF_AGREEMENT: dict[str, type | tuple[type, ...]] = {"correct": int, "agreement": (int, float), "kl": (int, float), "best.agreement": (int, float)}
 _OF_THE_CELL = {path: kind for path, kind in REQUIRED.items() if path.startswith("cell.")}
 
 
@@ -91,7 +95,7 @@ class Reading:
         for path in sorted(folder.glob("*/*/result.json")) if folder.is_dir() else []:
             if path.parent.parent.name in wanted:
                 with contextlib.suppress(ValueError, OSError):
-                    result = read_json(path)
+                    result = _scored(read_json(path))
                     if not problem_of(result, path.parent.parent.name):
                         found.setdefault(result["id"], []).append(result)
         return found
@@ -123,6 +127,10 @@ class Reading:
             newest[experiment] = max(newest.get(experiment, ()), _age(each))
         return [each for each in found if _age(each) == newest[_experiment(each)]]
 
+    def counts(self, result: dict[str, Any]) -> dict[str, NDArray[Any]] | None:
+        """What a dense task's metric is made of, image by image; None where the file is missing, damaged or another result's."""
+        return read_counts(self.store.folder(result["id"]) / "per_image.npz", result)
+
     def correct(self, result: dict[str, Any]) -> NDArray[np.uint8] | None:
         """Which test images the cell got right, as packed bits; None where the file is missing, damaged or another cell's."""
         return read_correct(self.store.folder(result["id"]) / "correct.npy", result)
@@ -144,6 +152,7 @@ def read_store(store: Store, wanted: set[str] | None = None) -> Reading:
             unreadable[cell_id] = f"{folder}: {closed}"
         elif "result.json" in names:
             result, why = _read(folder / "result.json")
+            result = _scored(result)
             why = why or problem_of(result, cell_id)
             if why:
                 unreadable[cell_id] = f"{folder / 'result.json'}: {why}"
@@ -204,7 +213,9 @@ def problem_of(result: Any, cell_id: str) -> str:
     if lacking := _lacking(result, REQUIRED):
         return f"not a result of this suite: {lacking}"
     blind = without_data(result["cell"])
-    if lacking := _lacking(result, OF_AGREEMENT if blind else OF_ACCURACY):
+    if result.get("metric", "top1") not in METRICS:
+        return f"not a result of this suite: its metric is {result['metric']!r}"
+    if lacking := _lacking(result, OF_AGREEMENT if blind else OF_DENSE if metric_of(result).key in DENSE else OF_ACCURACY):
         return f"not a result of this suite: {lacking}"
     if blind and "top1" in result:
         return "not a result of this suite: an accuracy, without an evaluation set"
@@ -225,6 +236,18 @@ def problem_of(result: Any, cell_id: str) -> str:
         if cell["identity"].get(key, cell[key]) != cell[key]:
             return f"its {key} {cell[key]!r} is not that of its settings: edited by hand"
     return ""
+
+
+def _scored(result: Any) -> Any:
+    """A result of a dense task with its metric under the name by which everything here asks for the score of a network: `top1`."""
+    if not isinstance(result, dict) or result.get("metric") not in DENSE:
+        return result
+    key = result["metric"]
+
+    def scored(part: Any) -> Any:
+        return {**part, "top1": part[key]} if isinstance(part, dict) and key in part else part
+
+    return scored({**result, **{name: scored(result[name]) for name in ("best", "teacher") if name in result}})
 
 
 def _lacking(record: dict[str, Any], wanted: dict[str, type | tuple[type, ...]]) -> str:
@@ -250,10 +273,13 @@ def _as_result(failure: dict[str, Any], store: Store) -> dict[str, Any] | None:
     if _lacking({"cell": cell}, _OF_THE_CELL) or fingerprint(cell["identity"]) != failure["id"]:
         return None
     teacher, _ = _read(store.root / "teachers" / f"{fingerprint([cell['identity'].get('teacher'), cell['identity']['evaluation']])}.json")
-    top1, images = teacher.get("top1") if isinstance(teacher, dict) else None, cell["evaluation"].get("images")
+    teacher = _scored(teacher) if isinstance(teacher, dict) else {}
+    top1, images = teacher.get("top1"), cell["evaluation"].get("images")
     scores: dict[str, Any] = {"top1": math.nan, "best": {"top1": math.nan}}
     if without_data(cell):
         scores = {"metric": "agreement", "agreement": math.nan, "kl": math.nan, "best": {"agreement": math.nan}}
+    elif teacher.get("metric") in DENSE:
+        scores["metric"] = teacher["metric"]
     epoch = IN_EPOCH.search(str(failure["message"])) if failure["kind"] == DIVERGED else None
     return {
         "id": failure["id"],
@@ -284,6 +310,25 @@ def _age(result: dict[str, Any]) -> tuple[Any, ...]:
     identity = result["cell"]["identity"]
     versions = [n if isinstance(n := identity.get(key), int) else 0 for key in ("engine", "method_version")]
     return *versions, result.get("finished", 0.0), "status" not in result
+
+
+def read_counts(path: Path, result: dict[str, Any]) -> dict[str, NDArray[Any]] | None:
+    """The arrays of a per_image.npz that give the result's own score; None otherwise."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {name: file[name] for name in file.files}
+        images, score = len(found["boxes" if result["metric"] == "ap" else "confusion"]), score_of(result["metric"], found)
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+    return found if images == result["images"] and abs(score - result["top1"]) < 1e-6 else None
+
+
+def score_of(metric: str, counts: dict[str, NDArray[Any]], times: NDArray[np.int64] | None = None) -> float:
+    """mIoU or AP in percent of what `read_counts` gives. times: how often each image is in the set; None: once."""
+    if metric == "ap":
+        return average_precision(Matches(**counts), times)["ap"]
+    confusion = counts["confusion"].astype(np.int64)
+    return float(mean_iou(confusion if times is None else confusion * times[:, None, None]))
 
 
 def read_correct(path: Path, result: dict[str, Any]) -> NDArray[np.uint8] | None:
@@ -322,7 +367,7 @@ def read_history(path: Path, points: int = 60) -> dict[str, list[float | str | N
     columns = lines[0].split(",")
     last = len(lines) - 1
     kept = {round(1 + i * (last - 1) / max(points - 1, 1)) for i in range(points)}
-    at = next((columns.index(metric) for metric in ("top1", "agreement") if metric in columns), None)
+    at = next((columns.index(metric) for metric in METRICS if metric in columns), None)
     rows = []
     for number, line in enumerate(lines[1:], 1):
         values = line.split(",")

@@ -5,7 +5,7 @@ Accuracies are in percent everywhere, probabilities between 0 and 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -16,6 +16,7 @@ from dfqbench.analysis.seeds import Floats, degrees_of_freedom, moderated
 
 Packed = NDArray[np.uint8]
 RESAMPLES = 1000
+DENSE_RESAMPLES = 200  # of scores that have to be put together anew for each
 LEVEL = 0.95
 Z = 1.959963984540054  # of the normal distribution, two-sided at LEVEL
 TESTABLE = 5.0  # degrees of freedom; with fewer, a row that scatters widely is never told from the best of many, however bad it is
@@ -63,6 +64,22 @@ class Bootstrap:
         differing = sum(int(np.bitwise_count(packed[i] ^ packed[i + 1 :]).sum()) for i in range(n - 1)) / n
         residual = max(differing - self.images * float(np.var(self.values[list(cells)] / 100)) * n, 0.0)
         return 1e4 * residual / ((self.images - 1) * (n - 1) * self.images)
+
+
+class DenseBootstrap(Bootstrap):
+    """The same of a score that is no mean over images (mIoU, AP): score(cell, times) of each cell, with each image in the set so many times.
+
+    What seeds differ in on single images is not told from the rest: their whole variance counts on top, which errs on the side of caution.
+    """
+
+    def __init__(self, score: Callable[[int, NDArray[np.int64] | None], float], cells: int, images: int, resamples: int = DENSE_RESAMPLES):
+        self.images = images
+        self.values = np.array([score(cell, None) for cell in range(cells)])
+        times = _image_counts(images, resamples).astype(np.int64)
+        self.samples = np.array([[score(cell, often) for cell in range(cells)] for often in times], np.float32)
+
+    def scatter(self, cells: Sequence[int]) -> float:
+        return 0.0
 
 
 class Column:

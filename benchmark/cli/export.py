@@ -68,8 +68,9 @@ def export(
         raise typer.Exit(1) from None
     print(f"written to {path}: {path.stat().st_size / 1e6:.2f} MB")
     if to == "onnx":
-        from dfqbench.export.onnx_run import advice
+        from dfqbench.export.onnx_run import advice, outputs_of
 
+        print(f"outputs: {', '.join(outputs_of(path))}")
         for line in advice(path):
             print(line)
     if time:

@@ -73,6 +73,7 @@ def models(
     """
     from dfqbench.store.cache import cache_folder
     from dfqbench.teachers import list_models
+    from dfqbench.teachers.spec import zoo_kind
 
     found: list[str] = []
     for pattern in patterns or ["*"]:
@@ -81,7 +82,7 @@ def models(
             raise UserError(f"no network matches {pattern!r}: {nearest(pattern, list_models(cache=cache_folder()))}")
         found += [name for name in matching if name not in found]
     if check is None:
-        print("\n".join(found))
+        print("\n".join(name if zoo_kind(name) == "classify" else f"{name}  ({zoo_kind(name)})" for name in found))
         return
     one_of("--format", output, ("text", "markdown", "csv"))
     from dfqbench.quantization import find_protocol

@@ -28,7 +28,7 @@ def methods(context: typer.Context) -> None:
 
 @app.command("list")
 def list_methods(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'z*'.")] = "*", plugin: Plugins = None) -> None:
-    """List methods: paper, what the implementation follows, what it needs, whether bit widths share synthesis, where it comes from."""
+    """List methods: paper, what the implementation follows, tasks, what it needs, whether bit widths share synthesis, where it comes from."""
     from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
@@ -37,7 +37,7 @@ def list_methods(pattern: Annotated[str, typer.Argument(help="A wildcard, like '
     found = [entry.info for name, entry in entries.items() if fnmatch.fnmatchcase(name, pattern)]
     if not found:
         raise UserError(f"no method matches {pattern!r}: {nearest(pattern, entries)}")
-    heading = ("method", "paper", "follows", "needs", "lockstep", "from")
+    heading = ("method", "paper", "follows", "tasks", "needs", "lockstep", "from")
     rows = [heading, *map(_row, found)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     console = Console()
@@ -50,7 +50,7 @@ def list_methods(pattern: Annotated[str, typer.Argument(help="A wildcard, like '
 
 def _row(info: MethodInfo) -> tuple[str, ...]:
     needs = ", ".join("BN" if need == "statistics" else need for need in info.needs)
-    return info.name, info.paper, info.fidelity, needs or "logits only", "yes" if info.shares_synthesis else "no", info.origin
+    return info.name, info.paper, info.fidelity, " ".join(info.tasks), needs or "logits only", "yes" if info.shares_synthesis else "no", info.origin
 
 
 @app.command("show")
@@ -74,6 +74,7 @@ def show_method(name: str, plugin: Plugins = None) -> None:
         f"paper      {info.paper}",
         f"follows    {FIDELITY[info.fidelity]}",
         f"from       {info.origin}, {source.file}, sha256 {source.sha256[:12]}",
+        f"tasks      {', '.join(info.tasks)}",
         *(f"needs      {NEEDS[need]}" for need in info.needs),
         f"lockstep   {'yes: one stream of images serves all bit widths' if info.shares_synthesis else 'no: the images depend on the student'}",
     ]

@@ -201,7 +201,11 @@ def compare(
     if on is not None:
         from dfqbench.run.evaluation import measure
 
-        measured = {given: (m.result, m.correct) for given in files for m in [measure(given, on, results)]}
+        for given in files:
+            found = measure(given, on, results)
+            if found.correct is None:
+                raise UserError(f"{given}: only files of classifiers are compared image by image; `dfqbench evaluate` measures it")
+            measured[given] = found.result, found.correct
     for line in in_words(compared(Store(results), first, second, measured)):
         print(line)
 

@@ -125,9 +125,9 @@ def select(
 
 
 def pretrain(
-    source: Annotated[str, typer.Argument(help="Training images: digits, or imagefolder:PATH (one sub-folder per class).")],
+    source: Annotated[str, typer.Argument(help="Training images: digits, digit-scenes-segment, digit-scenes-detect, or imagefolder:PATH.")],
     out: Annotated[Path, typer.Option(readable=False, help="The .safetensors file to write.")],
-    model: Annotated[str, typer.Option(help="A CIFAR ResNet: cifar:resnet20, 32, 44 or 56.")] = "cifar:resnet20",
+    model: Annotated[str | None, typer.Option(help="A CIFAR ResNet; default: cifar:resnet20, on scenes scenes:segment or scenes:detect.")] = None,
     test: Annotated[str | None, typer.Option(help="Evaluation set to test on at the end; digits has its own test split.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Default: what suits the source.")] = None,
     seed: int = 0,
@@ -135,7 +135,7 @@ def pretrain(
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
-    """Train a teacher: a CIFAR ResNet on a folder of images or on the digits."""
+    """Train a teacher: a CIFAR ResNet on a folder of images or on the digits, or a small network for dense tasks on scenes of digits."""
     if precision not in ("fp32", "bf16"):
         raise UserError(f"--precision {precision!r}: fp32 or bf16")
     from dfqbench.engine.device import use_device

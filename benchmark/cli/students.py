@@ -95,6 +95,9 @@ def evaluate(
     ],
     on: OnSet,
     results: Results = DEFAULT_RESULTS,
+    decode: Annotated[
+        str | None, typer.Option(metavar="FILE.py:NAME", help="Of a detector: the function that makes boxes of what its head says.")
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     plugin: Plugins = None,
@@ -109,5 +112,5 @@ def evaluate(
         load_plugin(file)
     if threads is not None:
         torch.set_num_threads(threads)
-    for line in in_words(measure(student, on, results, device)):
+    for line in in_words(measure(student, on, results, device, decode=decode)):
         print(line)

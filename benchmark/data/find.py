@@ -6,22 +6,33 @@ import fnmatch
 import inspect
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from dfqbench.data.dense import CocoFolder, SegmentationFolder, VocFolder
+from dfqbench.data.digit_scenes import SceneBoxes, SceneMasks
 from dfqbench.data.own import own_sets
 from dfqbench.data.sets import BUILT_IN, Cifar, Digits, EvaluationSet, ImageFolder
 from dfqbench.errors import UserError, nearest
 from dfqbench.method import plugins
 
+OFFLINE: dict[str, Callable[[], EvaluationSet]] = {"digits": Digits, "digit-scenes-segment": SceneMasks, "digit-scenes-detect": SceneBoxes}
+DENSE_FOLDERS: dict[str, Callable[[str, Path], EvaluationSet]] = {
+    "segmentation": SegmentationFolder,
+    "voc-detection": VocFolder,
+    "coco": CocoFolder,
+}
+
 
 def find_set(text: str) -> EvaluationSet:
     """The evaluation set that a sweep names.
 
-    - `digits`: scikit-learn's handwritten digits, which need no download
+    - `digits`: scikit-learn's handwritten digits, which need no download; `digit-scenes-segment` and `digit-scenes-detect`: scenes of them
     - `cifar10`, `cifar100`, with `:ROOT`: torchvision's folder, filled by a download where it is empty; default $DFQBENCH_DATA or ~/.cache/dfqbench
     - `imagenet`, with `:ROOT`: the 1000 folders n01440764 ... of validation images, or the folder above with `val` in it; default $IMAGENET
     - `imagefolder:PATH`: a folder with one sub-folder of images per class, sorted by name, or as numbers where
       all of them are whole numbers (torchvision sorts those as text: `10` before `2`)
+    - `segmentation:PATH`, `voc-detection:PATH`, `coco:PATH`: images with masks or boxes (dense.py)
     - whatever a plug-in registered (`register_set`), with or without `:PLACE`
 
     Folders are listed here, and errors in them raised as UserError; CIFAR is opened when it is first needed.
@@ -34,16 +45,18 @@ def find_set(text: str) -> EvaluationSet:
             return own[name](name, place or None)
         hint = "".join(f"; broken plug-in {plugin}: {why}" for plugin, why in plugins.broken.items())
         raise UserError(f"unknown evaluation set {text!r}: {nearest(name, [*BUILT_IN, *own])}{hint}")
-    if name == "digits":
+    if name in OFFLINE:
         if path is not None:
-            raise UserError(f"evaluation set {text!r}: 'digits' comes with scikit-learn and takes no folder")
-        return Digits()
+            raise UserError(f"evaluation set {text!r}: {name!r} comes with scikit-learn and takes no folder")
+        return OFFLINE[name]()
     if name in ("cifar10", "cifar100"):
         return Cifar(name, path or Path(os.environ.get("DFQBENCH_DATA") or "~/.cache/dfqbench").expanduser())
     if name == "imagenet":
         return _imagenet(path)
     if path is None:
-        raise UserError(f"evaluation set {text!r}: write imagefolder:PATH")
+        raise UserError(f"evaluation set {text!r}: write {name}:PATH")
+    if name in DENSE_FOLDERS:
+        return DENSE_FOLDERS[name](f"{name}:{path.resolve().name}", path)
     return ImageFolder(f"imagefolder:{path.resolve().name}", path)
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +43,8 @@ class Images:
         `keep(shape, decode)` may give all images from a file that is mapped into memory, which `decode` fills the first time.
         """
         self.labels = labels
+        self.targets: Callable[[int], Any] | None = None  # of dense sets, whose labels are places in the set: what belongs to image i
+        self.class_names: list[str] = []
         self.classes = classes
         self.shape = shape
         self._read = read

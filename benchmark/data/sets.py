@@ -23,14 +23,19 @@ from dfqbench.data.images import Images, Labels, Pixels, open_image, prepare, th
 from dfqbench.data.pixels import kept
 from dfqbench.errors import Notice, UserError
 from dfqbench.store.cache import cache_folder, remembered
-from dfqbench.task import Task
+from dfqbench.task import Kind, Task
 
 BUILT_IN = {
     "digits": "scikit-learn's handwritten digits, 599 test images; needs no download",
+    "digit-scenes-segment": "those digits on 300 test scenes of 64 x 64 pixels, a class for each pixel; needs no download",
+    "digit-scenes-detect": "the same scenes, a box for each digit; needs no download",
     "cifar10": "CIFAR-10, 10,000 test images; cifar10:ROOT, downloaded into it where absent",
     "cifar100": "CIFAR-100, 10,000 test images; cifar100:ROOT, downloaded into it where absent",
     "imagenet": "ImageNet, 50,000 validation images; imagenet:ROOT or $IMAGENET",
     "imagefolder": "a folder with one sub-folder of images per class; imagefolder:PATH",
+    "segmentation": "a folder of images and one of masks of class indices (CamVid's, PASCAL VOC's); segmentation:PATH",
+    "voc-detection": "images with boxes in PASCAL VOC's XML files; voc-detection:PATH",
+    "coco": "images with boxes in a JSON file of COCO's format; coco:FILE or coco:FOLDER",
 }
 MANY = 10_000  # images: reading them takes a while
 
@@ -38,6 +43,7 @@ MANY = 10_000  # images: reading them takes a while
 class EvaluationSet(ABC):
     """Labelled images. `name` says which, never where: two machines that keep the same images in different folders mean the same set."""
 
+    kind: Kind = "classify"  # of the networks that can be evaluated on it
     training_split: str = "test"  # the name of the training images, or of all where the set has no others
     other_order: list[str] | None = None  # the class names as others may have sorted them, where that is not `class_names`
     source: dict[str, str] | None = None  # where a plug-in's code came from, plugins.Origin

@@ -15,19 +15,20 @@ from torch import Tensor
 from dfqbench.method.contract import Batch
 from dfqbench.network import Network
 from dfqbench.quantization.student import Student
+from dfqbench.tasks.answers import answers_of
 
 
 def look(student: Student, batch: Batch, autocast: AbstractContextManager[Any]) -> dict[str, float]:
     """`clipped`: percent of the activations beyond their grid, in the layer where it is most; nothing where no layer has a range.
 
-    `student_agrees`: percent of the images to which the student gives the teacher's answer.
+    `student_agrees`: percent of the images (pixels, objects) to which the student gives the teacher's answer.
     """
     with torch.no_grad(), autocast:
         logits, shares = student.clipped_shares(batch.images)
     if not len(shares):
         return {}
-    agrees = logits.argmax(1) == batch.teacher_logits.argmax(1)
-    found = {"clipped": 100 * shares.max(), "student_agrees": 100 * agrees.float().mean()}
+    agrees = answers_of(student.task).agreement(logits, batch.teacher_logits)
+    found = {"clipped": 100 * shares.max(), "student_agrees": 100 * agrees.mean()}
     return {name: float(value) for name, value in found.items()}
 
 
@@ -51,9 +52,9 @@ def agreements(student: Network, plain: Network | None, batch: Batch, autocast: 
     """
     if plain is None:
         return {}
-    theirs = batch.teacher_logits.argmax(1)
+    agreement = answers_of(student.task).agreement
     with torch.no_grad(), autocast:
-        ours, rounded = ((network(batch.images).argmax(1) == theirs).double() for network in (student, plain))
+        ours, rounded = (agreement(network(batch.images), batch.teacher_logits).double() for network in (student, plain))
     difference = ours - rounded
     error = float(difference.std(correction=0)) / math.sqrt(len(difference))
     return {"student_agrees": 100 * float(ours.mean()), "rounding_agrees": 100 * float(rounded.mean()), "agreement_error": 100 * error}

@@ -1,7 +1,8 @@
-"""Accuracy of a network on an evaluation set, image by image, and a hash that shows whether evaluating changed it."""
+"""Accuracy, mIoU or AP of a network on an evaluation set, image by image, and a hash that shows whether evaluating changed it."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,12 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfqbench.data import Images
+from dfqbench.data.dense import placed
 from dfqbench.errors import UserError
+from dfqbench.network import Network
 from dfqbench.task import Task
+from dfqbench.tasks.detect import Boxes, Detections, average_precision, average_precisions, matches_of
+from dfqbench.tasks.segment import intersections_over_unions, mean_iou, pixel_accuracy, pixel_counts
 from dfqbench.teachers.weights import hash_tensors
 
 Precision = Literal["fp32", "bf16"]
 T = TypeVar("T")
+DENSE_BATCH = 16  # images
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,74 @@ class Evaluation:
     loss: float  # mean cross-entropy in nats; nan for a network that diverged
     metric: Literal["top1", "agreement"] = "top1"
 
+    @property
+    def value(self) -> float:
+        """Of the metric, in percent."""
+        return self.top1
+
+    def files(self) -> dict[str, bytes]:
+        """What is kept of every image, by file name."""
+        return {"correct.npy": _as_file(np.save, np.packbits(self.correct))}
+
     def scores(self) -> dict[str, Any]:
         """As a result.json has them."""
         counts = {"correct": int(self.correct.sum()), "images": int(self.correct.size)}
         if self.metric == "agreement":
             return {"metric": self.metric, "agreement": self.top1, "kl": self.loss, **counts}
         return {"top1": self.top1, "top5": self.top5, **counts, "loss": self.loss}
+
+
+@dataclass(frozen=True)
+class DenseEvaluation:
+    """How well a network labels pixels (`miou`) or finds objects (`ap`). said: as a result.json has it. per_image: arrays from which the metric of
+    any choice of images can be put together (tasks/segment.py, tasks/detect.py)."""
+
+    metric: Literal["miou", "ap"]
+    said: dict[str, Any]
+    per_image: dict[str, npt.NDArray[Any]]
+
+    @property
+    def value(self) -> float:
+        """Of the metric, in percent."""
+        return float(self.said[self.metric])
+
+    def files(self) -> dict[str, bytes]:
+        """What is kept of every image, by file name."""
+        return {"per_image.npz": _as_file(np.savez_compressed, **self.per_image)}
+
+    def scores(self) -> dict[str, Any]:
+        """As a result.json has them."""
+        return {"metric": self.metric, **self.said}
+
+
+Evaluated = Evaluation | DenseEvaluation
+
+
+def _as_file(save: Callable[..., None], *arrays: npt.NDArray[Any], **named: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    save(buffer, *arrays, **named)
+    return buffer.getvalue()
+
+
+def evaluate_task(
+    network: Network,
+    images: Images,
+    task: Task,
+    device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
+    batch_size: int = 500,
+    smaller: Callable[[int], None] = lambda size: None,
+) -> Evaluated:
+    """As `evaluate`, by the metric of whatever kind of task it is. Dense networks answer much: their batches have DENSE_BATCH images at most."""
+    if task.kind == "classify":
+        return evaluate(network, images, task, device, precision, batch_size, smaller)
+    scored = _segmentation if task.kind == "segment" else _detection
+
+    @torch.inference_mode()
+    def work(size: int) -> DenseEvaluation:
+        return scored(network, images, task, _answers(network, images, task, torch.device(device), precision, size))
+
+    return in_batches_that_fit(work, min(batch_size, DENSE_BATCH), smaller)
 
 
 def evaluate(
@@ -79,7 +147,7 @@ def _evaluated(network: nn.Module, images: Images, task: Task, device: torch.dev
     network.to(device)
     mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (task.mean, task.std))
     hits1, hits5, losses = [], [], []
-    with _eval_mode(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with eval_mode(network), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for pixels, labels in images.batches(batch_size):
             target = _to(labels, device)
             logits = network(normalise(_to(pixels, device), mean, std))
@@ -97,6 +165,65 @@ def _evaluated(network: nn.Module, images: Images, task: Task, device: torch.dev
         top5=100.0 * torch.cat(hits5).double().mean().item() if hits5 else None,
         loss=torch.cat(losses).double().mean().item(),
     )
+
+
+def _answers(
+    network: Network, images: Images, task: Task, device: torch.device, precision: Precision, batch_size: int
+) -> Iterator[tuple[npt.NDArray[np.int64], Tensor]]:
+    """(places in the set, answers in float32), batch by batch."""
+    network.to(device)
+    mean, std = (torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (task.mean, task.std))
+    with eval_mode(network):
+        for pixels, places in images.batches(batch_size):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                answer = network(normalise(_to(pixels, device), mean, std))
+            yield places, answer.float()
+
+
+def _segmentation(network: Network, images: Images, task: Task, answers: Iterator[tuple[npt.NDArray[np.int64], Tensor]]) -> DenseEvaluation:
+    """Masks are scored at their own size: of each image's logits the part where the image lies is resized to it."""
+    assert images.targets is not None
+    counts = []
+    for places, answer in answers:
+        for place, logits in zip(places.tolist(), F.interpolate(answer, task.image_shape[1:], mode="bilinear", align_corners=False), strict=True):
+            mask = images.targets(place)
+            at = placed(mask.shape[0], mask.shape[1], task)
+            logits = logits[None, :, : at.inner_height, : at.inner_width]
+            logits = logits if logits.shape[2:] == mask.shape else F.interpolate(logits, mask.shape, mode="bilinear", align_corners=False)
+            said = torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)[0].cpu().numpy()
+            counts.append(pixel_counts(said, mask, task.labels))
+    confusion = np.stack(counts)
+    per_class = intersections_over_unions(confusion.sum(0))
+    said_ = {"miou": float(mean_iou(confusion)), "pixel_accuracy": pixel_accuracy(confusion), "per_class": _by_name(images, per_class)}
+    return DenseEvaluation("miou", {**said_, "images": len(confusion)}, {"confusion": confusion.astype(np.int32)})
+
+
+def _detection(network: Network, images: Images, task: Task, answers: Iterator[tuple[npt.NDArray[np.int64], Tensor]]) -> DenseEvaluation:
+    """The network's own `decode` makes boxes; they are brought back to the pixels of the image as it is stored."""
+    assert images.targets is not None
+    if network.decode is None:
+        raise UserError("this detector has no decode(answer, height, width), which makes boxes of what its head says")
+    found: list[Detections] = []
+    annotated: list[Boxes] = []
+    height, width = task.image_shape[1:]
+    for places, answer in answers:
+        finite = torch.isfinite(answer).flatten(1).all(1).tolist()
+        for place, whole, boxes in zip(places.tolist(), finite, network.decode(network.native(answer), height, width), strict=True):
+            target = images.targets(place)
+            at = placed(target.height, target.width, task)
+            scale = np.array([target.width / at.inner_width, target.height / at.inner_height] * 2)
+            corners, scores, labels = (boxes[key].detach().cpu().double().numpy() for key in ("boxes", "scores", "labels"))
+            corners = np.clip(corners * scale, 0, [target.width, target.height] * 2) if whole else np.zeros((0, 4))
+            found.append(Detections(corners, scores[: len(corners)], labels[: len(corners)].astype(np.int64)))
+            annotated.append(target)
+    matches = matches_of(found, annotated, task.labels)
+    per_class = average_precisions(matches).mean(1)
+    counts = {"images": len(annotated), "boxes": int(matches.boxes.sum())}
+    return DenseEvaluation("ap", {**average_precision(matches), "per_class": _by_name(images, per_class), **counts}, matches.arrays())
+
+
+def _by_name(images: Images, values: npt.NDArray[np.float64]) -> dict[str, float | None]:
+    return {name: float(value) if np.isfinite(value) else None for name, value in zip(images.class_names, values, strict=False)}
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -125,8 +252,8 @@ def _check(logits: object, count: int, classes: int) -> None:
 
 
 @contextmanager
-def _eval_mode(network: nn.Module) -> Iterator[None]:
-    """Each module's own flag is restored: a student in training may hold some of its modules in eval mode."""
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Inside, all of it. Each module's own flag is restored: a student in training may hold some of its modules in eval mode."""
     flags = [(module, module.training) for module in network.modules()]
     network.eval()
     try:

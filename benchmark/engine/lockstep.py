@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dfqbench.engine.device import Stopwatch, autocast_of
 from dfqbench.engine.diagnosis import agreements, look, range_change, widths
-from dfqbench.engine.evaluate import Evaluation
+from dfqbench.engine.evaluate import Evaluated
 from dfqbench.engine.learning_rate import is_fused, learning_rate, place_rates, rate_of, set_rate
 from dfqbench.engine.method_state import optimizers_of, restorable_of, restore_state, set_up, state_of
 from dfqbench.engine.step_graph import CapturedParts, CudaRecorder, Eager, Parts, Recorder
@@ -54,7 +54,7 @@ class Trainee:
     history: list[dict[str, Any]] = field(default_factory=list)
     failed: str | None = None
     widths: Tensor | None = None  # of its ranges, when they were last tracked
-    evaluation: Evaluation | None = None  # the latest
+    evaluation: Evaluated | None = None  # the latest
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ class Lockstep:
         bundle: Bundle,
         teacher: Teacher,
         device: torch.device,
-        evaluate: Callable[[Student], Evaluation],
+        evaluate: Callable[[Student], Evaluated],
         evaluate_every: int | None = None,
         work: Path | None = None,
         plain: Callable[[Cell], Student | None] = lambda cell: None,
@@ -243,12 +243,22 @@ class Lockstep:
                 return
             assert trainee.optimizer is not None
             with self.autocast:
-                loss = self.method.distill(trainee.student, batch)
+                loss = self._loss(trainee.student, batch)
             self.method.log("loss", loss)
             self.method.student_step(trainee.student, loss, trainee.optimizer)
             if not self.method.info.shares_synthesis:
                 with self.autocast:
                     self.method.adversary(trainee.student)
+
+    def _loss(self, student: Student, batch: Batch) -> Tensor:
+        """The method's; of a network with early exits the sum over them, each learning from the teacher's same exit."""
+        loss = self.method.distill(student, batch)
+        for exit in range(self.teacher.task.exits - 1):
+            with student.answering_at(exit), self.teacher.answering_at(exit):
+                with torch.no_grad():
+                    said = self.teacher(batch.images)
+                loss = loss + self.method.distill(student, replace(batch, teacher_logits=said))
+        return loss
 
     def _end_epoch(self, phase: Phase, shared: dict[str, float], calibrating: bool = False) -> None:
         """shared: the averages of what was logged outside any student."""
@@ -266,7 +276,7 @@ class Lockstep:
                 row |= range_change(before, trainee.widths)
             if self._evaluates_after(epoch, trainee):
                 trainee.evaluation = self.evaluate(trainee.student)
-                row[trainee.evaluation.metric] = trainee.evaluation.top1
+                row[trainee.evaluation.metric] = trainee.evaluation.value
                 row |= self._agreements(trainee)
             row["seconds"] = round(seconds.get(self.SHARED, 0.0) + seconds.get(trainee.name, 0.0), 3)
             trainee.history.append(row)

@@ -31,11 +31,12 @@ from dfqbench.engine.method_state import image_sets_of, restore_state
 from dfqbench.engine.state_difference import changed, difference
 from dfqbench.files import read_json, write_atomically, write_json
 from dfqbench.method.hosting import methods_of
+from dfqbench.metrics import METRICS
 from dfqbench.store.provenance import provenance
 from dfqbench.sweep.cell import ENGINE_VERSION, ROUNDING_VERSION, fingerprint
 
 MANIFEST, STATE = "images.json", "state.pt"
-NOT_LOGGED = ("epoch", "phase", "top1", "agreement", "seconds")  # of a row of the history: the engine's, not the method's
+NOT_LOGGED = ("epoch", "phase", *METRICS, "seconds")  # of a row of the history: the engine's, not the method's
 
 
 def dependencies(lockstep: Lockstep) -> dict[str, Any]:

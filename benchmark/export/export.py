@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from dfqbench.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dfqbench.export.verify import Agreement, Batches
     from dfqbench.network import Network
     from dfqbench.quantization.student import Student
@@ -61,11 +63,18 @@ def _written(student: Student, path: Path, to: Format, batches: Batches, about: 
 
         export_onnx(student, path, about)
         return verified(student, path, batches)
+    from torch.utils._pytree import tree_leaves
+
     from dfqbench.export.torch_program import load_program, save_program
     from dfqbench.export.verify import agreements
 
     save_program(student, path, about)
-    return agreements(student, {"loaded again": load_program(path)}, batches)
+    loaded = load_program(path)
+
+    def answering(images: Tensor) -> Tensor:
+        return student.answer_of(tree_leaves(loaded(images)))
+
+    return agreements(student, {"loaded again": answering}, batches)
 
 
 def timing(student: Student, path: Path, pairs: int = 30) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dfqbench.errors import UserError
 from dfqbench.files import read_json
 from dfqbench.store import Store
+from dfqbench.teachers.spec import UNTRAINED, ZOOS, parse_teacher
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dfqbench.export.student_file import StoredStudent
 
 NAME = "student.safetensors"
@@ -44,10 +47,33 @@ def student_path(given: str | Path, results: str | Path = "results") -> Path:
 def load_student(given: str | Path, results: str | Path = "results") -> StoredStudent:
     """The quantized network of a finished cell: `load_student("3f2a91c04b7d")`, or of a file: `load_student("student.safetensors")`.
 
-    A `torch.nn.Module` in eval mode on the CPU; called with normalised images (N x C x H x W; `.task` says mean, std and size) it gives the logits
-    that were evaluated, to the bit on a CPU. Neither the teacher nor its code is needed. `.about` says where it comes from.
+    A `torch.nn.Module` in eval mode on the CPU; called with normalised images (N x C x H x W; `.task` says mean, std and size) it gives the answer
+    that was evaluated, to the bit on a CPU. Neither the teacher nor its code is needed. `.about` says where it comes from. A detector's `.decode`
+    is there where its teacher is a zoo's; else it is the user's code, and stands in no file: set it.
     Raises UserError for what is no student's file, and for one that is damaged or of a later format.
     """
     from dfqbench.export.student_file import load_student_file
 
-    return load_student_file(student_path(given, results))
+    student = load_student_file(student_path(given, results))
+    if student.task.kind == "detect":
+        cell = student.about.get("cell")
+        model = cell["teacher"]["model"] if isinstance(cell, dict) else ""
+        if model.partition(":")[0] in ZOOS:
+            student.decode = _DecodeOfZoo(model, student.task.classes)
+    return student
+
+
+class _DecodeOfZoo:
+    """A zoo's way from a detector's answer to boxes, which no file holds: the network is built when it is first asked for."""
+
+    def __init__(self, model: str, classes: int):
+        self.model, self.classes = model, classes
+        self.found: Any = None
+
+    def __call__(self, native: Any, height: int, width: int) -> list[dict[str, Tensor]]:
+        if self.found is None:
+            from dfqbench.teachers.build import build
+
+            self.found = build(parse_teacher({"model": self.model, "weights": UNTRAINED, "classes": self.classes})).network.decode
+        boxes: list[dict[str, Tensor]] = self.found(native, height, width)
+        return boxes

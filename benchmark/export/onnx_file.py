@@ -28,15 +28,17 @@ SESSION_OPTIONS = "session_options"  # key of the metadata
 def export_onnx(network: Network, path: Path, about: dict[str, str] | None = None, quantized: bool = True) -> None:
     """Writes an ONNX file: images (batch x C x H x W, normalised) -> logits (batch x classes); without `quantized`, and a teacher, as floats.
 
+    What else networks answer they answer in their own form, under the names of `Network.names`.
+
     Its metadata says what it is and what images it wants; `about` adds to it. Raises UserError, before anything is written, where the network has
     an operator that is not known here.
     """
     graph = Graph()
-    output = _translate(program(network, quantized), graph)
+    outputs = dict(zip(network.names, _translate(program(network, quantized), graph), strict=True))
     found = {**description(network), **(about or {})}
     if quantized and isinstance(network, Student):
         found[SESSION_OPTIONS] = json.dumps(session_options(network))
-    model = graph.model(output.name, output.dims, network.task.image_shape, found)
+    model = graph.model(outputs, network.task.image_shape, found)
     write_atomically(path, model.SerializeToString())
 
 
@@ -53,8 +55,8 @@ def session_options(student: Student) -> dict[str, str]:
     return {other: "1", "session.qdq_matmulnbits_accuracy_level": "1"}
 
 
-def _translate(source: ExportedProgram, graph: Graph) -> Value:
-    """Fills `graph`, and gives its output."""
+def _translate(source: ExportedProgram, graph: Graph) -> list[Value]:
+    """Fills `graph`, and gives its outputs."""
     env: dict[fx.Node, Any] = {}
     constants = {**source.state_dict, **source.constants}
     inputs = {spec.arg.name: spec for spec in source.graph_signature.input_specs}  # type: ignore[union-attr]
@@ -69,7 +71,7 @@ def _translate(source: ExportedProgram, graph: Graph) -> Value:
             env[node] = Value(IMAGES, _dims(node.meta["val"])) if is_image else constants[str(spec.target)].detach()
             graph.parameters[id(env[node])] = str(spec.target).replace(".layer.", ".")
         elif node.op == "output":
-            return given(node.args[0][0])  # type: ignore[no-any-return]
+            return list(given(node.args[0]))
         elif node.op == "call_function":
             env[node] = _call(node, given(node.args), given(node.kwargs), graph)
             if str(node.target).split(".")[1:2] and str(node.target).split(".")[1].endswith("_"):  # in place: the argument is now the result

@@ -14,7 +14,7 @@ from torch import Tensor
 from dfqbench.errors import UserError
 
 BATCH = "batch"
-IMAGES, LOGITS = "images", "logits"
+IMAGES = "images"
 Operator = Callable[..., Any]
 Dims = tuple[int | None, ...]  # None: as many as there are images
 # the types that QuantizeLinear and DequantizeLinear know, by the levels that they hold; two bits from opset 25 on, the others from 21
@@ -118,10 +118,11 @@ class Graph:
         self._used.add(unique)
         return unique
 
-    def model(self, output: str, dims: Dims, image_shape: tuple[int, int, int], about: dict[str, str]) -> onnx.ModelProto:
-        """The finished model, checked."""
-        self.nodes.append(helper.make_node("Identity", [output], [LOGITS], name=LOGITS))
-        ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, d) for n, d in ((IMAGES, (BATCH, *image_shape)), (LOGITS, (BATCH, *dims[1:])))]
+    def model(self, outputs: dict[str, Value], image_shape: tuple[int, int, int], about: dict[str, str]) -> onnx.ModelProto:
+        """The finished model, checked. outputs: by their names."""
+        self.nodes += [helper.make_node("Identity", [value.name], [name], name=name) for name, value in outputs.items()]
+        shapes = {IMAGES: image_shape, **{name: value.dims[1:] for name, value in outputs.items()}}
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, (BATCH, *shape)) for name, shape in shapes.items()]
         used = {name for node in self.nodes for name in node.input}
         kept = [tensor for name, tensor in self.initialisers.items() if name in used]
         graph = helper.make_graph(self.nodes, "network", ends[:1], ends[1:], kept)

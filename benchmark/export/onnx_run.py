@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from torch import Tensor
 
 from dfqbench.export.onnx_file import SESSION_OPTIONS
-from dfqbench.export.onnx_graph import IMAGES, LOGITS
+from dfqbench.export.onnx_graph import IMAGES
 from dfqbench.export.verify import Agreement, Batches, Rejected, Run, agreements
 from dfqbench.network import Network
 
@@ -26,10 +26,10 @@ OFF, SHIPPED = "optimizations off", "as shipped"
 
 def verified(network: Network, path: Path, batches: Batches) -> list[Agreement]:
     """The file against the network it came from: without any of the runtime's optimizations, and with all and the session options that it names."""
-    runs = {OFF: runner(session(path, optimized=False)), SHIPPED: runner(session(path))}
+    runs = {OFF: runner(session(path, optimized=False), network), SHIPPED: runner(session(path), network)}
     whole = None if "session.disable_quant_qdq" in options_of(path) else _with_whole_biases(path)
     why = "rounding the biases to whole numbers, as integer kernels do,"
-    return agreements(network, runs, batches, {SHIPPED: (why, runner(session(whole, optimized=False)))} if whole else None)
+    return agreements(network, runs, batches, {SHIPPED: (why, runner(session(whole, optimized=False), network))} if whole else None)
 
 
 def session(model: Path | bytes, optimized: bool = True, threads: int | None = None) -> onnxruntime.InferenceSession:
@@ -49,11 +49,12 @@ def session(model: Path | bytes, optimized: bool = True, threads: int | None = N
         raise Rejected(f"onnxruntime {onnxruntime.__version__} does not load the file: {str(error).splitlines()[0]}") from error
 
 
-def runner(opened: onnxruntime.InferenceSession) -> Run:
-    """Images to logits, as tensors."""
+def runner(opened: onnxruntime.InferenceSession, network: Network | None = None) -> Run:
+    """Images to answers, as tensors: `network`'s; without one, to the last output."""
 
     def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(opened.run([LOGITS], {IMAGES: images.contiguous().numpy()})[0])
+        found = [torch.from_numpy(array) for array in opened.run(None, {IMAGES: images.contiguous().numpy()})]
+        return network.answer_of(found) if network is not None else found[-1]
 
     return run
 
@@ -62,6 +63,12 @@ def options_of(path: Path) -> dict[str, str]:
     """The session options that a file's metadata names; none for a network of floats."""
     found: dict[str, str] = json.loads(metadata(path).get(SESSION_OPTIONS, "{}"))
     return found
+
+
+def outputs_of(path: Path) -> list[str]:
+    """Name and shape of each output, like `logits (batch x 10)`."""
+    outputs = onnx.load(path).graph.output
+    return [f"{o.name} ({' x '.join(d.dim_param or str(d.dim_value) for d in o.type.tensor_type.shape.dim)})" for o in outputs]
 
 
 def advice(path: Path) -> list[str]:

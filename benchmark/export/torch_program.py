@@ -162,8 +162,8 @@ def save_program(network: Network, path: Path, about: dict[str, str]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-def load_program(path: Path) -> Callable[[Tensor], Tensor]:
-    """The program of a file that this suite wrote, to be called with normalised images."""
+def load_program(path: Path) -> Callable[[Tensor], Any]:
+    """The program of a file that this suite wrote, to be called with normalised images; it answers in the network's own form."""
     register_operators()
     with path.open("rb") as file:
         return torch.export.load(file).module()  # type: ignore[return-value]

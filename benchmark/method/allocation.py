@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dfqbench.errors import UserError
 from dfqbench.method.contract import stream_seed
@@ -24,6 +23,7 @@ from dfqbench.network import Teacher
 from dfqbench.quantization import Bits, Protocol
 from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
 from dfqbench.quantization.student import Student
+from dfqbench.tasks.answers import answers_of
 
 Vector = tuple[int, ...]  # a width for each tensor of a problem
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -63,7 +63,8 @@ class AllocationProblem:
         self.tensors = tuple(_allocatable(name, module, shapes) for name, module in free.items())
         self._modules = list(free.values())
         if not any(t.is_weight for t in self.tensors):
-            raise UserError(f"{teacher.traced.meta['network']}: no weight whose width could be chosen: the protocol {protocol.name!r} fixes all of them")
+            name = teacher.traced.meta["network"]
+            raise UserError(f"{name}: no weight whose width could be chosen: the protocol {protocol.name!r} fixes all of them")
         self.entries: NDArray[np.int64] = np.array([t.entries for t in self.tensors])
         averages = ((True, bits.weights), (False, float(bits.activations)))
         kinds = [([i for i, t in enumerate(self.tensors) if t.is_weight == of_weights], average) for of_weights, average in averages]
@@ -110,7 +111,7 @@ class AllocationProblem:
         """The same on other images (N x C x H x W), not remembered."""
         self._set(vector)
         teacher = self._teacher_answers if images is self.images else self._answers(self.teacher, images)
-        return float(F.kl_div(self._answers(self.student, images), teacher, reduction="none", log_target=True).sum(1).double().mean())
+        return float(self._divergence(self._answers(self.student, images), teacher))
 
     def reward(self, vector: Sequence[int]) -> float:
         """log cost(uniform) - log cost(vector): 0 for what is no better than equal widths, and without a scale."""
@@ -119,14 +120,14 @@ class AllocationProblem:
     @cached_property
     def sensitivities(self) -> NDArray[np.float64]:
         """Tensors x widths: (KL(p||q) + KL(q||p)) / 2 in nats where that tensor alone is quantized, at that width (ZeroQ, section 3.2)."""
-        p, found = self._teacher_answers.double(), np.zeros((len(self.tensors), len(self.widths)))
+        p, found = self._teacher_answers, np.zeros((len(self.tensors), len(self.widths)))
         with self.student.full_precision():
             for i, module in enumerate(self._modules):
                 module.enabled = True
                 for k, width in enumerate(self.widths):
                     _set_bits(module, width)
-                    q = self._answers(self.student, self.images).double()
-                    found[i, k] = float(((p.exp() - q.exp()) * (p - q)).sum(1).mean()) / 2
+                    q = self._answers(self.student, self.images)
+                    found[i, k] = float(self._divergence(q, p) + self._divergence(p, q)) / 2
                 module.enabled = False
         return found
 
@@ -144,7 +145,8 @@ class AllocationProblem:
     @property
     def float_weights(self) -> list[nn.Parameter | None]:
         """The student's own float weights, of `student.full_precision()`; None for activations and for weights that no layer holds."""
-        return [module.layer.weight if isinstance(module, QuantizedLayer) else None for module in self._modules]
+        weights: list[Any] = [module.layer.weight if isinstance(module, QuantizedLayer) else None for module in self._modules]
+        return weights
 
     def _set(self, vector: Sequence[int]) -> None:
         for module, width in zip(self._modules, vector, strict=True):
@@ -156,8 +158,12 @@ class AllocationProblem:
 
     @torch.no_grad()
     def _answers(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Log-probabilities, N x classes, float32."""
-        return torch.cat([F.log_softmax(network(batch).float(), 1) for batch in images.split(BATCH)])
+        """As the task has them (`Answers`), float32."""
+        return torch.cat([network(batch).float() for batch in images.split(BATCH)])
+
+    def _divergence(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        """Mean KL(theirs || ours) over images, in nats."""
+        return answers_of(self.teacher.task).divergence_per_image(ours.double(), theirs.double()).mean()
 
     # --- what is feasible ---------------------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ class Entry:
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Entry:
         info = given["info"]
-        info = MethodInfo(**{**info, "needs": tuple(info["needs"]), "source": Origin(**info["source"])})
+        info = MethodInfo(**{**info, "needs": tuple(info["needs"]), "tasks": tuple(info["tasks"]), "source": Origin(**info["source"])})
         return cls(**{**given, "info": info, "settings": [Setting(**setting) for setting in given["settings"]]})
 
 

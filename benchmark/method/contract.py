@@ -21,7 +21,8 @@ from dfqbench.method.info import MethodInfo, Needs
 from dfqbench.method.log import Log, Value
 from dfqbench.method.settings import MethodConfig
 from dfqbench.quantization.protocol import BatchNormMode, RangeEstimatorName
-from dfqbench.task import Task
+from dfqbench.task import Kind, Task
+from dfqbench.tasks.answers import Answers, answers_of
 
 if TYPE_CHECKING:
     from dfqbench.network import Teacher
@@ -52,7 +53,8 @@ class Phase:
 class Batch:
     """N synthetic images with what belongs to them, all detached from autograd.
 
-    images: N x C x H x W, normalised. labels: N (int64), or None where a method has none. teacher_logits: N x classes.
+    images: N x C x H x W, normalised. labels: N (int64), or None where a method has none. teacher_logits: N x classes, or what
+    else the teacher answers (`Answers`); labels of dense tasks are the method's own business.
     """
 
     images: Tensor
@@ -86,6 +88,7 @@ class Method:
     ranges: ClassVar[RangeEstimatorName | None] = None  # None: the protocol's choice
     batch_norm: ClassVar[BatchNormMode | None] = None  # None: the protocol's choice
     uses_seed: ClassVar[bool] = True  # False: nothing is random, one cell serves all seeds
+    tasks: ClassVar[set[Kind]] = {"classify"}  # what kinds of teachers it is defined for; `self.answers` compares answers of any kind
     needs: ClassVar[set[Needs]] = set()  # beside the teacher's logits: "statistics" (BN), "features" (of stages), ... (info.py)
     quick: ClassVar[dict[str, Any]] = {}  # settings with which the conformance checks take seconds, beside a small budget
     expected_failures: ClassVar[dict[str, str]] = {}  # conformance checks that cannot hold, each with the reason
@@ -158,6 +161,11 @@ class Method:
         return {}
 
     @classmethod
+    def tasks_with(cls, config: Any) -> set[Kind]:
+        """The kinds of `tasks` for which it is defined with these settings: all of them, unless a setting decides what the loss is."""
+        return set(cls.tasks)
+
+    @classmethod
     def widths(cls, config: Any, asked: Sequence[str]) -> Sequence[str]:
         """Of the bit widths that a sweep asks for (`w4a4`, ...), those at which there is a cell with these settings: all of them.
 
@@ -166,6 +174,11 @@ class Method:
         return asked
 
     # --- what a method uses -------------------------------------------------------------------------------------------
+
+    @property
+    def answers(self) -> Answers:
+        """How the teacher's and a student's answers are compared, whatever the kind of task."""
+        return answers_of(self.task)
 
     def random(self, stream: str, on_cpu: bool = False) -> torch.Generator:
         """The random stream of that name, on the method's device; pass it as `generator=` to torch's random functions.

@@ -15,6 +15,7 @@ from dfqbench.method.registry import find_method
 from dfqbench.method.settings import Field, MethodConfig, TrainingConfig, preset_of
 from dfqbench.method.yardstick import YardstickImages
 from dfqbench.quantization.student import Student
+from dfqbench.task import Kind
 
 if TYPE_CHECKING:
     from dfqbench.network import Teacher
@@ -94,6 +95,11 @@ def methods_of(method: type[Method], config: MethodConfig) -> list[tuple[type[Me
 def needs_of(method: type[Method], config: MethodConfig) -> set[Needs]:
     """What a method needs as configured: its own `needs`, and those of the method that it wraps."""
     return {need for one, _ in methods_of(method, config) for need in one.needs}
+
+
+def tasks_of(method: type[Method], config: MethodConfig) -> set[Kind]:
+    """The kinds of tasks for which a method as configured is defined: not more than the one that it wraps is."""
+    return set.intersection(*(one.tasks_with(settings) for one, settings in methods_of(method, config)))
 
 
 class HostingMethod(Method):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dfqbench.method.plugins import Origin
+from dfqbench.task import Kind
 
 Fidelity = Literal["code", "paper", "abstract", "released"]
 FIDELITY: dict[Fidelity, str] = {
@@ -15,12 +16,13 @@ FIDELITY: dict[Fidelity, str] = {
     "abstract": "an abstract: reconstructed, details of the method are not public",
     "released": "a released checkpoint: trained elsewhere, evaluated here",
 }
-Needs = Literal["statistics", "features", "labels", "classifier", "ranges"]
+Needs = Literal["statistics", "features", "labels", "classifier", "ranges", "boxes"]
 NEEDS: dict[Needs, str] = {
     "statistics": "BN statistics: a teacher without BN layers will not do",
     "features": "stage features (attention, relations, class centres)",
     "labels": "class labels to make images from",
     "classifier": "a convolution or linear layer with one output per class",
+    "boxes": "boxes of all positions: a detector with a function boxes(answer, height, width) beside its decode",
     "ranges": "activation ranges from BN parameters: a BN layer that says how each quantized tensor is distributed",
 }
 
@@ -48,4 +50,5 @@ class MethodInfo:
     source_sha256: str
     summary: str
     needs: tuple[Needs, ...]
+    tasks: tuple[Kind, ...]
     source: Origin

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from dfqbench.errors import UserError, nearest
 from dfqbench.method import plugins
 from dfqbench.method.info import FIDELITY, NEEDS, Fidelity, MethodInfo
+from dfqbench.task import KINDS
 
 if TYPE_CHECKING:
     from dfqbench.method.contract import Method
@@ -43,6 +44,9 @@ def register(name: str, *, paper: str, fidelity: Fidelity, shares_synthesis: boo
         unknown = sorted(set(cls.needs) - set(NEEDS))
         if unknown:
             raise UserError(f"method {name}: needs {unknown[0]!r}: {nearest(unknown[0], NEEDS)}")
+        strange = sorted(set(cls.tasks) - set(KINDS))
+        if strange or not cls.tasks:
+            raise UserError(f"method {name}: tasks {strange[0]!r}: {nearest(strange[0], KINDS)}" if strange else f"method {name}: no tasks")
         no_setting = sorted(cls.Config.after_images - cls.Config.model_fields.keys())
         if no_setting:
             raise UserError(f"method {name}: after_images {no_setting[0]!r}: {nearest(no_setting[0], cls.Config.model_fields)}")
@@ -60,6 +64,7 @@ def register(name: str, *, paper: str, fidelity: Fidelity, shares_synthesis: boo
             source_sha256=source.sha256,
             summary=(inspect.getdoc(cls) or "").split("\n")[0],
             needs=tuple(need for need in NEEDS if need in cls.needs),
+            tasks=tuple(kind for kind in KINDS if kind in cls.tasks),
             source=source,
         )
         _methods[name] = cls

@@ -83,6 +83,14 @@ class ConcreteTracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return ConcreteProxy(node, self)
 
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """torch.fx remembers the symbol of each parameter and buffer; a forward may have put another tensor in its place."""
+        with _untraced():
+            for name, symbol in list(parameter_proxy_cache.items()):
+                if symbol.examples[0] is not operator.attrgetter(name)(self.root):
+                    del parameter_proxy_cache[name]
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     @torch.no_grad()
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any) -> Any:
         made: Any = super().create_proxy(kind, target, args, kwargs, *rest, **more)

@@ -7,24 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_structure, tree_unflatten
 
 from dfqbench.network.frozen_batch_norm import BatchNorm, gradient_of_moments, moments_of, with_frozen_norms
 from dfqbench.network.trace import trace as trace
 from dfqbench.task import Task
+from dfqbench.tasks.answers import native_shapes, packed, unpacked
+
+Decode = Callable[[Any, int, int], list[dict[str, Tensor]]]
+Boxes = Callable[[Any, int, int], Tensor]
 
 
 @dataclass
 class Observation:
     """What a network says about a batch of N images.
 
-    logits: N x C. features: the output of each stage, N x C_i x H_i x W_i. bn_inputs: what entered each BN layer, in the order
-    of the forward pass (empty for networks without BN, and for students whose BN is folded). batch_norms: those layers.
+    logits: N x C, or what else answers of the task are (`dfqbench.tasks`). features: the output of each stage, N x C_i x H_i x W_i.
+    bn_inputs: what entered each BN layer, in the order of the forward pass (empty for networks without BN, and for students whose BN is folded).
+    batch_norms: those layers.
     moments: the `statistics` that came along, (None, None) where none did.
     """
 
@@ -48,13 +54,22 @@ def without_owner(traced: fx.GraphModule) -> fx.GraphModule:
 
 
 class Network(nn.Module):
-    """A traced network. Calling it gives logits (N x C); `observe` gives an `Observation`."""
+    """A traced network. Calling it gives its answer (N x C logits, or see `dfqbench.tasks`); `observe` gives an `Observation`.
+
+    decode: of detectors, makes boxes of what the head says: (native answer, height, width) -> one dict of boxes, scores, labels per image.
+    boxes: of detectors that have it, where the box of every position is before anything is chosen among them: (native answer, height, width) ->
+    N x positions x 4 (left, top, right, bottom in pixels), positions as in the answer, differentiable.
+    exit: of a network with early exits, whose answer it is; None: all, N x exits x C.
+    """
 
     _other_graphs: ClassVar[tuple[str, ...]] = ("_observing_graph",)  # over the same modules; made when first needed
 
     def __init__(self, traced: fx.GraphModule, task: Task):
         super().__init__()
         self.traced, self.task = without_owner(traced), task
+        self.decode: Decode | None = None
+        self.boxes: Boxes | None = None
+        self.exit: int | None = -1
         nodes = list(traced.graph.nodes)
         self.batch_norms_used = [n.target for n in sorted((n for n in nodes if "batch_norm" in n.meta), key=lambda n: n.meta["batch_norm"])]
         self.stages = sum("stage" in n.meta for n in nodes)
@@ -63,16 +78,57 @@ class Network(nn.Module):
     def offers(self) -> dict[str, int]:
         """How many there are of what a method may need: BN layers with running statistics, stages, layers with one output per class."""
         layers = [m for m in self.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m.weight.shape[0] == self.task.classes]
-        return {"statistics": len(self.batch_norms_used), "features": self.stages, "classifier": len(layers)}
+        found = {"statistics": len(self.batch_norms_used), "features": self.stages, "classifier": len(layers)}
+        return found | ({"boxes": int(self.boxes is not None)} if self.task.kind == "detect" else {})
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.traced(images)
-        return logits
+        return self._said(self.traced(images))
+
+    def _said(self, native: Any) -> Tensor:
+        answer = packed(native, self.task)
+        return answer if self.task.exits == 1 or self.exit is None else answer[:, self.exit]
+
+    @contextlib.contextmanager
+    def answering_at(self, exit: int | None) -> Iterator[None]:
+        """Inside, it is that exit's answer (see `exit`) that the network gives, observed or not."""
+        before, self.exit = self.exit, exit
+        try:
+            yield
+        finally:
+            self.exit = before
+
+    def native(self, answer: Tensor) -> Any:
+        """An answer in the form in which the network itself gives it: of a detector (class logits, boxes, ...), or one such for each level."""
+        if self.task.kind != "detect":
+            return answer
+        own = self._native_on_meta()
+        levels = unpacked(answer, native_shapes(own), self.task.classes)
+        return levels[0] if all(isinstance(part, Tensor) for part in own) else levels
+
+    def _native_on_meta(self) -> Any:
+        """What the network itself gives for one image, as tensors without values."""
+        output = next(n for n in self.traced.graph.nodes if n.op == "output")
+        return fx.node.map_arg(output.args[0], lambda node: torch.empty(node.meta["shape"], device="meta"))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors that the network itself gives, one after the other: `logits`; of early exits `exit_1` ... and at last `logits`; of a
+        detector `class_logits`, `boxes`, and further logits `others_1` ..., for each level with its number behind where there are several."""
+        native = self._native_on_meta()
+        if self.task.kind != "detect":
+            return [*(f"exit_{i}" for i in range(1, self.task.exits)), "logits"]
+        levels = native_shapes(native)
+        parts = [["class_logits", "boxes", *(f"others_{i}" for i in range(1, len(level) - 1))] for level in levels]
+        return [part + (f"_{i}" if len(levels) > 1 else "") for i, level in enumerate(parts, 1) for part in level]
+
+    def answer_of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The answer that these tensors, in the order of `names`, are."""
+        return self._said(tree_unflatten(list(tensors), tree_structure(self._native_on_meta())))
 
     def observe(self, images: Tensor) -> Observation:
         """Runs the same graph, and also hands out the inner tensors (attached to autograd like the logits)."""
         logits, features, bn_inputs, *moments = self._observing(images)
-        return Observation(logits, list(features), list(bn_inputs), self.batch_norms, *moments)
+        return Observation(self._said(logits), list(features), list(bn_inputs), self.batch_norms, *moments)
 
     @contextlib.contextmanager
     def batch_statistics(self) -> Iterator[None]:
@@ -136,6 +192,8 @@ class Teacher(Network):
 
     def __init__(self, network: nn.Module, task: Task):
         super().__init__(trace(network, task), task)
+        self.decode = getattr(network, "decode", None)
+        self.boxes = getattr(network, "boxes", None) if task.kind == "detect" else None
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -143,8 +201,7 @@ class Teacher(Network):
         if answering is None:
             plain = fx.GraphModule(self.traced, copy.deepcopy(self.traced.graph))
             answering = self.__dict__["_answering_graph"] = without_owner(self._prepared(plain))
-        logits: Tensor = answering(images)
-        return logits
+        return self._said(answering(images))
 
     def _prepared(self, other: fx.GraphModule, observing: bool = False) -> fx.GraphModule:
         return with_frozen_norms(other, moments=observing)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.utils._pytree import tree_leaves
 
 from dfqbench.errors import UserError
 from dfqbench.network.activations import is_activation_module
@@ -22,6 +23,7 @@ from dfqbench.network.inplace import InPlaceProxy, watched, without_side_effects
 from dfqbench.network.plain_batch_norm import make_batch_norms_plain, with_plain_batch_norms
 from dfqbench.network.products import added, is_constant, operands
 from dfqbench.task import Task
+from dfqbench.tasks.answers import answers_of, without_auxiliary
 
 FORM = 1  # of networks that are not made of layers alone: raised when what is quantized in them, or how, changes
 
@@ -64,11 +66,14 @@ class _Tracer(fx.Tracer):
 
 
 class _RunningTracer(ConcreteTracer, _Tracer):
-    """Where shapes decide what is computed."""
+    """Where shapes decide what is computed.
 
-    def __init__(self, images: tuple[Tensor, Tensor]):
+    follow_buffers: what is made of buffers is recorded, too: where a network expands one by the number of images.
+    """
+
+    def __init__(self, images: tuple[Tensor, Tensor], follow_buffers: bool = False):
         _Tracer.__init__(self)
-        self.images = images
+        self.images, self.proxy_buffer_attributes = images, follow_buffers
 
 
 def trace(network: nn.Module, task: Task) -> fx.GraphModule:
@@ -88,6 +93,7 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     network = with_plain_batch_norms(copy.deepcopy(network)).eval()
     attention = make_attention_plain(network)
     graph, concrete = _graph_of(network, images, answer)
+    _leave_out_auxiliary(graph)
     traced = fx.GraphModule(network, graph, type(network).__name__)
     traced.eval()
     traced.meta["network"] = type(network).__name__  # a copy of a GraphModule forgets its name
@@ -103,24 +109,24 @@ def trace(network: nn.Module, task: Task) -> fx.GraphModule:
     rewritten = make_canonical(traced)
     _propagate_shapes(traced, task)
     make_batch_norms_plain(traced)
-    same = answer is None or _is_close(_answer(traced, images), answer)
+    same = answer is None or _are_close(_answer(traced, images), answer)
     if concrete and same:
         more = torch.cat([images, images, images[:1]])
         answer = _answer(original, more)
-        same = answer is None or _is_close(_answer(traced, more), answer)
+        same = answer is None or _are_close(_answer(traced, more), answer)
     if not same:
         raise UserError(
             f"{traced._get_name()} traced by torch.fx computes something else than the network itself: its forward asks for what only holds in one "
             "of the two (the type of its input, or state that it keeps)"
         )
-    _mark(traced)
+    _mark(traced, _heads(traced) if task.kind == "detect" else set())
     by_weights = any(operand.is_weight for node in traced.graph.nodes for operand in operands(node, traced))
     to_constants = any(node.target in SUMS and any(map(is_constant, added(node))) for node in traced.graph.nodes)
     traced.meta["form"] = FORM if concrete or attention or rewritten or by_weights or to_constants else 0
     return traced
 
 
-def _graph_of(network: nn.Module, images: Tensor, answer: Tensor | None) -> tuple[fx.Graph, bool]:
+def _graph_of(network: nn.Module, images: Tensor, answer: list[Tensor] | None) -> tuple[fx.Graph, bool]:
     """The graph, and whether the network had to run along to get it: where torch.fx fails, or comes to another `answer`.
 
     Raises UserError that names the module where it cannot be had.
@@ -135,16 +141,15 @@ def _graph_of(network: nn.Module, images: Tensor, answer: Tensor | None) -> tupl
         refusal = UserError(f"{type(network).__name__} cannot be traced by torch.fx {where}: {_first_line(error)}")
         refusal.__cause__ = error
     seen = plain if plain is not None and not _keeps_weights_from_view(plain, network) else None
-    if seen is not None and (answer is None or _is_close(_answer(fx.GraphModule(network, seen), images), answer)):
+    if seen is not None and (answer is None or _are_close(_answer(fx.GraphModule(network, seen), images), answer)):
         return seen, False
-    try:
-        with torch.random.fork_rng(devices=[]), nothing_kept_whole():
-            return _RunningTracer((images, torch.cat([images, images[:1]]))).trace(network), True
-    except Exception:  # what the plain tracer said is about the network, and not about its shapes
-        if plain is not None:
-            return plain, False
-        assert refusal is not None
-        raise refusal from refusal.__cause__
+    for follow_buffers in (False, True):
+        with contextlib.suppress(Exception), torch.random.fork_rng(devices=[]), nothing_kept_whole():
+            return _RunningTracer((images, torch.cat([images, images[:1]])), follow_buffers).trace(network), True
+    if plain is not None:  # what the plain tracer said is about the network, and not about its shapes
+        return plain, False
+    assert refusal is not None
+    raise refusal from refusal.__cause__
 
 
 def _keeps_weights_from_view(graph: fx.Graph, network: nn.Module) -> bool:
@@ -163,24 +168,36 @@ def _device(network: nn.Module) -> torch.device | None:
 
 
 @torch.no_grad()
-def _answer(network: nn.Module, images: Tensor) -> Tensor | None:
-    """What `network` says about a copy of `images`, with the same random numbers every time; None where it fails, or says something else."""
+def _answer(network: nn.Module, images: Tensor) -> list[Tensor] | None:
+    """What `network` says about a copy of `images`, with the same random numbers every time; None where it fails, or gives no tensors."""
     try:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)
             answer = network(images.clone())
     except Exception:  # a network's forward may raise anything
         return None
-    return answer if isinstance(answer, Tensor) else None
+    found: list[Any] = tree_leaves(without_auxiliary(answer))
+    return found if found and all(isinstance(tensor, Tensor) for tensor in found) else None
+
+
+def _leave_out_auxiliary(graph: fx.Graph) -> None:
+    output = next(n for n in graph.nodes if n.op == "output")
+    if output.args[0] is not without_auxiliary(output.args[0]):
+        output.args = (without_auxiliary(output.args[0]),)
+        graph.eliminate_dead_code()
 
 
 def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _is_close(a: Tensor | None, b: Tensor) -> bool:
+def _are_close(ours: list[Tensor] | None, theirs: list[Tensor]) -> bool:
+    return ours is not None and len(ours) == len(theirs) and all(map(_is_close, ours, theirs))
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
     """Up to rounding, on the scale of the largest finite value."""
-    if a is None or a.shape != b.shape:
+    if a.shape != b.shape:
         return False
     largest = float(b.nan_to_num(0, 0, 0).abs().max()) if b.numel() else 0.0
     return torch.allclose(a, b, rtol=1e-3, atol=1e-4 * largest, equal_nan=True)
@@ -200,26 +217,25 @@ def _running(traced: fx.GraphModule, task: Task) -> Iterator[None]:
 
 def _propagate_shapes(traced: fx.GraphModule, task: Task) -> None:
     with _running(traced, task):
-        ShapeProp(traced).propagate(torch.zeros(1, *task.image_shape, device=_device(traced)))
+        answer = ShapeProp(traced).propagate(torch.zeros(1, *task.image_shape, device=_device(traced)))
     for node in traced.graph.nodes:
         tensors = node.meta.pop("tensor_meta", None)
         shape = getattr(tensors, "shape", None)
         node.meta = {"shape": tuple(shape)} if shape is not None else {"several": True} if tensors is not None else {}
         if getattr(tensors, "dtype", None) == torch.bool:
             node.meta["boolean"] = True
-    answer = next(n for n in traced.graph.nodes if n.op == "output").args[0]
-    given = answer.meta.get("shape") if isinstance(answer, fx.Node) else None
-    if given != (1, task.classes):
-        said = f"an output of shape {given}" if given else "something else than one tensor"
-        raise UserError(f"{traced._get_name()} answers one image with {said}: logits of shape (1, {task.classes}) are wanted")
+    problem = answers_of(task).problem(answer, 1)
+    if problem:
+        raise UserError(f"{traced._get_name()} answers one image {problem}")
 
 
-def _mark(traced: fx.GraphModule) -> None:
+def _mark(traced: fx.GraphModule, heads: set[fx.Node]) -> None:
     """A stage is a run of at least two layers at one spatial resolution; it ends with the last tensor of that resolution that
     everything later is computed from.
 
     ResNets: after the last sum's activation of each residual stage (the one-layer ImageNet stem is none); MobileNetV2: its last 1x1
-    block for the last stage; VGG: the last activation before each pooling; Inception: the last concatenation.
+    block for the last stage; VGG: the last activation before each pooling; Inception: the last concatenation. A detector's heads, of
+    which each sees one resolution, belong to no stage.
     """
     stages: list[tuple[tuple[int, ...], int, fx.Node]] = []
     batch_norms = 0
@@ -231,7 +247,7 @@ def _mark(traced: fx.GraphModule) -> None:
             node.meta["batch_norm"] = batch_norms
             batch_norms += 1
         shape = node.meta.get("shape", ())
-        if node.op in ("placeholder", "output") or len(shape) != 4 or min(shape[2:]) < 2:
+        if node.op in ("placeholder", "output") or len(shape) != 4 or min(shape[2:]) < 2 or node in heads:
             continue
         is_layer = isinstance(module, nn.Conv2d)
         if stages and stages[-1][0] == shape[2:]:
@@ -241,6 +257,15 @@ def _mark(traced: fx.GraphModule) -> None:
             stages.append((shape[2:], 1, node))
     for index, node in enumerate(node for _, layers, node in stages if layers >= 2):
         node.meta["stage"] = index
+
+
+def _heads(traced: fx.GraphModule) -> set[fx.Node]:
+    """Of a network with several answers, the nodes that only some of them are computed from."""
+    answers = next(n for n in traced.graph.nodes if n.op == "output").all_input_nodes
+    reached = {node: {node} if node in answers else set() for node in traced.graph.nodes}
+    for node in reversed(traced.graph.nodes):
+        reached[node] = reached[node].union(*(reached[user] for user in node.users))
+    return {node for node, found in reached.items() if len(found) < len(answers)}
 
 
 def _necks(traced: fx.GraphModule) -> set[fx.Node]:

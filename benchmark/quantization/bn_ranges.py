@@ -1,8 +1,8 @@
 """Activation ranges without a single image, from what BN layers say about their outputs (DFQ, Nagel et al., ICCV 2019, section 4.3).
 
-The output of a BN layer has mean beta and standard deviation |gamma| per channel. From there mean and variance are followed through the
-graph under a Gaussian model: sums of independent terms add both; an activation function's moments are integrals over the
-Gaussian; a convolution or linear layer without BN behind it weighs them by its weights.
+The output of a BN layer has mean beta and standard deviation |gamma| per channel (of a group norm too, whose channels share their statistics).
+From there mean and variance are followed through the graph under a Gaussian model: sums of independent terms add both; an activation function's
+moments are integrals over the Gaussian; a convolution or linear layer without BN behind it weighs them by its weights.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def activation_ranges(traced: fx.GraphModule, task: Task, n: float) -> dict[str,
     ranges: dict[str, tuple[float, float]] = {}
     for node in traced.graph.nodes:
         module = traced.get_submodule(node.target) if node.op == "call_module" else None
-        moments[node] = _of_this_shape(_after(node, module, moments, traced), node)
+        known = bn_distribution(module) if isinstance(module, nn.GroupNorm) else _after(node, module, moments, traced)
+        moments[node] = _of_this_shape(known, node)
         if not isinstance(module, ActivationQuantizer):
             continue
         source = node.args[0]

@@ -93,6 +93,10 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits, ow
     for target in targets:
         parent, _, name = target.rpartition(".")
         setattr(traced.get_submodule(parent), name, QuantizedLayer(traced.get_submodule(target), own.get(target, widths[target]), protocol))  # type: ignore[arg-type]
+    for node in traced.graph.nodes:
+        owner, _, name = str(node.target).rpartition(".")
+        if node.op == "get_attr" and owner in targets:
+            node.target = f"{owner}.layer.{name}"
     traced.graph.lint()
     traced.recompile()
     return left_float
@@ -235,10 +239,11 @@ def weighs_linearly(layer: Layer | TransposedConv, shape: tuple[int, ...]) -> bo
     return torch.allclose(twice - none, 2 * (once - none), rtol=1e-3, atol=1e-5)
 
 
-def bn_distribution(norm: nn.BatchNorm2d | nn.BatchNorm1d) -> tuple[torch.Tensor, torch.Tensor]:
+def bn_distribution(norm: nn.BatchNorm2d | nn.BatchNorm1d | nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean beta and variance gamma^2 of a BN layer's output, per channel, float64."""
     if norm.weight is None:
-        return torch.zeros(norm.num_features, dtype=torch.float64), torch.ones(norm.num_features, dtype=torch.float64)
+        n = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
+        return torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.float64)
     return norm.bias.detach().double().cpu(), norm.weight.detach().double().cpu().square()
 
 
@@ -276,6 +281,8 @@ def _layers_left_float(traced: fx.GraphModule, quantized: set[str]) -> list[str]
                     yield str(node.target), module
             elif node.op == "get_attr":
                 value = operator.attrgetter(str(node.target))(traced)
+                if all(user.target is getattr for user in node.users):  # its type or device is asked for
+                    continue
                 if isinstance(value, nn.Parameter) and value.dim() > 1 and str(node.target).endswith("weight") and not _reaches_grid(node, traced):
                     yield str(node.target), None
 

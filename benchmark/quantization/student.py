@@ -40,6 +40,7 @@ class Student(Network):
         if unknown := sorted({*(own or {})} - {*self.tensors}):
             raise ValueError(f"bits for {unknown[0]!r}: the network has no such tensor")
         self.protocol, self.bits, self.left_float = protocol, bits, left_float
+        self.decode = teacher.decode
         self.requires_grad_(True)
         self.eval()
 
@@ -47,8 +48,7 @@ class Student(Network):
         graph = self.__dict__.get("_tuned_graph")
         if graph is None:
             graph = self.__dict__["_tuned_graph"] = without_owner(tuned(self.traced))
-        logits: Tensor = graph(images)
-        return logits
+        return self._said(graph(images))
 
     @property
     def quantizers(self) -> dict[str, ActivationQuantizer]:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from dfqbench.engine.device import autocast_of
 from dfqbench.engine.evaluate import Evaluation, in_batches_that_fit
@@ -26,6 +25,7 @@ from dfqbench.quantization.student import Student
 from dfqbench.run.options import StopFlag
 from dfqbench.run.rehearsal import rehearse
 from dfqbench.sweep.cell import Bundle, Cell
+from dfqbench.tasks.answers import answers_of
 
 BATCH = 256
 
@@ -33,21 +33,21 @@ BATCH = 256
 def agreement(student: Network, teacher: Network, images: Tensor, autocast: Any, smaller: Callable[[int], None] = lambda size: None) -> Evaluation:
     """How far the student is from the teacher on images (N x C x H x W).
 
-    `loss` is the mean KL(teacher || student) in nats, `top1` the share of equal answers in percent. smaller: as of `evaluate`.
+    `loss` is the mean KL(teacher || student) in nats, `top1` the share of equal answers in percent (`Answers`). smaller: as of `evaluate`.
     """
     return in_batches_that_fit(lambda size: _agreement(student, teacher, images, autocast, size), BATCH, smaller)
 
 
 @torch.inference_mode()
 def _agreement(student: Network, teacher: Network, images: Tensor, autocast: Any, batch_size: int) -> Evaluation:
-    divergences, equal = [], []
+    answers, divergences, equal = answers_of(teacher.task), [], []
     for batch in images.split(batch_size):
         with autocast:
-            p, q = (F.log_softmax(network(batch).float(), 1) for network in (teacher, student))
-        divergences.append(F.kl_div(q, p, reduction="none", log_target=True).sum(1))
-        equal.append(p.argmax(1) == q.argmax(1))
+            theirs, ours = (network(batch).float() for network in (teacher, student))
+        divergences.append(answers.divergence_per_image(ours, theirs))
+        equal.append(answers.agreement(ours, theirs))
     same = torch.cat(equal).cpu().numpy()
-    return Evaluation(same, 100.0 * float(np.mean(same)), None, float(torch.cat(divergences).double().mean()), "agreement")
+    return Evaluation(same == 1, 100.0 * float(np.mean(same, dtype=np.float64)), None, float(torch.cat(divergences).double().mean()), "agreement")
 
 
 def made_images(cell: Cell, teacher: Teacher, device: torch.device, count: int, stop: StopFlag) -> Tensor:

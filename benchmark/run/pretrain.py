@@ -1,4 +1,4 @@
-"""Trains a CIFAR ResNet on a small set, so that a teacher can be had without any download.
+"""Trains a network on a small set, so that a teacher can be had without any download: a CIFAR ResNet, or a network for scenes of digits.
 
 `cifar:resnet20` on `digits`, 12 epochs, reaches 98.50 % on the test split in fp32 (seed 0), and 98.16 to 98.66 % in bf16 (seeds 0 to 4), in 57 and 31
 seconds of one CPU core. The peak learning rate was chosen on the last 298 training images (0.05, 0.1, 0.2, 0.4; above 0.1 some seeds fail). The
@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfqbench.data import Images, find_set
-from dfqbench.engine.evaluate import Precision, evaluate, normalise
+from dfqbench.engine.evaluate import Precision, evaluate, evaluate_task, normalise
 from dfqbench.errors import UserError
+from dfqbench.metrics import metric_of
+from dfqbench.network import Teacher
 from dfqbench.task import Task
 from dfqbench.teachers import parse_teacher
 from dfqbench.teachers.cifar import cifar_resnet
-from dfqbench.teachers.zoo import cifar_task
+from dfqbench.teachers.scenes import CLASSES, NETWORKS
+from dfqbench.teachers.zoo import cifar_task, scenes_task
+
+SCENES = {"digit-scenes-segment": 4, "digit-scenes-detect": 10}  # sets, and epochs on them
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """What a training gave. `accuracy` is in percent on `test_set`, both None where no test set was given."""
+    """What a training gave. `accuracy` (of other kinds of tasks: their metric) is in percent on `test_set`, both None where no test set was given."""
 
     path: Path
     accuracy: float | None
@@ -55,7 +60,7 @@ class Pretrained:
 
 
 def pretrain(
-    model: str,
+    model: str | None,
     source: str,
     out: Path,
     epochs: int | None = None,
@@ -69,13 +74,18 @@ def pretrain(
 ) -> Pretrained:
     """Train `cifar:NAME` and write a .safetensors file, in one step at the end; `progress` gets a line per epoch.
 
+    Where `source` is `digit-scenes-segment` or `digit-scenes-detect` it is `scenes:segment` or `scenes:detect` (see pretrain_scenes.py).
     `source` is `digits`, `cifar10`, `cifar100` (their training splits are used) or imagefolder:PATH (all of it is trained on). `test` is another
     set to measure the result on; by default the source's own test split where it has one. `epochs` is 12 for digits, else 30. With the same seed,
     device and number of threads the file has the same bytes. Raises UserError before training starts where something is missing.
     """
+    scene = source.removeprefix("digit-scenes-") if source in SCENES else None
+    model = model or (f"scenes:{scene}" if scene else "cifar:resnet20")
     place, name = parse_teacher(model).source
-    if place != "cifar":
-        raise UserError(f"only the cifar: networks can be trained here, not {model!r}")
+    if scene and (place, name) != ("scenes", scene):
+        raise UserError(f"on {source} scenes:{scene} is trained, not {model!r}")
+    if not scene and place != "cifar":
+        raise UserError(f"only cifar: networks can be trained on {source}, not {model!r}")
     if out.suffix != ".safetensors":
         raise UserError(f"weights are written as .safetensors, not as {out.name!r}")
     if out.exists() and not overwrite:
@@ -83,6 +93,8 @@ def pretrain(
     check_writable(out)
     if epochs is not None and epochs < 1:
         raise UserError(f"{epochs} epochs: at least one is needed")
+    if scene:
+        return _on_scenes(name, out, epochs or SCENES[source], seed, torch.device(device), progress, test, precision)
     folder = source.startswith("imagefolder")
     train_set, test_set = find_set(source), find_set(test) if test is not None else None if folder else find_set(source)
     recipe = Recipe(epochs=epochs or (12 if source == "digits" else 30), flip=source != "digits")
@@ -93,16 +105,41 @@ def pretrain(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = cifar_resnet(name, task.classes, task.channels)
+    task = replace(task, exits=getattr(network, "exits", 1))
     started = time.monotonic()
     train(network, train_images, task, recipe, seed, torch.device(device), precision, progress)
     seconds = time.monotonic() - started
-    accuracy = evaluate(network, test_images, task, device).top1 if test_images is not None else None
+    answering = network if task.exits == 1 else Teacher(network, task)  # at its end, of several exits
+    accuracy = evaluate(answering, test_images, task, device).top1 if test_images is not None else None
     tested_on = test_set.name if test_set is not None else None
     facts = {"model": model, "source": train_set.name, "seed": seed, "precision": precision, "test_set": tested_on, "accuracy": accuracy}
     write_weights(network, out, {**facts, "recipe": asdict(recipe)})
     said = f"{accuracy:.2f} % of {len(test_images)} images of {tested_on}" if test_images is not None else "not tested: no test set was given"
     progress(f"{out}: {said}, {seconds:.0f} s")
     return Pretrained(out, accuracy, tested_on, seconds)
+
+
+def _on_scenes(
+    name: str, out: Path, epochs: int, seed: int, device: torch.device, progress: Callable[[str], None], test: str | None, precision: Precision
+) -> Pretrained:
+    if test is not None or precision != "fp32":
+        raise UserError("on scenes of digits networks are trained in fp32 and tested on the set's own test scenes")
+    from dfqbench.data.digit_scenes import scenes
+    from dfqbench.run.pretrain_scenes import train_scenes
+
+    task = scenes_task(name, CLASSES[name], 1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = NETWORKS[name](task.classes, task.channels)
+    started = time.monotonic()
+    train_scenes(network, scenes("train"), task, epochs, seed, progress, device)
+    seconds = time.monotonic() - started
+    found = find_set(f"digit-scenes-{name}")
+    measured = evaluate_task(Teacher(network, task), found.decode(task), task, device)
+    facts = {"model": f"scenes:{name}", "source": found.name, "seed": seed, "epochs": epochs, "test_set": found.name, measured.metric: measured.value}
+    write_weights(network, out, facts)
+    progress(f"{out}: {metric_of(measured.scores()).name} {measured.value:.2f} % on {len(found)} scenes of {found.name}, {seconds:.0f} s")
+    return Pretrained(out, measured.value, found.name, seconds)
 
 
 def check_writable(out: Path) -> None:
@@ -151,14 +188,15 @@ def train(
             x = normalise(_moved(pixels, chosen, task.size, recipe, stream), mean, std)
             y = labels[chosen.to(device)]
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                logits = network(x).float()
-                loss = F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing)
+                answers = network(x)
+                exits = [answer.float() for answer in (answers if isinstance(answers, tuple) else (answers,))]
+                loss = torch.stack([F.cross_entropy(logits, y, label_smoothing=recipe.label_smoothing) for logits in exits]).sum()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             total += loss.detach() * len(y)
-            hits += (logits.detach().argmax(1) == y).sum()
+            hits += (exits[-1].detach().argmax(1) == y).sum()
         mean_loss, correct = total.item() / len(images), 100 * hits.item() / len(images)
         if not np.isfinite(mean_loss):
             raise UserError(f"training diverged in epoch {epoch} (loss {mean_loss}); nothing is written")

@@ -13,6 +13,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from dfqbench.errors import counted
+from dfqbench.metrics import METRICS
 from dfqbench.sweep.cell import Bundle, Cell
 
 PLAIN_EVERY_S = 10.0
@@ -80,10 +81,10 @@ class Progress:
 
     def epoch(self, epoch: int, epochs: int, rows: dict[str, dict[str, Any]]) -> None:
         """After an epoch: the newest row of each student's history."""
-        for metric in ("top1", "agreement"):
+        for metric, about in METRICS.items():
             evaluated = ", ".join(f"{name} {row[metric]:.2f} %" for name, row in rows.items() if metric in row)
             if evaluated:
-                self.say(f"  epoch {epoch}/{epochs}: {metric.replace('top1', 'top-1')} {evaluated}")
+                self.say(f"  epoch {epoch}/{epochs}: {about.name} {evaluated}")
 
     def done(self, cell: Cell, said: str) -> None:
         """said: what it reached."""

@@ -53,6 +53,6 @@ def _encoded(sheet: Image.Image) -> bytes:
 
 
 def sample_images(batch: Batch, count: int) -> tuple[Tensor, Tensor | None]:
-    """The first images of a batch with their labels, on the CPU."""
-    labels = batch.labels[:count].cpu() if batch.labels is not None else None
+    """The first images of a batch with their labels, on the CPU; labels of pixels or boxes are no caption."""
+    labels = batch.labels[:count].cpu() if batch.labels is not None and batch.labels.dim() == 1 else None
     return batch.images[:count].float().cpu(), labels

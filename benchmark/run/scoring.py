@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dfqbench.data import EvaluationSet, Images
 from dfqbench.engine.device import autocast_of
-from dfqbench.engine.evaluate import Evaluation, Precision, evaluate
+from dfqbench.engine.evaluate import Evaluated, Precision, evaluate_task
+from dfqbench.engine.exits import early_exits
 from dfqbench.files import read_json, write_json
-from dfqbench.network import Teacher
+from dfqbench.network import Network, Teacher
 from dfqbench.quantization.student import Student
 from dfqbench.run.agreement import agreement, kept_images, plain_rounding
 from dfqbench.run.class_order import doubt_about_classes
@@ -23,7 +24,7 @@ from dfqbench.store import Store
 from dfqbench.sweep.cell import Bundle, Cell, fingerprint
 from dfqbench.sweep.load import LoadedSweep
 
-Score = Callable[[Student], Evaluation]
+Score = Callable[[Student], Evaluated]
 Say = Callable[[str], None]
 
 
@@ -46,6 +47,13 @@ class Scoring:
         """What a cell without data has beside its scores; the same settings give other images elsewhere, where rounding differs."""
         made = hashlib.sha256(self._unseen.cpu().contiguous().numpy().tobytes()).hexdigest()
         return {"plain_rounding": plain_rounding(cell, teacher, self._unseen, self.device, own), "unseen_sha256": made}
+
+    def exits(self, cell: Cell, network: Network, precision: Precision) -> dict[str, Any]:
+        """What a network with early exits has beside its scores on the evaluation set, under `exits`; nothing of others."""
+        images = self._images.get(fingerprint(cell.teacher.task.as_dict()))
+        if cell.teacher.task.exits == 1 or images is None:
+            return {}
+        return {"exits": early_exits(network, images, cell.teacher.task, self.device, precision, self.options.evaluation_batch)}
 
     def _on_images(self, cell: Cell, teacher: Teacher, found: EvaluationSet, say: Say) -> Score:
         """Accuracy on the evaluation set."""
@@ -72,19 +80,19 @@ class Scoring:
         path = self.store.root / "unseen" / f"{selection.digest(cell.teacher)}.safetensors"
         return kept_images(path, selection.maker(cell.teacher), teacher, self.device, selection.count, say, self.stop)
 
-    def _evaluate(self, network: Any, cell: Cell, images: Images, say: Say, precision: Precision | None = None) -> Evaluation:
+    def _evaluate(self, network: Any, cell: Cell, images: Images, say: Say, precision: Precision | None = None) -> Evaluated:
         def smaller(size: int) -> None:
             say(smaller_batches(size))
             self.options.evaluation_batch = size  # the next evaluation would run out of memory, too
 
         task, batch = cell.teacher.task, self.options.evaluation_batch
-        return evaluate(network, images, task, device=self.device, precision=precision or cell.precision, batch_size=batch, smaller=smaller)
+        return evaluate_task(network, images, task, self.device, precision or cell.precision, batch, smaller)
 
     def _measure_teacher(self, cell: Cell, teacher: Teacher, images: Images, found: EvaluationSet, say: Say) -> None:
         """The teacher's own accuracy, in full precision."""
         path = teacher_record(self.store, cell)
 
-        def measured(shown: Images) -> Evaluation:
+        def measured(shown: Images) -> Evaluated:
             teacher.to(self.device).to(memory_format=torch.channels_last)
             return self._evaluate(teacher, cell, shown, say, "fp32")
 
@@ -92,10 +100,11 @@ class Scoring:
         if known is None:
             result = measured(images)
             known = {"teacher": cell.record()["teacher"], "evaluation": cell.record()["evaluation"], **result.scores()}
+            known |= self.exits(cell, teacher, "fp32")
             write_json(path, known)
         if path not in self._teachers_seen:
             self._teachers_seen.add(path)
-            doubt = doubt_about_classes(found, images, known["top1"], lambda shown: measured(shown).top1)
+            doubt = doubt_about_classes(found, images, known["top1"], lambda shown: measured(shown).value) if "top1" in known else None
             if doubt:
                 say(f"teacher {cell.teacher.label}: {doubt}")
 

@@ -77,12 +77,12 @@ def _compared(
     progress.bundle(bundle, lockstep.steps, 0)
     lockstep.run(_Stopping(progress, stop))
     for trainee in lockstep.trainees:
-        found, seconds = trainee.evaluation, lockstep.watch.read()
+        scores, seconds = trainee.evaluation.scores() if trainee.evaluation else {}, lockstep.watch.read()
         yield {
             "id": trainee.cell.id,
             "cell": trainee.cell.record(),
-            "kl": found.loss if found else None,
-            "agreement": found.top1 if found else None,
+            "kl": scores.get("kl"),
+            "agreement": scores.get("agreement"),
             "failed": trainee.failed,
             "last": trainee.history[-1] if trainee.history else {},
             "seconds": round(seconds.get(trainee.name, 0.0) + seconds.get(lockstep.SHARED, 0.0), 1),

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import errno
 import gc
-import io
 import math
 import signal
 import time
 import traceback
 from typing import Any
 
-import numpy as np
 import torch
 
 from dfqbench.analysis.warning_signs import signs
 from dfqbench.engine.checkpoint import load_checkpoint
 from dfqbench.engine.device import DeviceLost, is_lost, out_of_memory
-from dfqbench.engine.evaluate import Evaluation, state_hash
+from dfqbench.engine.evaluate import Evaluated, state_hash
 from dfqbench.engine.learning_rate import unreached_milestones
 from dfqbench.engine.lockstep import Interrupted, Lockstep, Trainee
 from dfqbench.engine.synthesis_cache import SynthesisCache
@@ -26,6 +24,7 @@ from dfqbench.export.find import NAME as STUDENT
 from dfqbench.export.size import size_of
 from dfqbench.export.student_file import save_student
 from dfqbench.files import read_json, write_atomically
+from dfqbench.metrics import METRICS, metric_of
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
 from dfqbench.run.agreement import rounded
@@ -115,7 +114,7 @@ class Worker:
         teacher = self._load_teacher(card)
         score = self._scoring.of(bundle, teacher, lambda line: self._log(bundle, line))
 
-        def evaluate_student(student: Student) -> Evaluation:
+        def evaluate_student(student: Student) -> Evaluated:
             self.progress.evaluating()
             watcher.evaluating()
             before = state_hash(student)
@@ -214,15 +213,12 @@ class Worker:
         own, shared = seconds.get(trainee.name, 0.0), seconds.get(lockstep.SHARED, 0.0)
         metric = evaluation.metric
         evaluated = [{"epoch": row["epoch"], metric: row[metric]} for row in trainee.history if metric in row]
-        last = {"epoch": len(lockstep.epochs), metric: evaluation.top1}
+        last = {"epoch": len(lockstep.epochs), metric: evaluation.value}
         best = max([*evaluated, last], key=lambda row: float(row[metric]))
         if trainee.history:
-            trainee.history[-1][metric] = evaluation.top1
+            trainee.history[-1][metric] = evaluation.value
             self.store.write_history(cell.id, trainee.history)
-        buffer = io.BytesIO()
-        np.save(buffer, np.packbits(evaluation.correct))
-        write_atomically(self.store.folder(cell.id) / "correct.npy", buffer.getvalue())
-        for name, content in pictures.items():
+        for name, content in (evaluation.files() | pictures).items():
             write_atomically(self.store.folder(cell.id) / name, content)
         kept = self._kept_student(trainee, lockstep)
         result = {
@@ -230,6 +226,7 @@ class Worker:
             "cell": cell.record(),
             **evaluation.scores(),
             **(self._scoring.beside(cell, lockstep.teacher, lockstep.widths.get(cell.id)) if metric == "agreement" else {}),
+            **self._scoring.exits(cell, trainee.student, cell.precision),
             "best": best,
             "evaluations": len(evaluated) + (not evaluated or evaluated[-1]["epoch"] != last["epoch"]),
             "last_epoch": len(lockstep.epochs),
@@ -246,7 +243,7 @@ class Worker:
             "provenance": self._provenance(lockstep),
             "finished": time.time(),
         }
-        self.store.append_log(cell.id, f"done: {metric.replace('top1', 'top-1')} {evaluation.top1:.2f} % at epoch {last['epoch']}")
+        self.store.append_log(cell.id, f"done: {METRICS[metric].name} {evaluation.value:.2f} % at epoch {last['epoch']}")
         self.store.write_result(cell.id, result)
         self.watching.finished(cell.id)
         self.progress.done(cell, _reached(result))
@@ -287,7 +284,8 @@ class Worker:
 def _reached(result: dict[str, Any]) -> str:
     """For those who watch."""
     if "agreement" not in result:
-        return f"top-1 {result['top1']:.2f} % (teacher {result['teacher']['top1']:.2f} %)"
+        metric = metric_of(result)
+        return f"{metric.name} {result[metric.key]:.2f} % (teacher {result['teacher'][metric.key]:.2f} %)"
     plain = result["plain_rounding"]
     beside = f" (plain rounding: {plain['agreement']:.2f} %, {plain['kl']:.3g})" if plain else ""
     return f"agreement with the teacher {result['agreement']:.2f} %, KL {result['kl']:.3g} nats{beside}"

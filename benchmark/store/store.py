@@ -35,9 +35,20 @@ from typing import Any
 
 from dfqbench.errors import UserError
 from dfqbench.files import read_json, write_atomically, write_json
+from dfqbench.metrics import METRICS
 from dfqbench.store.lease import Lease, kept_alive
 
-WRITTEN = ("runs", "bundles", "images", "teachers", "sweeps", "selections", "replicates", "unseen", "allocations")  # folders, as far as they are there
+WRITTEN = (
+    "runs",
+    "bundles",
+    "images",
+    "teachers",
+    "sweeps",
+    "selections",
+    "replicates",
+    "unseen",
+    "allocations",
+)  # folders, as far as they are there
 CELL_ID = re.compile(r"[0-9a-f]{12}")
 NAMED = 5  # cells that an ambiguous prefix stands for and that are named
 
@@ -130,7 +141,7 @@ class Store:
                 result = read_json(path)
                 if result is None:
                     continue
-                if not {"id", "cell"} <= result.keys() or not {"top1", "agreement"} & result.keys():
+                if not {"id", "cell"} <= result.keys() or not METRICS.keys() & result.keys():
                     raise ValueError("not a result of this suite")
                 found.append(result)
             except (ValueError, AttributeError) as error:

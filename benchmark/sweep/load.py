@@ -25,6 +25,7 @@ from dfqbench.sweep.problems import Problems, described
 from dfqbench.sweep.schema import WITHOUT_DATA, Budget, NamedSet, Selection, Sweep
 from dfqbench.sweep.students import about_work, student_of
 from dfqbench.sweep.variants import Variant, find_variants
+from dfqbench.task import Kind
 from dfqbench.teachers import InMemory, TeacherCard, TeacherSpec, examine, parse_teacher
 from dfqbench.yaml_file import read_yaml
 
@@ -182,8 +183,11 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
         found.append((i, teacher, student or {}))
         if student and student["refused"]:
             problems.add(f"teachers[{i}]", f"{teacher.label}: {student['refused']}")
-        if card and evaluation and not evaluation.fits(teacher.task.classes):
-            problems.add(f"teachers[{i}]", f"{teacher.label} has {teacher.task.classes} classes, evaluation set {card.name} has {card.classes}")
+        if card and evaluation and evaluation.kind != teacher.task.kind:
+            kind = teacher.task.kind
+            problems.add(f"teachers[{i}]", f"{teacher.label} is there to {kind}, evaluation set {card.name} is for networks that {evaluation.kind}")
+        elif card and evaluation and not evaluation.fits(teacher.task.labels):
+            problems.add(f"teachers[{i}]", f"{teacher.label} has {teacher.task.labels} classes, evaluation set {card.name} has {card.classes}")
         elif card and evaluation:
             problems.catch(f"teachers[{i}]", partial(evaluation.check, teacher.task))
     asked = sweep.model_copy(update={"bits": list(dict.fromkeys(str(width) for width, _ in bits if width))})  # a method is not told who allocates
@@ -201,6 +205,12 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
     for (i, teacher, student), variant in itertools.product(found, [*variants, *makers, *pool_makers]):
         if variant.asked != presets[teacher]:
             continue
+        if teacher.task.kind not in variant.tasks:
+            kind, defined = teacher.task.kind, _defined_for(teacher.task.kind)
+            problems.add(
+                f"teachers[{i}]", f"{teacher.label} is there to {kind}, for which method {variant.method}, as it is set, is not defined: {defined}"
+            )
+            continue
         lacks = lacking(variant.needs, teacher.offers)
         if "ranges" in variant.needs and student.get("ranges"):
             lacks.append(f"ranges ({student['ranges']})")
@@ -210,6 +220,12 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
         return None
     quantized = [line for _, teacher, student in found if (line := about_work(teacher.label, protocol.name, student))]
     return _Parts(protocol, bits, evaluation, card, teachers, presets, quantized, variants, makers, pool_makers, yardsticks)
+
+
+def _defined_for(kind: Kind) -> str:
+    from dfqbench.method.registry import list_methods
+
+    return f"those that are: {', '.join(sorted(method.info.name for method in list_methods() if kind in method.tasks))}"
 
 
 def _yardsticks(

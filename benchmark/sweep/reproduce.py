@@ -8,7 +8,7 @@ from dfqbench.quantization import Bits
 from dfqbench.sweep.cell import without_data
 from dfqbench.yaml_file import write_yaml
 
-BY_NAME = ("digits", "cifar10", "cifar100", "imagenet")  # evaluation sets that a name alone finds
+BY_NAME = ("digits", "digit-scenes-segment", "digit-scenes-detect", "cifar10", "cifar100", "imagenet")  # evaluation sets that a name alone finds
 
 
 def config_of(record: dict[str, Any]) -> dict[str, Any]:

@@ -110,6 +110,10 @@ class BitBudget(BaseModel):
             raise ValueError("one allocator with its settings is expected, like {dnq: {updates: 100}}")
         return given
 
+    def __str__(self) -> str:
+        """As cells have it: `w4a4`, `w3.5a4`."""
+        return f"w{self.average_weight_bits:g}a{self.activations}"
+
     @property
     def allocator(self) -> tuple[str, dict[str, Any]]:
         """Its name and the settings that it is given."""

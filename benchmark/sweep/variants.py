@@ -23,7 +23,7 @@ from dfqbench.quantization.protocol import BatchNormMode, RangeEstimatorName
 from dfqbench.store.cache import remembered
 from dfqbench.sweep.problems import Problems, described
 from dfqbench.sweep.schema import Sweep
-from dfqbench.task import Task
+from dfqbench.task import Kind, Task
 
 if TYPE_CHECKING:
     from dfqbench.method.contract import Method
@@ -51,11 +51,11 @@ class Configured:
 
 @dataclass(frozen=True)
 class Variant:
-    """A method with complete settings; all of it JSON. changed: settings that differ from the method's own; needs: with those of the method that it
-    wraps; widths: those of the sweep's bit widths at which it has cells; files: paths by setting; steps: by phase, by the teacher's task as text;
-    none where nobody asked; name, group: what tables are to call it and where it belongs, empty where the sweep does not say; asked: the preset of
-    the teachers that it is for, preset: that of the method which it starts from; empty where there is none; presets: all that the method has;
-    by_width: settings that presets have otherwise at other bit widths of the sweep."""
+    """A method with complete settings; all of it JSON. changed: settings that differ from the method's own; needs: with those of the one that it
+    wraps, as have tasks; widths: those of the sweep's bit widths at which it has cells; files: paths by setting; steps: by phase, by the
+    teacher's task as text; none where nobody asked; name, group: what tables are to call it and where it belongs, empty where the sweep does not
+    say; asked: the preset of the teachers that it is for, preset: that of the method which it starts from; empty where there is none; presets:
+    all that the method has; by_width: settings that presets have otherwise at other bit widths of the sweep."""
 
     method: str
     version: int
@@ -69,6 +69,7 @@ class Variant:
     config: dict[str, Any]
     changed: dict[str, Any]
     needs: list[Needs]
+    tasks: list[Kind]
     widths: list[str]
     files: dict[str, str]
     steps: dict[str, dict[str, int] | None]
@@ -81,7 +82,7 @@ class Variant:
 
     @classmethod
     def of(cls, found: Configured, tasks: Collection[Task]) -> Variant:
-        from dfqbench.method.hosting import needs_of
+        from dfqbench.method.hosting import needs_of, tasks_of
 
         method, config = found.method, found.config
         info, settings = method.info, config.model_dump(mode="json")
@@ -98,6 +99,7 @@ class Variant:
             config=settings,
             changed=found.changed,
             needs=sorted(needs_of(method, config)),
+            tasks=sorted(tasks_of(method, config)),
             widths=list(found.widths),
             files=files_of(config),
             steps={str(task): steps_of(method, settings | files_of(config), task) for task in tasks},
@@ -202,7 +204,7 @@ def _variants(
         problems.add(f"{key}.yardstick", "it is filled in: name the images in `yardsticks` and in `host`")
         return []
     by_preset: dict[str, list[str]] = {}
-    for width in sweep.bits:
+    for width in (str(width) for width in sweep.bits):
         by_preset.setdefault(preset_of(method.Config.presets, preset or asked, width), []).append(width)
     budget = {k: v for k, v in sweep.budget.given().items() if k in fields}
     axes = {k: v if _spans(v, fields[k].annotation) else [v] for k, v in settings.items() if k in fields}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dfqbench.errors import UserError
-from dfqbench.task import Task
+from dfqbench.task import Task, size_of_images
+from dfqbench.tasks.answers import answers_of, packed, without_auxiliary
 from dfqbench.teachers.baking import bake
 from dfqbench.teachers.own import from_file
 from dfqbench.teachers.spec import ZOOS, Built, TeacherSpec
@@ -31,24 +32,30 @@ def build(spec: TeacherSpec) -> Built:
 
 
 def check_answer(built: Built, where: str) -> None:
-    """UserError, with `where` in front, unless the network answers one grey image with one finite logit per class."""
+    """UserError, with `where` in front, unless the network gives one grey image a finite answer of its task's kind."""
     task = built.task
     try:
         with torch.inference_mode():
-            answer = built.network(torch.zeros(1, *task.image_shape))
+            answer = without_auxiliary(built.network(torch.zeros(1, *task.image_shape)))
     except Exception as error:
         raise UserError(f"{where} cannot take an image of {' x '.join(map(str, task.image_shape))}: {one_line(error)}") from error
-    shape = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-    if shape != (1, task.classes):
-        raise UserError(f"{where} answers one image with {shape}, not with (1, {task.classes}) logits")
-    if not bool(torch.isfinite(answer).all()):
+    problem = answers_of(task).problem(answer, 1)
+    if problem:
+        raise UserError(f"{where} answers one image {problem}")
+    if not bool(torch.isfinite(packed(answer, task)).all()):
         raise UserError(f"{where} answers a grey image with logits that are not finite")
 
 
 def _with_overrides(task: Task, spec: TeacherSpec) -> Task:
     """The spec's settings win over what a zoo says; UserError where they do not go with the network's channels."""
-    changes = {key: value for key in ("classes", "size", "mean", "std", "crop_ratio", "interpolation") if (value := getattr(spec, key)) is not None}
+    given = ("classes", "mean", "std", "crop_ratio", "interpolation", "kind", "scores", "exits")
+    changes = {key: value for key in given if (value := getattr(spec, key)) is not None}
+    if spec.height_and_width is not None:
+        changes |= size_of_images(*spec.height_and_width)
     for key in ("mean", "std"):
         if key in changes and len(changes[key]) != task.channels:
             raise UserError(f"teacher {spec.model!r}: {key} has {len(changes[key])} values, the network takes {task.channels} channels")
-    return replace(task, **changes)
+    task = replace(task, **changes)
+    if task.kind == "classify" and task.width is not None:
+        raise UserError(f"teacher {spec.model!r}: classifiers are evaluated on square images here: give one number as `size`")
+    return task

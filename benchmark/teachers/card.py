@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dfqbench.errors import Notice, UserError
 from dfqbench.store.cache import remembered
 from dfqbench.task import Task
-from dfqbench.teachers.spec import ZOOS, Built, TeacherSpec, parse_teacher
+from dfqbench.teachers.spec import OWN_ZOOS, ZOOS, Built, TeacherSpec, parse_teacher
 
 if TYPE_CHECKING:
     from torch import nn
@@ -155,8 +155,10 @@ def _zoo_names(zoo: str, cache: Path | None) -> list[str]:
 
         return {"names": zoo_names(zoo)}
 
-    here = [_sha256(Path(__file__).with_name(name)) for name in ("zoo.py", "cifar.py")]  # they say which of a package's networks are meant
-    if zoo == "cifar":
+    here = [
+        _sha256(Path(__file__).with_name(name)) for name in ("zoo.py", "cifar.py", "scenes.py", "torchvision_dense.py", "spec.py")
+    ]  # they say which of a package's networks are meant
+    if zoo in OWN_ZOOS:
         return list(remembered(cache, "zoo", [zoo, here], ask)["names"])
     try:
         version, found = importlib.metadata.version(zoo), importlib.util.find_spec(zoo)
@@ -263,7 +265,7 @@ def _zoo_version(spec: TeacherSpec) -> str | None:
     if spec.source_module is not None:
         packages = importlib.metadata.packages_distributions().get(place.split(".")[0], [])
         return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages) or None
-    if place not in ZOOS or place == "cifar":
+    if place not in ZOOS or place in OWN_ZOOS:
         return None
     try:
         return importlib.metadata.version(place)

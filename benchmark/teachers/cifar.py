@@ -1,7 +1,12 @@
-"""The CIFAR ResNets of He et al. (arXiv:1512.03385, section 4.2): 6n+2 layers, 16/32/64 channels, shortcuts without parameters (option A)."""
+"""The CIFAR ResNets of He et al. (arXiv:1512.03385, section 4.2): 6n+2 layers, 16/32/64 channels, shortcuts without parameters (option A).
+
+Two variants each, defined here: `_weighted` pools with learned weights, a product that no layer holds; `_exits` also answers after its second stage
+(an early exit, as in BranchyNet, arXiv:1709.01686).
+"""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -62,8 +67,47 @@ class CifarResNet(nn.Module):
         return logits
 
 
+class WeightedPool(nn.Module):
+    """N x C x side x side -> N x C: a weighted sum over positions, with weights of its own for each channel; begins as their mean."""
+
+    def __init__(self, channels: int, side: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((1, channels, side, side), 1 / side**2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * self.weight).sum((2, 3))
+
+
+class WeightedResNet(CifarResNet):
+    """Pools by weights: takes images of 32 x 32 only."""
+
+    def __init__(self, blocks: int, classes: int = 10, in_channels: int = 3):
+        super().__init__(blocks, classes, in_channels)
+        self.pool = WeightedPool(64, 8)  # type: ignore[assignment]
+
+
+class ExitingResNet(CifarResNet):
+    """Answers twice: (logits after the second stage, logits at the end), N x classes each."""
+
+    exits = 2
+
+    def __init__(self, blocks: int, classes: int = 10, in_channels: int = 3):
+        super().__init__(blocks, classes, in_channels)
+        self.early = nn.Linear(32, classes)
+        nn.init.kaiming_normal_(self.early.weight)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        halfway = self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x)))))
+        return self.early(self.pool(halfway).flatten(1)), self.linear(self.pool(self.layer3(halfway)).flatten(1))
+
+
+KINDS: dict[str, type[CifarResNet]] = {"": CifarResNet, "_exits": ExitingResNet, "_weighted": WeightedResNet}
+NETWORKS = {name + suffix: (kind, blocks) for name, blocks in BLOCKS_PER_STAGE.items() for suffix, kind in KINDS.items()}
+
+
 def cifar_resnet(name: str, classes: int = 10, in_channels: int = 3) -> CifarResNet:
-    """`resnet20`, `resnet32`, `resnet44` or `resnet56`; UserError for another name."""
-    if name not in BLOCKS_PER_STAGE:
-        raise UserError(f"unknown network 'cifar:{name}': {nearest(name, BLOCKS_PER_STAGE)}")
-    return CifarResNet(BLOCKS_PER_STAGE[name], classes, in_channels)
+    """`resnet20`, `resnet32`, `resnet44` or `resnet56`, and each with `_weighted` or `_exits` behind; UserError for another name."""
+    if name not in NETWORKS:
+        raise UserError(f"unknown network 'cifar:{name}': {nearest(name, NETWORKS)}")
+    kind, blocks = NETWORKS[name]
+    return kind(blocks, classes, in_channels)

@@ -14,7 +14,7 @@ from dfqbench.task import Task
 from dfqbench.teachers.baking import bake
 from dfqbench.teachers.build import check_answer
 from dfqbench.teachers.card import InMemory, TeacherCard
-from dfqbench.teachers.own import refuse_torchscript, task_of, unwrap_parts, wrapped
+from dfqbench.teachers.own import boxes_of, decode_of, refuse_torchscript, task_of, unwrap_parts, wrapped
 from dfqbench.teachers.spec import Built
 from dfqbench.teachers.weights import hash_tensors
 
@@ -33,6 +33,8 @@ def in_memory(given: nn.Module, task: Task | None = None, name: str | None = Non
         shells.append(inner)
     found = task or task_of(label, shells, settings)
     network = copy.deepcopy(shells[-1]).cpu().float().eval()
+    if found.kind == "detect":
+        network.decode, network.boxes = decode_of(label, shells), boxes_of(shells)
     unwrap_parts(network)
     bake(network)
     network.requires_grad_(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from torch import nn
 
 from dfqbench.errors import UserError, nearest
-from dfqbench.task import Task
+from dfqbench.task import KINDS, SCORES, Task, size_of_images
 from dfqbench.teachers.neighbours import Neighbours
 from dfqbench.teachers.packages import package_files
 from dfqbench.teachers.spec import Built, TeacherSpec
 from dfqbench.teachers.weights import fit, one_line, weights_of
+
+OF_A_TASK = ("classes", "size", "mean", "std", "kind", "scores", "exits")
 
 
 def from_file(name: str, spec: TeacherSpec) -> Built:
@@ -42,29 +45,67 @@ def from_file(name: str, spec: TeacherSpec) -> Built:
     if spec.weights is not None:
         fit(network, weights_of(spec), spec)
     unwrap_parts(network)  # after the weights, whose names are those of the network as it was saved
-    settings = {key: getattr(spec, key) for key in ("classes", "size", "mean", "std")}
-    task = task_of(where, shells, settings)
+    task = task_of(where, shells, {key: getattr(spec, key) for key in OF_A_TASK})
+    if task.kind == "detect":
+        network.decode, network.boxes = decode_of(where, [*shells, module]), boxes_of([*shells, module])
     if beside is not None:
         return Built(network, task, beside.files)
     package = package_files(str(spec.source_module))
     return Built(network, task, {place: found for place, found in package.items() if found[0] != spec.source_file})
 
 
+def function_of(text: str) -> Any:
+    """The function that `path/to/file.py:name` or `package.module:name` says. UserError where there is none."""
+    place, _, name = text.rpartition(":")
+    file = Path(place).expanduser()
+    if not place or (file.suffix == ".py" and not file.is_file()):
+        raise UserError(f"{text!r}: there is no such file; write path/to/file.py:name or package.module:name")
+    beside = Neighbours(file) if file.suffix == ".py" else None
+    with beside or nullcontext():
+        try:
+            found = getattr(beside.run() if beside else importlib.import_module(place), name, None)
+        except (Exception, SystemExit) as error:
+            raise UserError(f"{text!r}: importing {place} failed: {one_line(error)}") from error
+    if not callable(found):
+        raise UserError(f"{text!r}: there is no function {name!r} in {place}")
+    return found
+
+
+def decode_of(where: str, places: Sequence[Any]) -> Any:
+    """A detector's `decode`: the network's, else that of the file or module that its factory is in."""
+    found = next((place.decode for place in places if callable(getattr(place, "decode", None))), None)
+    if found is None:
+        raise UserError(f"{where}: a detector needs decode(answer, height, width), as a method or beside its factory: it makes boxes of the answer")
+    return found
+
+
+def boxes_of(places: Sequence[Any]) -> Any:
+    """Where the box of every position is (`Network.boxes`), from the same places; None where nothing says it."""
+    return next((place.boxes for place in places if callable(getattr(place, "boxes", None))), None)
+
+
 def task_of(where: str, shells: Sequence[nn.Module], settings: Mapping[str, Any]) -> Task:
     """From the settings, else from the attributes of the network or of what it is wrapped in."""
     known: dict[str, Any] = {}
-    for key in ("classes", "size", "mean", "std"):
+    for key in OF_A_TASK:
         given = settings.get(key)
         known[key] = given if given is not None else next((getattr(shell, key) for shell in shells if hasattr(shell, key)), None)
+    said = {key: known.pop(key) for key in ("kind", "scores", "exits")}
+    exits = said["exits"] if isinstance(said["exits"], int) else 1
+    kind, scores = (value if isinstance(value := said[key], str) else usual for key, usual in (("kind", "classify"), ("scores", "sigmoid")))
     missing = [key for key, value in known.items() if value is None]
     if missing:
         how = "give them in the config, or as attributes of the network (`dfqbench quantize` has --classes, --size, --mean, --std)"
         raise UserError(f"{where}: {', '.join(missing)} missing: {how}")
     try:
         mean, std = (tuple(float(value) for value in known[key]) for key in ("mean", "std"))
-        task = Task(int(known["classes"]), len(mean), int(known["size"]), mean, std)
+        height, width = map(int, known["size"] if isinstance(known["size"], Sequence) else (known["size"],) * 2)
+        task = Task(int(known["classes"]), len(mean), mean=mean, std=std, kind=kind, scores=scores, exits=exits, **size_of_images(height, width))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: classes and size must be whole numbers, mean and std one number per channel ({error})") from None
+    for key, value, allowed in (("kind", kind, KINDS), ("scores", scores, SCORES)):
+        if value not in allowed:
+            raise UserError(f"{where}: {key} {value!r}: {nearest(value, allowed)}")
     if max(mean, default=0) > 1:
         raise UserError(f"{where}: mean {mean} is of images scaled to [0, 1]: divide mean and std by 255")
     if len(mean) != len(std) or min(std, default=0) <= 0:

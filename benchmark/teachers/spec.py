@@ -8,17 +8,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dfqbench.errors import UserError, UserErrors, nearest
-from dfqbench.task import Task
+from dfqbench.task import Kind, Scores, Task
 
 if TYPE_CHECKING:
     from torch import nn
 
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-ZOOS = ("torchvision", "timm", "pytorchcv", "cifar")
+ZOOS = ("torchvision", "timm", "pytorchcv", "cifar", "scenes")
+OWN_ZOOS = ("cifar", "scenes")  # defined here, no package's
 UNTRAINED = "untrained"  # for `weights`: what the network's builder drew; good for measuring speed, and nothing else
+
+
+DENSE: dict[Kind, tuple[str, ...]] = {  # what the names of a zoo's networks for other than one class per image begin with
+    "segment": ("torchvision:deeplabv3_", "torchvision:fcn_", "torchvision:lraspp_", "scenes:segment"),
+    "detect": ("torchvision:fcos_", "torchvision:retinanet_", "torchvision:ssd300_", "torchvision:ssdlite320_", "scenes:detect"),
+}
+TWO_STAGE = ("fasterrcnn_", "maskrcnn_", "keypointrcnn_")  # torchvision's
+
+
+def zoo_kind(model: str) -> Kind:
+    """What a zoo's network answers, from its name, `ZOO:NAME`."""
+    return next((kind for kind, begins in DENSE.items() if model.startswith(begins)), "classify")
 
 
 class TeacherSpec(BaseModel):
@@ -26,16 +39,29 @@ class TeacherSpec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(description="torchvision:NAME, timm:NAME, pytorchcv:NAME, cifar:NAME, path/to/file.py:factory or package.module:factory")
+    model: str = Field(
+        description="torchvision:NAME, timm:NAME, pytorchcv:NAME, cifar:NAME, scenes:NAME, path/to/file.py:factory or package.module:factory"
+    )
     weights: str | None = Field(None, description="a .safetensors, .pth or .pt file; null: the zoo's weights (IMAGENET1K_V1 for torchvision)")
     classes: int | None = Field(None, ge=2)
-    size: int | None = Field(None, ge=1, description="side of the square input image, in pixels")
+    size: int | tuple[int, int] | None = Field(None, description="side of the square input image in pixels, or [height, width]")
+    kind: Kind | None = Field(None, description="what the network answers: classify, segment or detect; default: what it says of itself, or classify")
+    scores: Scores | None = Field(None, description="of a detector: how they are made of its logits, sigmoid, or softmax with the background first")
+    exits: int | None = Field(None, ge=1, description="of a classifier with early exits: how many answers it gives, the last at its end")
     mean: tuple[float, ...] | None = Field(None, min_length=1, description="per channel, of images scaled to [0, 1]")
     std: tuple[float, ...] | None = Field(None, min_length=1)
     crop_ratio: float | None = Field(None, gt=0, le=1)
     interpolation: Interpolation | None = None
     name: str | None = Field(None, min_length=1, description="what tables call it; default: what stands behind the colon of `model`")
     preset: str | None = Field(None, min_length=1, description="what methods start from on this network; default: the sweep's `preset`")
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _size_is_possible(cls, given: Any) -> Any:
+        sides = given if isinstance(given, list | tuple) else (given, given)
+        if given is not None and not (len(sides) == 2 and all(isinstance(side, int) and side >= 1 for side in sides)):
+            raise ValueError("a whole number of pixels is expected, at least 1, or [height, width]")
+        return given
 
     @model_validator(mode="after")
     def _normalisation_is_possible(self) -> TeacherSpec:
@@ -46,6 +72,11 @@ class TeacherSpec(BaseModel):
         if self.std is not None and min(self.std) <= 0:
             raise ValueError("std must be above 0")
         return self
+
+    @property
+    def height_and_width(self) -> tuple[int, int] | None:
+        """Of the input image, in pixels, where `size` is given."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     @property
     def source(self) -> tuple[str, str]:

@@ -9,15 +9,18 @@ import math
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from dfqbench.errors import UserError, nearest
-from dfqbench.task import Task
-from dfqbench.teachers.cifar import BLOCKS_PER_STAGE, cifar_resnet
-from dfqbench.teachers.spec import Built, TeacherSpec
+from dfqbench.task import Kind, Task
+from dfqbench.teachers import scenes
+from dfqbench.teachers.cifar import NETWORKS, cifar_resnet
+from dfqbench.teachers.spec import TWO_STAGE, Built, TeacherSpec, zoo_kind
+from dfqbench.teachers.torchvision_dense import dense_names, detector, segmentation
 from dfqbench.teachers.weights import downloaded, fit, read_weights, weights_of
 
 T = TypeVar("T")  # python 3.11 has no other way to say it
@@ -33,10 +36,12 @@ NOT_CLASSIFIERS = re.compile(
 def zoo_names(zoo: str) -> list[str]:
     """Every name that a zoo knows, sorted; UserError where its package is not installed."""
     if zoo == "cifar":
-        return list(BLOCKS_PER_STAGE)
+        return list(NETWORKS)
+    if zoo == "scenes":
+        return list(scenes.NETWORKS)
     package = _package(zoo)
     if zoo == "torchvision":
-        return sorted(package.models.list_models(module=package.models))
+        return sorted([*package.models.list_models(module=package.models), *dense_names(package.models)])
     if zoo == "timm":
         return sorted({*package.list_models(), *package.list_models(pretrained=True)})
     return sorted(name for name in package.model_provider._models if not NOT_CLASSIFIERS.search(name))
@@ -44,8 +49,16 @@ def zoo_names(zoo: str) -> list[str]:
 
 def _torchvision(name: str, spec: TeacherSpec) -> Built:
     """Weights are IMAGENET1K_V1, with which the literature's full-precision numbers were measured (ResNet-18: 69.76 %), not torchvision's newest."""
-    _known(name, "torchvision")
     models = _package("torchvision").models
+    if name.startswith(TWO_STAGE):
+        raise UserError(
+            f"{spec.model}: its second stage looks at boxes that its first found, so that it has no answer to compare or quantize as a "
+            "whole: take a one-stage detector, like torchvision:retinanet_resnet50_fpn or torchvision:ssdlite320_mobilenet_v3_large"
+        )
+    _known(name, "torchvision")
+    kind = zoo_kind(spec.model)
+    if kind != "classify":
+        return (segmentation if kind == "segment" else detector)(models, name, spec)
     known = [entry for entry in models.get_model_weights(name) if entry.name == "IMAGENET1K_V1"]
     if not known and (spec.weights is None or spec.size is None):
         raise UserError(f"{spec.model}: torchvision has no IMAGENET1K_V1 weights for it; give `weights: FILE` and `size`")
@@ -65,7 +78,7 @@ def _torchvision(name: str, spec: TeacherSpec) -> Built:
                 setattr(network, head, None)
     classes = spec.classes or 1000
     if not known:
-        return Built(network, Task(classes, 3, spec.size or 0, IMAGENET_MEAN, IMAGENET_STD, crop_ratio=0.875))
+        return Built(network, Task(classes, 3, (spec.height_and_width or (0, 0))[0], IMAGENET_MEAN, IMAGENET_STD, crop_ratio=0.875))
     wants = known[0].transforms()
     size, resized = wants.crop_size[0], wants.resize_size[0]
     task = Task(classes, 3, size, tuple(wants.mean), tuple(wants.std), crop_ratio=size / resized, interpolation=wants.interpolation.value)
@@ -135,16 +148,41 @@ def _cifar(name: str, spec: TeacherSpec) -> Built:
     classes = spec.classes or (linear.shape[0] if linear is not None and linear.ndim == 2 else 10)
     network = cifar_resnet(name, classes, channels)
     fit(network, state, spec)
-    return Built(network, cifar_task(classes, channels))
+    return Built(network, replace(cifar_task(classes, channels), exits=getattr(network, "exits", 1)))
 
 
 def cifar_task(classes: int, channels: int) -> Task:
     """What the `cifar:` networks expect: 32 x 32 pixels, not cropped, normalised as ImageNet is; grey ones with the mean of the three channels."""
+    mean, std = _normalisation(channels)
+    return Task(classes, channels, 32, mean, std)
+
+
+def _scenes(name: str, spec: TeacherSpec) -> Built:
+    """Classes and input channels are read off the weights, and are those of scenes of digits where there are none."""
+    _known(name, "scenes")
+    if spec.weights is None:
+        raise UserError(f"{spec.model}: no zoo has weights for it; train it with `dfqbench pretrain digit-scenes-{name}`, then give `weights: FILE`")
+    state, factory = weights_of(spec), scenes.NETWORKS[name]
+    stem, last = (next((v for k, v in state.items() if k in keys and v.ndim == 4), None) for keys in scenes.ENDS)
+    channels = stem.shape[1] if stem is not None else 1
+    network = factory(spec.classes or (last.shape[0] if last is not None else scenes.CLASSES[name]), channels)
+    fit(network, state, spec)
+    return Built(network, scenes_task(name, network.classes, channels))
+
+
+def scenes_task(name: str, classes: int, channels: int) -> Task:
+    """What the `scenes:` networks expect: 64 x 64 pixels, normalised as the `cifar:` networks' are."""
+    kind: Kind = "segment" if name == "segment" else "detect"
+    return Task(classes, channels, 64, *_normalisation(channels), kind=kind)
+
+
+def _normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of ImageNet; of other than three channels, the mean of the three."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     if channels != 3:
         mean, std = (round(sum(mean) / 3, 6),) * channels, (round(sum(std) / 3, 6),) * channels
-    return Task(classes, channels, 32, mean, std)
+    return mean, std
 
 
 def _known(name: str, zoo: str) -> None:
@@ -167,4 +205,5 @@ BUILDERS: dict[str, Callable[[str, TeacherSpec], Built]] = {
     "timm": _timm,
     "pytorchcv": _pytorchcv,
     "cifar": _cifar,
+    "scenes": _scenes,
 }

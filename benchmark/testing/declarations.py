@@ -22,7 +22,7 @@ from dfqbench.network import Observation, Teacher
 from dfqbench.quantization.student import Student
 from dfqbench.task import Task
 from dfqbench.testing.static_steps import ComparedParts
-from dfqbench.testing.trial import StopAfter, Trial, small_task, small_teacher
+from dfqbench.testing.trial import StopAfter, Trial, small_teacher
 
 
 def images_do_not_depend_on_what_comes_after(trial: Trial) -> None:
@@ -53,7 +53,7 @@ def _choices(trial: Trial, named: list[str]) -> Iterator[dict[str, Any]]:
 
 def _made(trial: Trial, change: dict[str, Any], named: list[str]) -> dict[str, Any] | None:
     """The plan of the making phases with all that they change; None where a method has no such phases."""
-    lockstep = Trial(trial.method, trial.settings | change).start()
+    lockstep = Trial(trial.method, trial.settings | change, trial.kind).start()
     plan = [(phase.name, lockstep.iterations_of(phase)) for phase, _ in lockstep.epochs[: lockstep.making_epochs]]
     steps = sum(iterations for _, iterations in plan)
     if not steps:
@@ -92,13 +92,13 @@ def _other_values(trial: Trial, name: str) -> Iterator[dict[str, Any]]:
 
 def _moved(trial: Trial, change: dict[str, Any]) -> set[str]:
     """The settings that are others with this change."""
-    changed = Trial(trial.method, trial.settings | change).config
+    changed = Trial(trial.method, trial.settings | change, trial.kind).config
     return {name for name in trial.method.Config.model_fields if getattr(changed, name) != getattr(trial.config, name)}
 
 
 def _valid(trial: Trial, change: dict[str, Any]) -> bool:
     try:
-        Trial(trial.method, trial.settings | change)
+        Trial(trial.method, trial.settings | change, trial.kind)
     except ValidationError:
         return False
     return True
@@ -140,7 +140,7 @@ def what_it_needs_is_declared(trial: Trial) -> None:
 
     Mend: set `needs` to the set that is told here, so that `dfqbench methods` says for which networks the method will do.
     """
-    teacher = small_teacher(small_task(), WatchedTeacher)
+    teacher = small_teacher(trial.task, WatchedTeacher)
     assert isinstance(teacher, WatchedTeacher)
     used = teacher.used
 
@@ -171,7 +171,7 @@ def static_steps_are_the_same_every_time(trial: Trial) -> None:
     if not trial.start().method.static_step:
         return
     fields = trial.method.Config.model_fields
-    longer = Trial(trial.method, trial.settings | {k: v for k, v in {"epochs": 2, "iterations": WARM_UP + 3}.items() if k in fields})
+    longer = Trial(trial.method, trial.settings | {k: v for k, v in {"epochs": 2, "iterations": WARM_UP + 3}.items() if k in fields}, trial.kind)
     steps = []
     for seed in (0, 1):
         lockstep = longer.start(seed=seed)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from dfqbench.errors import UserError, nearest
 from dfqbench.method.contract import Method
+from dfqbench.method.hosting import tasks_of
 from dfqbench.method.settings import without_default
+from dfqbench.task import Kind
 from dfqbench.testing import checks, declarations
 from dfqbench.testing.trial import Trial
 
@@ -34,6 +36,11 @@ CHECKS: tuple[Callable[[Trial], None], ...] = (
     declarations.static_steps_are_the_same_every_time,
     declarations.images_do_not_depend_on_what_comes_after,
     checks.any_task_works,
+)
+DENSE_CHECKS = tuple(  # what a method does may be another thing there; what it declares of its settings is not
+    check
+    for check in CHECKS
+    if check not in (checks.defaults_are_valid, checks.unknown_settings_fail, declarations.images_do_not_depend_on_what_comes_after)
 )
 NO_EXCUSE = tuple(
     check.__name__
@@ -76,7 +83,10 @@ class Outcome:
 
 
 def outcomes(method: type[Method], settings: dict[str, Any] | None = None) -> Iterator[Outcome]:
-    """Runs the checks on a registered method, one after the other. Raises UserError where a setting without a default is not given."""
+    """Runs the checks on a registered method, one after the other, for each kind of task that it is defined for with these settings.
+
+    Raises UserError where a setting without a default is not given.
+    """
     needed = [name for name in without_default(method.Config) if name not in {**method.quick, **(settings or {})}]
     if needed:
         raise UserError(f"{method.info.name} cannot be checked without its settings {', '.join(needed)}: they have no defaults")
@@ -89,11 +99,22 @@ def outcomes(method: type[Method], settings: dict[str, Any] | None = None) -> It
         }
         for what in (what for what, holds in wrong.items() if holds):
             yield Outcome("expected_failures", "What is declared to fail is a check that may.", f"{name!r}: {what}", "Change the class attribute.")
+    kinds: list[Kind] = list(method.info.tasks)
+    for kind in kinds:
+        first = kind == kinds[0]
+        yield from _of_kind(method, settings, kind, CHECKS if first else DENSE_CHECKS, "" if first else f" ({kind})")
+
+
+def _of_kind(
+    method: type[Method], settings: dict[str, Any] | None, kind: Kind, some: Sequence[Callable[[Trial], None]], suffix: str
+) -> Iterator[Outcome]:
     trial: Trial | None = None
-    for check in CHECKS:
+    for check in some:
         failure = None
         try:
-            trial = trial or Trial(method, settings)
+            trial = trial or Trial(method, settings, kind)
+            if kind not in tasks_of(method, trial.config):
+                return
             check(trial)
         except AssertionError as error:
             failure = str(error) or _place(error)
@@ -101,7 +122,7 @@ def outcomes(method: type[Method], settings: dict[str, Any] | None = None) -> It
             failure = f"{type(error).__name__}: {error} ({_place(error)})"
         meaning, _, mend = (inspect.getdoc(check) or "").partition("\n\nMend: ")
         excuse = method.expected_failures.get(check.__name__) if check.__name__ not in NO_EXCUSE else None
-        yield Outcome(check.__name__, meaning, failure, " ".join(mend.split()), excuse)
+        yield Outcome(check.__name__ + suffix, meaning, failure, " ".join(mend.split()), excuse)
 
 
 def _place(error: BaseException) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 from dfqbench.analysis.records import problem_of
 from dfqbench.analysis.warning_signs import read_rows
 from dfqbench.files import read_json, write_json
+from dfqbench.metrics import metric_of
 from dfqbench.store import Store
 from dfqbench.sweep.cell import without_data
 from dfqbench.sweep.schema import Tracking
@@ -115,9 +116,10 @@ def summary_of(result: dict[str, Any]) -> dict[str, Any]:
         plain = result.get("plain_rounding") or {}
         scores = {"agreement": result["agreement"], "kl": result["kl"]} | {f"plain_{name}": value for name, value in plain.items()}
     else:
-        teacher = result["teacher"]["top1"]
-        scores = {"top1": result["top1"], "top5": result.get("top5"), "teacher_top1": teacher, "drop": teacher - result["top1"]}
-        scores |= {"best_on_test": result["best"]["top1"], "best_epoch": result["best"]["epoch"]}
+        metric = metric_of(result)
+        key, teacher = metric.key, result["teacher"][metric.key]
+        scores = {key: result[key], **{name: result.get(name) for name in metric.beside}, f"teacher_{key}": teacher, "drop": teacher - result[key]}
+        scores |= {"best_on_test": result["best"][key], "best_epoch": result["best"]["epoch"]}
     return {
         **scores,
         "steps": result["steps"],

@@ -43,7 +43,7 @@ class Descent(Allocator):
 
     @property
     def _is_spent(self) -> bool:
-        return self.problem.evaluations >= self.config.evaluations
+        return bool(self.problem.evaluations >= self.config.evaluations)
 
     def _descended(self, vector: tuple[int, ...], stream: torch.Generator) -> tuple[int, ...]:
         problem, before = self.problem, None

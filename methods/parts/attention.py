@@ -32,6 +32,8 @@ def class_activation_map(features: Tensor, weight: Tensor, labels: Tensor) -> Te
 @torch.no_grad()
 def has_class_activation_maps(teacher: Teacher, images: Tensor) -> bool:
     """Whether logits of two images (2 x C x S x S) differ as the means of their class activation maps do: then the maps add up to the logits."""
+    if teacher.task.kind != "classify":
+        return False
     answer, weight = teacher.observe(images), classifier_weight(teacher)
     pooled = answer.features[-1].mean((2, 3))
     if pooled.shape[1] != weight.shape[1]:

@@ -39,7 +39,7 @@ class LongRangeGenerator(Generator):
 
     def forward(self, latent: Tensor, labels: Tensor | None = None, centers: Tensor | None = None) -> Tensor:
         condition = (labels,) if self.by_class else ()
-        x = self.first(latent).view(-1, 128, self.first_size, self.first_size).contiguous(memory_format=torch.channels_last)
+        x = self.first(latent).view(-1, 128, *self.first_size).contiguous(memory_format=torch.channels_last)
         x = self.norm0(x, *condition)
         if self.place == "before":
             x = self.attention(F.interpolate(x, scale_factor=2, mode="nearest"))

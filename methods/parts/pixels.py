@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,19 @@ from dfqbench import Task
 
 def jitter(images: Tensor, pixels: int, stream: torch.Generator) -> Tensor:
     """The whole batch shifted by up to `pixels` each way, wrapped around, and flipped half of the time; by a stream of the CPU, nothing waits."""
+    return drawn_jitter(pixels, stream)(images)
+
+
+def drawn_jitter(pixels: int, stream: torch.Generator) -> Callable[[Tensor], Tensor]:
+    """One such shift and flip, for all that is to go the same way (N x ... x H x W)."""
     draw = torch.rand(3, generator=stream, device=stream.device).tolist()
     down, right = (int((2 * pixels + 1) * d) - pixels for d in draw[:2])
-    shifted = torch.roll(images, (down, right), (2, 3))
-    return shifted.flip(3) if draw[2] < 0.5 else shifted
+
+    def moved(maps: Tensor) -> Tensor:
+        shifted = torch.roll(maps, (down, right), (-2, -1))
+        return shifted.flip(-1) if draw[2] < 0.5 else shifted
+
+    return moved
 
 
 def roughness(images: Tensor) -> Tensor:

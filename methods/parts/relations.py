@@ -25,6 +25,15 @@ def channel_relation(x: Tensor, gamma: float = 0.1) -> Tensor:
     return gamma * torch.softmax(-(x @ x.transpose(1, 2)), 2) @ x + x
 
 
+def pooled(features: Tensor, largest: int) -> Tensor:
+    """N x C x H x W averaged over equal windows, so that no side is longer than `largest`; unchanged where none is.
+
+    (Windows of one size: the backward pass of torch's adaptive pooling is not deterministic on a GPU.)
+    """
+    window = [-(-side // largest) for side in features.shape[2:]]
+    return features if max(window) == 1 else F.avg_pool2d(features, window, ceil_mode=True, count_include_pad=False)
+
+
 def channel_normalised(features: Tensor) -> Tensor:
     """Unit length over channels: N x C x H x W; a vector of zeros stays one, and gets no gradient.
 

@@ -190,14 +190,14 @@ def test_evaluation_that_changed_a_student_is_a_failure(
     from dfqbench.quantization.student import Student
     from dfqbench.run import scoring
 
-    honest = scoring.evaluate
+    honest = scoring.evaluate_task
 
     def meddling(network: Any, *words: Any, **options: Any) -> Any:
         if isinstance(network, Student):
             next(iter(network.quantizers.values())).scale.mul_(1.01)
         return honest(network, *words, **options)
 
-    monkeypatch.setattr(scoring, "evaluate", meddling)
+    monkeypatch.setattr(scoring, "evaluate_task", meddling)
     code, out, _ = dfqbench("run", sweep_file(methods=["round"], bits=["w4a4"]), "--results", tmp_path / "r")
     assert code == 1
     assert "evaluation changed the student" in out
@@ -395,7 +395,7 @@ def test_methods_are_listed_and_shown(dfqbench: Run) -> None:
 
 def test_models_are_listed_by_wildcard(dfqbench: Run) -> None:
     _, out, _ = dfqbench("models", "cifar:*")
-    assert out.split() == ["cifar:resnet20", "cifar:resnet32", "cifar:resnet44", "cifar:resnet56"]
+    assert {"cifar:resnet20", "cifar:resnet32", "cifar:resnet44", "cifar:resnet56"} <= {*out.split()}
 
 
 @pytest.mark.slow

@@ -383,7 +383,7 @@ def test_a_split_that_is_not_there_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("digit", "unknown evaluation set 'digit': did you mean 'digits'? known: cifar10, cifar100, digits, imagefolder, imagenet"),
+        ("digit", "unknown evaluation set 'digit': did you mean 'digits'? known: cifar10, cifar100, coco, digit-scenes-detect"),
         ("digits:/somewhere", "'digits' comes with scikit-learn and takes no folder"),
         ("imagefolder", "write imagefolder:PATH"),
     ],

@@ -49,7 +49,7 @@ def test_broken_packages_are_told_and_the_others_work(tmp_path: Path) -> None:
     package(tmp_path, "clashes", METHOD.format(name="gdfq"))
     listed = dfqbench(tmp_path, "methods")
     assert listed.returncode == 0
-    assert "good none paper logits only no good 1.2" in [" ".join(line.split()) for line in listed.stdout.splitlines()]
+    assert "good none paper classify logits only no good 1.2" in [" ".join(line.split()) for line in listed.stdout.splitlines()]
     assert "half" not in listed.stdout, "what fails half-way leaves nothing behind"
     told = sorted(listed.stderr.splitlines())
     assert [line.split(":")[0] for line in told] == [f"broken plug-in {name} ({name})" for name in ("clashes", "garbled", "leaves", "raises")]
@@ -88,7 +88,7 @@ def test_a_file_that_takes_a_built_in_name_is_refused_though_it_came_first(tmp_p
         (METHOD.format(name="x").replace('"paper")', '"guess")'), "fidelity 'guess' is none of code, paper, abstract, released"),
         (
             METHOD.format(name="x") + '    needs = {"labels", "attention"}\n',
-            "method x: needs 'attention': known: classifier, features, labels, ranges, statistics",
+            "method x: needs 'attention': known: boxes, classifier, features, labels, ranges, statistics",
         ),
     ],
 )

@@ -14,14 +14,15 @@ GUIDE, RESULTS = ((Path(__file__).parents[2] / folder / "README.md").read_text()
 
 API = {
     "dfqbench": (
-        "Batch Field HostingConfig HostingMethod InputFile Method MethodConfig Observation Phase Student Task Teacher TrainingConfig UserError "
-        "history load_student quantize read_weights register results stream_seed"
+        "Answers Batch Field HostingConfig HostingMethod InputFile Method MethodConfig Observation Phase Student Task Teacher "
+        "TrainingConfig UserError history load_student quantize read_weights register results stream_seed"
     ),
     "dfqbench.data": "EvaluationSet OwnSet find_set list_sets register_set",
     "dfqbench.testing": "check_method method_checks outcomes Outcome Trial small_task small_teacher ends_of",
     "dfqbench_methods.parts.augment": "crop_and_flip",
     "dfqbench_methods.parts.centers": "ClassCenters",
     "dfqbench_methods.parts.generators": "ClassConditionalBatchNorm Generator LabelledGenerator UpsampleConv",
+    "dfqbench_methods.parts.layouts": "at_size draw_labels label_loss",
     "dfqbench_methods.parts.losses": "batch_norm_loss decoupled_loss distillation_loss divergence_loss",
     "dfqbench_methods.parts.pixels": "clip_to_pixels jitter roughness same_class_similarity",
     "dfqbench_methods.parts.attention": "attention_center attention_distance attention_map",
@@ -29,9 +30,9 @@ API = {
 }
 MEMBERS = {
     ("dfqbench", "Method"): (
-        "Config version ranges batch_norm uses_seed needs quick expected_failures "
+        "Config version ranges batch_norm uses_seed tasks tasks_with needs quick expected_failures "
         "setup phases synthesize distill student_optimizer student_step adversary finish pictures widths "
-        "random draw_labels draw_noise image_set minimise schedule log"
+        "answers random draw_labels draw_noise image_set minimise schedule log"
     ),
     ("dfqbench", "Student"): "observe quantizers quantized_modules layers set_ranges_from_bn correct_biases full_precision track_ranges",
     ("dfqbench", "Teacher"): "observe batch_statistics batch_norms",

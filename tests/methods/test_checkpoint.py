@@ -35,7 +35,7 @@ from dfqbench.sweep.reproduce import config_of, recipe
 from dfqbench.teachers import load, parse_teacher
 from dfqbench.teachers.cifar import cifar_resnet
 from dfqbench.testing import method_checks, small_task, small_teacher
-from dfqbench.testing.trial import SmallNetwork
+from dfqbench.testing.networks import SmallNetwork
 
 BITS = Bits(4, 3)
 

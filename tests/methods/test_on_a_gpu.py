@@ -24,6 +24,7 @@ from dfqbench.method.settings import without_default
 from dfqbench.quantization import PROTOCOLS, Bits
 from dfqbench.quantization.student import Student
 from dfqbench.testing import StopAfter, Trial, ends_of, small_task, small_teacher
+from dfqbench.testing.trial import small_task_of
 from dfqbench_methods.ait import BISECTIONS, CLOSE_ENOUGH, step_factors, useful_factors
 from dfqbench_methods.parts import inundation
 from dfqbench_methods.parts.augment import cut
@@ -44,14 +45,25 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qimera": ("qimera", {"mixed_classes": 4, "mixing": 0.5}),
     "round": ("round", {}),
     "squant": ("squant", {}),
+    "tszsq": ("tszsq", {}),
     "zaq": ("zaq", {}),
     "zeroq": ("zeroq", {"patience": 2}),
+    "acq, pixels": ("acq", {}),
+    "gdfq, pixels": ("gdfq", {"conditioning": "batch-norm"}),
+    "gznq, pixels": ("gznq", {"finetune": True}),
+    "gznq, boxes": ("gznq", {"finetune": True}),
+    "qat, boxes": ("qat", {"student": "kl", "host": "gaussian", "host_settings": {"calibration_epochs": 1}}),
+    "zaq, pixels": ("zaq", {}),
+    "zaq, boxes": ("zaq", {}),
 }
 BUDGET = {"epochs": 3, "iterations": 5, "batch_size": 8}
 # where a step may wait, by case: what is told of it, and why it stays
 WAITS = {
     "gznq": ("index: a mask as an index at methods/gznq.py", "once for each batch of images: how many the teacher is sure of decides what is stored"),
     "gznq, by a generator": ("index: a mask as an index at methods/gznq.py", "as above"),
+    "tszsq": ("in a step of images", "where boxes are corrected: what the detector sees decides which boxes there are"),
+    "gznq, pixels": ("index: a mask as an index at methods/gznq.py", "as above"),
+    "gznq, boxes": ("index: a mask as an index at methods/gznq.py", "as above"),
 }
 
 
@@ -71,8 +83,10 @@ def started(case: str, precision: str, gpu: PretendedCuda | None = None) -> Lock
     """Before its first step; what a pretended GPU notes in steps begins with their phase."""
     name, settings = CASES[case]
     fields, method = find_method(name).Config.model_fields, find_method(name)
-    trial = Trial(method, {k: v for k, v in BUDGET.items() if k in fields} | settings)
-    lockstep = trial.start(bits=("w4a4", "w3a3")[: 1 + method.info.shares_synthesis], task=small_task(size=16), device=torch.device("cuda"))
+    kind = "segment" if "pixels" in case else "detect" if "boxes" in case else method.info.tasks[0]
+    trial = Trial(method, {k: v for k, v in BUDGET.items() if k in fields} | settings, kind)
+    task = small_task(size=16) if kind == "classify" else small_task_of(kind)
+    lockstep = trial.start(bits=("w4a4", "w3a3")[: 1 + method.info.shares_synthesis], task=task, device=torch.device("cuda"))
     lockstep.autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
     if gpu is None:
         return lockstep

@@ -48,6 +48,22 @@ def unpacked(x: Tensor) -> Tensor:
     return torch.stack([a, b, c, d], 1) if x.dtype == torch.float32 else x
 
 
+class Positions(nn.Module):
+    """Makes its buffer for the size that it meets, and a copy for every image, as ConViT does; asks a layer's weight for its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("places", torch.zeros(1, 1, 1), persistent=False)
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images, _, height, width = x.shape
+        if self.places.shape[1] != height:
+            self.places = torch.arange(height * width, dtype=self.layer.weight.dtype).view(1, height, width)
+        places = self.layer(self.places.expand(images, -1, -1).unsqueeze(3))
+        return x + places.reshape(images, 1, height, width)
+
+
 def batch_first(x: Tensor) -> Tensor:
     y = x.flatten(2).permute(2, 0, 1)
     positions, batch, channels = y.shape
@@ -75,6 +91,17 @@ def test_what_shapes_decide_is_known_and_the_batch_stays_open(middle: Callable[[
 def test_what_images_or_their_number_decide_is_refused(middle: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(UserError, match=r"Net cannot be traced by torch\.fx in its forward"):
         Teacher(Net(middle).eval(), Task(10, 3, 8, (0.5,) * 3, (0.25,) * 3))
+
+
+def test_buffers_may_be_made_for_a_size_and_expanded_by_the_number_of_images() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), Positions(), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)).eval()
+    teacher = Teacher(network, Task(10, 3, 8, (0.5,) * 3, (0.25,) * 3))
+    for images in (1, 2, 5):
+        x = torch.randn(images, 3, 8, 8)
+        torch.testing.assert_close(teacher(x), network(x))
+    student = Student(teacher, PROTOCOLS["full"], Bits(4, 4))
+    assert student.left_float == []
+    assert set(student.layers) == {"0", "1.layer", "5"}
 
 
 @pytest.mark.slow

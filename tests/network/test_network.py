@@ -185,8 +185,8 @@ def test_what_cannot_be_traced_is_named_by_its_path(module: type[nn.Module]) -> 
     ("network", "said"),
     [
         (nn.Sequential(nn.Conv2d(1, 4, 3)), r"does not run on images of shape \(3, 8, 8\)"),
-        (nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), r"output of shape \(1, 7\): logits of shape \(1, 10\)"),
-        (nn.Sequential(nn.Conv2d(3, 10, 3)), r"output of shape \(1, 10, 6, 6\)"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), r"with \(1, 7\), not with \(1, 10\) logits"),
+        (nn.Sequential(nn.Conv2d(3, 10, 3)), r"with \(1, 10, 6, 6\), not"),
     ],
 )
 def test_a_network_that_does_not_fit_the_task_is_refused(network: nn.Module, said: str) -> None:

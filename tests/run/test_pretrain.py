@@ -86,7 +86,7 @@ def test_digits_are_learnt_by_one_channel_without_flips(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "source", "out", "more", "said"),
     [
-        ("torchvision:resnet18", "digits", "w.safetensors", {}, "only the cifar: networks can be trained here, not 'torchvision:resnet18'"),
+        ("torchvision:resnet18", "digits", "w.safetensors", {}, "only cifar: networks can be trained on digits, not 'torchvision:resnet18'"),
         ("cifar:resnet21", "digits", "w.safetensors", {}, "unknown network 'cifar:resnet21': did you mean"),
         ("cifar:resnet20", "digit", "w.safetensors", {}, "did you mean 'digits'?"),
         ("cifar:resnet20", "digits", "w.pth", {}, "weights are written as .safetensors, not as 'w.pth'"),

@@ -17,13 +17,15 @@ from torch import nn
 
 import dfqbench
 from dfqbench import UserError, load_student
-from dfqbench.testing.trial import SmallNetwork, small_task
+from dfqbench.testing.networks import SmallNetwork
+from dfqbench.testing.trial import small_task
 
 Run = Callable[..., tuple[int, str, str]]
 TASK = {"size": 16, "classes": 10, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 FEW: dict[str, Any] = {"images": {"zeroq": {"images": 8, "synthesis_iterations": 2}}, "count": 8}
 CODE = """
-from dfqbench.testing.trial import SmallNetwork, small_task
+from dfqbench.testing.networks import SmallNetwork
+from dfqbench.testing.trial import small_task
 
 def build():
     return SmallNetwork(small_task(size=16))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dfqbench.data.sets import EvaluationSet
 from dfqbench.run.selection import agreement, selection_frame
+from dfqbench.task import Task
 
 SweepFile = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
@@ -25,6 +26,8 @@ IMAGES = {"images": {"gznq": {"images": 16, "synthesis_batch": 8, "synthesis_ite
 
 class Fixed(nn.Module):
     """Answers every image with the same logits."""
+
+    task = Task(2, 3, 1, (0.0,) * 3, (1.0,) * 3)
 
     def __init__(self, logits: list[float]):
         super().__init__()

@@ -173,7 +173,7 @@ def test_tables_call_rows_as_the_config_does_now(sweep_file: SweepFile, tmp_path
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_row_of_a_shipped_config_has_a_label(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("CIFAR10_JPEG", "CIFAR10_JPEG_TEACHER", "IMAGENET"):
+    for variable in re.findall(r"\$\{(\w+)\}", config.read_text()):
         monkeypatch.setenv(variable, str(tmp_path))
     problems = Problems(config)
     sweep = _validate(read_yaml(config), problems)

@@ -34,7 +34,7 @@ def errors_of(path: Path) -> list[str]:
         ({"methods": [{"gdfq": {"bn_weight": -1}}]}, ["methods[0].gdfq.bn_weight: -1: input should be greater than or equal to 0"]),
         ({"methods": [{"gdfq": {"preset": "imagnet"}}]}, ["methods[0].gdfq.preset: 'imagnet': unknown preset: did you mean 'imagenet'?"]),
         ({"methods": [{"gdfq": {}, "round": {}}]}, ["one method with its settings is expected"]),
-        ({"teachers": ["cifar:resnet2"]}, ["teachers[0]: ", "resnet2", "known: resnet20, resnet32"]),
+        ({"teachers": ["cifar:resnet2"]}, ["teachers[0]: ", "resnet2", "known: resnet20, resnet20_exits"]),
         ({"teachers": ["torchvison:resnet18"]}, ["teachers[0]: ", "did you mean 'torchvision'?"]),
         ({"teachers": [{"model": "cifar:resnet20", "weights": "gone.safetensors"}]}, ["teachers[0]: ", "there is no weights file gone.safetensors"]),
         ({"evaluate": {"set": "digits", "nam": "x"}}, ["evaluate.nam: 'x': extra inputs"]),

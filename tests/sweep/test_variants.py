@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def cards_of(sweep: Sweep) -> dict[str, dict[str, Any]]:
 def test_the_remembered_answer_is_the_fresh_one_for_every_shipped_config(
     config: str, asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for variable in ("IMAGENET", "CIFAR10_JPEG", "CIFAR10_JPEG_TEACHER"):
+    for variable in re.findall(r"\$\{(\w+)\}", (shipped("configs") / config).read_text()):
         monkeypatch.setenv(variable, "x")
     sweep = _validate(read_yaml(shipped("configs") / config), Problems(Path(config)))
     assert sweep is not None

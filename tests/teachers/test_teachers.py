@@ -123,7 +123,7 @@ def test_a_name_and_a_mapping_are_the_same_teacher() -> None:
         ("torchvison:resnet18", "unknown zoo 'torchvison': did you mean 'torchvision'?"),
         ({"model": "cifar:resnet20", "wieghts": "x"}, "unknown setting 'wieghts': did you mean 'weights'?"),
         ({"weights": "x"}, "one under 'model'"),
-        ({"model": "cifar:resnet20", "size": 0}, "size: Input should be greater than or equal to 1, not 0"),
+        ({"model": "cifar:resnet20", "size": 0}, "size: Value error, a whole number of pixels is expected, at least 1, or [height, width], not 0"),
         ({"model": "cifar:resnet20", "crop_ratio": 1.5}, "crop_ratio"),
         ({"model": "cifar:resnet20", "interpolation": "cubic"}, "'bicubic'"),
         ({"model": "cifar:resnet20", "mean": [0.5], "std": [0.1, 0.1]}, "mean has 1 channels, std has 2"),
@@ -152,7 +152,7 @@ def test_all_wrong_settings_are_named_at_once() -> None:
         ("timm:resnett18", "timm has no network 'resnett18': did you mean 'resnet18'?"),
         ("timm:resnet18.nobody", "timm has no network 'resnet18.nobody'"),
         ("pytorchcv:resnet20_cifar11", "did you mean 'resnet20_cifar10'?"),
-        ("cifar:resnet21", "known: resnet20, resnet32, resnet44, resnet56"),
+        ("cifar:resnet21", "known: resnet20, resnet20_exits, resnet20_weighted, resnet32"),
         ("cifar:resnet20", "train it with `dfqbench pretrain`"),
         ("torchvision:vit_h_14", "torchvision has no IMAGENET1K_V1 weights for it"),
     ],
@@ -163,7 +163,7 @@ def test_an_unknown_network_is_answered_with_the_nearest(model: str, said: str) 
 
 def test_models_are_listed_by_wildcard_with_and_without_their_zoo() -> None:
     assert {"torchvision:resnet18", "timm:resnet18", "pytorchcv:resnet18"} <= set(list_models("resnet18"))
-    assert list_models("cifar:*") == ["cifar:resnet20", "cifar:resnet32", "cifar:resnet44", "cifar:resnet56"]
+    assert list_models("cifar:*resnet*") == sorted(f"cifar:{name}{kind}" for name in BLOCKS_PER_STAGE for kind in ("", "_exits", "_weighted"))
     assert "timm:resnet18.a1_in1k" in list_models("timm:resnet18*")
     assert not list_models("nothing_like_this*")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dfqbench import Batch, Method, Phase, Student, TrainingConfig
+from dfqbench.method.hosting import tasks_of
 from dfqbench.method.registry import find_method, list_methods, register
 from dfqbench.method.settings import without_default
 from dfqbench.testing import Trial, check_method, method_checks
 from dfqbench.testing.declarations import what_it_needs_is_declared
-from dfqbench.testing.outcomes import CHECKS
+from dfqbench.testing.outcomes import CHECKS, DENSE_CHECKS
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +68,15 @@ class GlobalRandomness(Sound):
     def images(self) -> Tensor:
         torch.seed()
         return torch.randn(self.config.batch_size, *self.task.image_shape)
+
+
+class SquareImages(Sound):
+    """Claims kinds of tasks whose images are not square."""
+
+    tasks = {"classify", "segment", "detect"}
+
+    def images(self) -> Tensor:
+        return self.draw_noise(self.config.batch_size, self.task.channels, self.task.size, self.task.size)
 
 
 class WrongShape(Sound):
@@ -128,6 +139,16 @@ class SharedButNot(Sound):
         return super().distill(student, batch) * (1 + self.draw_noise(1).abs().mean())
 
 
+def test_qat_trains_detectors_by_divergence_alone() -> None:
+    settings = {"student": "kl", "student_lr": 0.01, "host": "gaussian", "host_settings": {"calibration_epochs": 1}}
+    found = check_method(find_method("qat"), settings)
+    assert [str(outcome) for outcome in found if not outcome.good] == []
+    assert {"(segment)", "(detect)"} <= {outcome.check.split()[-1] for outcome in found}
+    assert tasks_of(find_method("qat"), find_method("qat").Config(**settings)) == {"classify", "segment", "detect"}
+    assert tasks_of(find_method("qat"), find_method("qat").Config(student="kl")) == {"classify", "segment"}, "gdfq, the host, has no boxes"
+    assert tasks_of(find_method("qat"), find_method("qat").Config(student="dkd")) == {"classify"}
+
+
 def test_a_sound_method_passes() -> None:
     method_checks(register("sound", paper="x", fidelity="paper", shares_synthesis=True)(Sound))
 
@@ -144,12 +165,14 @@ def test_a_sound_method_passes() -> None:
         (HookedStudent, "students_end_evaluated_with_finite_weights"),
         (OnlyThreeChannels, "any_task_works"),
         (SharedButNot, "shared_synthesis_is_true_to_its_word"),
+        (SquareImages, "images_are_normalised_images (segment)"),
+        (SquareImages, "images_are_normalised_images (detect)"),
     ],
 )
 def test_a_broken_method_fails_the_check_that_is_for_it(broken: type[Any], check: str) -> None:
     method = register(broken.__name__.lower(), paper="x", fidelity="paper", shares_synthesis=True)(broken)
     outcomes = {o.check: o.failure for o in check_method(method)}
-    assert len(outcomes) == len(CHECKS)
+    assert len(outcomes) == len(CHECKS) + (len(broken.tasks) - 1) * len(DENSE_CHECKS)
     assert outcomes[check] is not None
-    with pytest.raises(AssertionError, match=check):
+    with pytest.raises(AssertionError, match=re.escape(check)):
         method_checks(method)

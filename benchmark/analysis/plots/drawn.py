@@ -14,6 +14,7 @@ from dfqbench.analysis.records import Reading
 from dfqbench.analysis.stats import interval
 from dfqbench.analysis.tables.blocks import Block, Entry, Row, Rule
 from dfqbench.analysis.tables.choice import Choice
+from dfqbench.metrics import METRICS
 
 ALL_WIDTHS = 12  # panels of one bit width each; with more, only the narrowest width of each block is drawn
 FEWER = "some seeds diverged or failed"  # what hollow markers and faint lines mean
@@ -46,7 +47,9 @@ class Drawn:
 
     @property
     def top1(self) -> str:
-        return "top-1 (%)" if self.rule == "last" else "top-1 (%), best on test"
+        """What figures are of: the metric of all blocks, or of each."""
+        name = " or ".join(dict.fromkeys(block.metric.name for block in self.blocks)) or METRICS["top1"].name
+        return f"{name} (%)" if self.rule == "last" else f"{name} (%), best on test"
 
     def steps_per_epoch(self, cell_id: str, epochs: int) -> float:
         """Student steps of each of the epochs in which a cell's student was trained; of what diverged, as its settings have them."""

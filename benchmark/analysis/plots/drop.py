@@ -31,7 +31,7 @@ def drop(drawn: Drawn) -> list[Figure]:
     for (evaluation, protocol, precision), group in groups.items():
         labels = _labels(drawn, group)
         names = max(extent(wrapped_to(label, LABELS * drawn.width * 72, USUAL), USUAL)[0] for label in labels) + 5
-        title = f"drop in points of top-1 on {evaluation}, {protocol}, {precision}"
+        title = f"drop in points of {group[0].metric.name} on {evaluation}, {protocol}, {precision}"
         for columns in _pages(group, max(1, int((drawn.width * 72 - 2 * EDGE - names + GAP) // (CELL + GAP)))):
             note = [f"*: {FEWER}" * any(width in row.lost and width in row.entries for block, width in columns for row in block.rows)]
             note.append(drawn.left_out(row for block in group for row in block.rows))

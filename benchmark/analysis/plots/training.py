@@ -10,7 +10,7 @@ from dfqbench.analysis.plots.drawn import FEWER, Drawn, NothingToDraw, panels_of
 from dfqbench.analysis.plots.lines import Curve, Panel, line_panels
 from dfqbench.analysis.plots.style import block_title
 from dfqbench.analysis.records import read_history
-from dfqbench.analysis.tables.blocks import Row
+from dfqbench.analysis.tables.blocks import Block, Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ def curves(drawn: Drawn) -> list[Figure]:
     """Accuracy against student steps: the last is where the name is, the best on test a ring."""
     panels = []
     for block, width in panels_of(drawn):
-        lines = [curve for row in drawn.best_first(block) if width in row.entries and (curve := _curve(drawn, row, width))]
+        lines = [curve for row in drawn.best_first(block) if width in row.entries and (curve := _curve(drawn, block, row, width))]
         if lines:
             title = f"{width.upper()}: {block_title(block, drawn.blocks)}"
             panels.append(Panel(title, lines, block.teacher_top1, "student steps", drawn.top1.split(",")[0]))
@@ -33,9 +33,9 @@ def curves(drawn: Drawn) -> list[Figure]:
     return line_panels(panels, drawn.width, said)
 
 
-def _curve(drawn: Drawn, row: Row, width: str) -> Curve | None:
+def _curve(drawn: Drawn, block: Block, row: Row, width: str) -> Curve | None:
     """None where it has not two values or more, over steps that all seeds have."""
-    series = [over_steps(drawn, cell_id, "top1") for cell_id in row.entries[width].ids]
+    series = [over_steps(drawn, cell_id, block.metric.key) for cell_id in row.entries[width].ids]
     steps = sorted(set.intersection(*(set(one) for one in series)))
     if len(steps) < 2:
         return None

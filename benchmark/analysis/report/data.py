@@ -16,6 +16,7 @@ from dfqbench.analysis.report.assets import Assets
 from dfqbench.analysis.report.keytable import place_of_cells
 from dfqbench.analysis.size import gigabops, megabytes, sizes_of, text_of, three_digits
 from dfqbench.analysis.tables.without_data import nats
+from dfqbench.metrics import DENSE, metric_of
 from dfqbench.sweep.cell import without_data
 from dfqbench.sweep.reproduce import recipe
 
@@ -73,7 +74,7 @@ class Data:
         if "status" in r:
             return known | {"status": r["status"], "said": self._said.get(r["id"], "")}
         history = read_history(folder / "history.csv", self._points)
-        curve = {name: _thinned(history[name], self._points) for name in ("epoch", "top1", "agreement", "loss") if name in history}
+        curve = {name: _thinned(history[name], self._points) for name in ("epoch", "top1", "miou", "ap", "agreement", "loss") if name in history}
         clock = clock_of([r])
         return known | {
             **_scores(r),
@@ -137,11 +138,21 @@ def _scores(r: dict[str, Any]) -> dict[str, Any]:
     if not without_data(r["cell"]):
         top1, of_teacher = r["top1"], r["teacher"]["top1"]
         scores = {"top1": top1, "best": r["best"]["top1"], "teacher_top1": of_teacher, "drop": of_teacher - top1}
-        return {name: round(value, 4) for name, value in scores.items()} | {"best_epoch": r["best"]["epoch"]}
+        return {name: round(value, 4) for name, value in scores.items()} | {"best_epoch": r["best"]["epoch"]} | _named(r)
     plain, made = r.get("plain_rounding"), r["cell"]["evaluation"].get("made", "unknown")
     rounding = f"plain rounding: {plain['agreement']:.2f} %, KL {nats(plain['kl'])}" if plain else "plain rounding is not possible"
     said = f"no accuracy: agreement with the teacher on {r['images']} synthetic images ({made})"
     return {"agreement": round(r["agreement"], 4), "kl": r["kl"], "kl_text": nats(r["kl"]), "agreement_text": said, "plain_text": rounding}
+
+
+def _named(r: dict[str, Any]) -> dict[str, Any]:
+    """Of dense tasks: what the score is called, and what was measured beside it."""
+    metric = metric_of(r)
+    if metric.key not in DENSE:
+        return {}
+    beside = [[f"{r[key]:.2f} %", name] for key, name in metric.beside.items() if isinstance(r.get(key), float)]
+    classes = [[f"{score:.1f} %", f"{metric.name} of {name}"] for name, score in r.get("per_class", {}).items() if score is not None]
+    return {"metric": metric.name, "beside": beside + classes}
 
 
 def _size(r: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +197,7 @@ def _tail(path: Path) -> str:
 def _replicate(other: dict[str, Any], own: dict[str, Any]) -> tuple[str, str]:
     on = other["provenance"]
     versions = ", ".join(f"{name} {version}" for name, version in sorted(on.get("packages", {}).items()) if name in ("torch", "dfqbench"))
-    metric = "agreement" if without_data(own["cell"]) else "top1"
+    metric = metric_of(own).key
     return f"{other[metric]:.2f} % ({other[metric] - own[metric]:+.2f})", f"{on['device_name']}, {versions}, commit {str(on.get('git'))[:12]}"
 
 

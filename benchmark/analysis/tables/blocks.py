@@ -19,6 +19,7 @@ from dfqbench.analysis.stats import Estimate, binomial_error
 from dfqbench.analysis.tables.cells import Cell, comparable, told_apart
 from dfqbench.analysis.tables.choice import USUAL, Columns
 from dfqbench.analysis.warning_signs import BELOW_ROUNDING
+from dfqbench.metrics import DENSE, METRICS, Metric
 from dfqbench.quantization import Bits
 
 Rule = Literal["last", "best-on-test"]
@@ -158,7 +159,7 @@ class Block:
     heading: what was measured, over a table of several blocks. shared_rules: without what a method may declare for itself. marks: by printed rules.
     teacher_top1: NaN where it was not measured. devices: of finished cells. error: a cell's largest standard error from the test set's size, in
     percent. uncompared: without per-image results. yardstick: whether students were trained on real images; then nothing is compared, as no row is a
-    data-free method. shown: which columns are printed; order: of its rows, in words.
+    data-free method. shown: which columns are printed; order: of its rows, in words. metric: what its figures are.
     """
 
     title: str
@@ -179,6 +180,7 @@ class Block:
     yardstick: bool = False
     shown: Columns = USUAL
     order: str = ""
+    metric: Metric = METRICS["top1"]
 
     @property
     def why_no_claims(self) -> set[str]:
@@ -219,15 +221,18 @@ def _block(cells: list[Cell], rule: Rule, ledger: Ledger | None, per_image: PerI
         partial = [row.entries[width] for row in rows if {width} <= row.lost.keys() & row.entries.keys()]
         _compare(*(([], complete + partial) if first["yardstick"] else (complete, partial)), per_image)
         _mark_below_rounding(rows, width)
-    top1 = "accuracy not measured" if np.isnan(first["teacher_top1"]) else f"{first['teacher_top1']:.2f} %"
+    metric = METRICS[first["metric"]]
+    score = f"{first['teacher_top1']:.2f} %" + f" {metric.name}" * (metric.key != "top1")
+    top1 = "accuracy not measured" if np.isnan(first["teacher_top1"]) else score
     where = f"on {first['evaluation']} ({first['images']} images)"
     before = YARDSTICKS * first["yardstick"]
     title = f"{before}{first['teacher']} {where}: teacher {top1}, protocol {first['protocol']}, {first['precision']}"
     heading = f"{before}{first['teacher']}, {top1}, {where}"
     shared = {name: first[name] for name in SHARED} | {"devices": sorted({cell["device"] for cell in done})}
-    error = max((binomial_error(c["top1"], c["images"]) for c in done), default=0.0)
+    entries = [entry for row in rows for entry in row.entries.values()]
+    error = max((_size_error(c, c["top1"]) for c in done), default=0.0) if metric.key not in DENSE else max((e.error for e in entries), default=0.0)
     uncompared = sum(entry.estimate is None for row in rows for entry in row.entries.values()) if per_image else 0
-    return Block(title, heading, **shared, rule=rule, widths=widths, rows=rows, marks=marks, error=error, uncompared=uncompared)
+    return Block(title, heading, **shared, rule=rule, widths=widths, rows=rows, marks=marks, error=error, uncompared=uncompared, metric=metric)
 
 
 def rows_of(cells: list[Cell], marks: dict[str, str], entry_of: Callable[[list[Cell]], Entry]) -> tuple[list[Row], list[str]]:
@@ -269,12 +274,17 @@ def _entry(cells: list[Cell], rule: Rule, ledger: Ledger | None) -> Entry:
     first, ids, seeds = cells[0], [cell["id"] for cell in cells], [int(cell["seed"]) for cell in cells]
     values = np.array([cell["top1" if rule == "last" else "best"] for cell in cells], float)
     mean, sd = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
-    error = (binomial_error(mean, first["images"]) ** 2 + (sd or 0.0) ** 2 / len(values)) ** 0.5
+    error = (_size_error(first, mean) ** 2 + (sd or 0.0) ** 2 / len(values)) ** 0.5
     claims = ledger.published(first["result"]) if ledger else ()
     results = [cell["result"] for cell in cells]
     entry = Entry(ids, seeds, mean, sd, first["teacher_top1"] - mean, error, cost_of(results), common_sizes(results), None, *claims)
     entry.warnings = list(dict.fromkeys(sign["kind"] for result in results for sign in result.get("warnings", ())))
     return entry
+
+
+def _size_error(cell: Cell, score: float) -> float:
+    """From the test set's size, where each image is right or wrong; scores of dense tasks get theirs from a bootstrap (`_compare`)."""
+    return 0.0 if cell["metric"] in DENSE else binomial_error(score, cell["images"])
 
 
 def _mark_below_rounding(rows: Sequence[Row], width: str) -> None:

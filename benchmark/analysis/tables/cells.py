@@ -9,6 +9,7 @@ import pandas as pd
 
 from dfqbench.analysis.cost import processor_seconds
 from dfqbench.analysis.ledger import METHODS_OWN
+from dfqbench.metrics import DENSE, metric_of
 from dfqbench.sweep.cell import fingerprint, without_data
 
 Cell = dict[str, Any]  # a line of `load_frame` with what `comparable` adds
@@ -20,8 +21,14 @@ def load_frame(results: list[Any]) -> pd.DataFrame:
 
     status: done, or diverged or failed, without numbers (see `Reading.unfinished`).
     """
-    frame = pd.DataFrame([_record(result) for result in results])
+    frame = pd.DataFrame([_under_its_name(_record(result)) for result in results])
     return frame.astype({"steps": "Int64"}) if len(frame) else frame
+
+
+def _under_its_name(cell: Cell) -> Cell:
+    """Scores of dense tasks are called what they are: no column is top-1 accuracy here and mIoU there."""
+    key = cell["metric"]
+    return {name.replace("top1", key): value for name, value in cell.items()} if key in DENSE else cell
 
 
 def asked_for(cell: dict[str, Any]) -> Cell:
@@ -51,7 +58,7 @@ def _scores(r: dict[str, Any]) -> Cell:
     """What has no accuracy has no column of that name: whatever takes it for one fails."""
     if not without_data(r["cell"]):
         top1, of_teacher = r["top1"], r["teacher"]["top1"]
-        return {"metric": "top1", "top1": top1, "best": r["best"]["top1"], "teacher_top1": of_teacher, "drop": round(of_teacher - top1, 10)}
+        return {"metric": metric_of(r).key, "top1": top1, "best": r["best"]["top1"], "teacher_top1": of_teacher, "drop": round(of_teacher - top1, 10)}
     plain = r.get("plain_rounding") or {}
     return {"metric": "agreement", "agreement": r["agreement"], "kl": r["kl"]} | {f"plain_{k}": plain.get(k) for k in ("agreement", "kl")}
 

@@ -190,7 +190,8 @@ def _notes(table: Factorial, widths: Sequence[str]) -> list[str]:
     rows, steps = list(table.rows.values()), sorted({row.budget for row in table.rows.values()})
     notes = [
         f"rows: where images come from; columns: how the student is trained on them ({', '.join(steps)})",
-        f"top-1 in %, rule '{table.block.rule}'" + "; ± is the standard deviation over seeds" * any(entry.sd is not None for entry in entries),
+        f"{table.block.metric.name} in %, rule '{table.block.rule}'"
+        + "; ± is the standard deviation over seeds" * any(entry.sd is not None for entry in entries),
         "mean: over the row or column where all of it is there; best to worst mean over all bit widths, from the top and from the left",
     ]
     for width in widths:

@@ -28,6 +28,7 @@ from dfqbench.analysis.tables.printed import (
     widths_of,
 )  # fmt: skip
 from dfqbench.analysis.tables.wide import WideTable
+from dfqbench.metrics import METRICS
 
 TEXT = 85  # characters of LaTeX's small size across a page of an article
 PAPER = 136  # of its scriptsize across both columns of a paper; both chosen here
@@ -78,7 +79,7 @@ def _table(table: Table, label: str) -> str:
     if small:  # names wrap, unstretched; what is said under a line is indented
         widths[0] = min(widths[0], NAME)
         written.iloc[:, 0] = [r"\raggedright " if says == "accuracy" else r"\quad " for _, says in texts.index] + written.iloc[:, 0]
-    heads = _heads(texts)
+    heads = _heads(texts, table.metric.name if isinstance(table, Block) else METRICS["top1"].name)
     written.columns = pd.MultiIndex.from_tuples(heads)
     pieces = [_tabular(written.iloc[:, piece], "p{12em}" if small else "l") for piece in in_pieces(texts, widths, PAPER if small else TEXT)]
     notes = "\n".join(rf"\item[] {_sentences([note])}" for note in _notes(table, bold))
@@ -95,7 +96,8 @@ def _caption(table: Table) -> str:
         known = table.teacher_top1 == table.teacher_top1
         full = f" ({table.teacher_top1:.2f} % in full precision)" if known else ""
         apart = table.title.partition(" [")  # what tells it from another table of the same title
-        return f"Top-1 accuracy (%) of {table.teacher}{full} on {table.evaluation}, protocol {table.protocol}, {table.precision}{apart[1]}{apart[2]}."
+        score = "Top-1 accuracy" if table.metric.key == "top1" else table.metric.name
+        return f"{score} (%) of {table.teacher}{full} on {table.evaluation}, protocol {table.protocol}, {table.precision}{apart[1]}{apart[2]}."
     return f"{table.title}."
 
 
@@ -164,14 +166,14 @@ def _phantom(text: str) -> str:
     return rf"\phantom{{{text}}}" if text else ""
 
 
-def _heads(texts: pd.DataFrame) -> list[tuple[str, str]]:
+def _heads(texts: pd.DataFrame, score: str) -> list[tuple[str, str]]:
     """W4/A4 for w4a4; over the columns of a width where it has several."""
     names, lead = names_of(texts), lead_of(texts)
     several = Counter(texts.columns.get_level_values(0))
     heads = []
     for place, (group, name) in enumerate(zip(texts.columns.get_level_values(0), names, strict=True)):
         width = _width(str(name)) if place >= lead else name
-        heads.append((_width(str(group)), "top-1" if group == name and several[group] > 1 else width))
+        heads.append((_width(str(group)), score if group == name and several[group] > 1 else width))
     return heads
 
 

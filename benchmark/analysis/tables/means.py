@@ -11,6 +11,7 @@ import pandas as pd
 from dfqbench.analysis.stats import average_ranks
 from dfqbench.analysis.tables.blocks import Block, Entry, Row
 from dfqbench.analysis.tables.printed import Written
+from dfqbench.metrics import METRICS
 
 
 def ranking(found: Sequence[Block]) -> list[str]:
@@ -41,16 +42,14 @@ def means_frame(found: Sequence[Block], without_data: Sequence[Written] = ()) ->
         if entry:
             interval, against, claim = entry.estimate, entry.against_best, entry.published
             distance = round(claim.distance(entry.mean) / entry.error, 2) if claim and entry.error else None
-            line |= {"top1": entry.mean, "sd": entry.sd, "low": interval and interval.low}
+            line |= {block.metric.key: entry.mean, "sd": entry.sd, "low": interval and interval.low}
             line |= {"high": interval and interval.high, "drop": entry.drop, "best": entry.best, "below_best": against and -against.value}
             line |= {"p_holm": against and float(f"{against.p:.3g}"), "published": claim and str(claim), "from_published_in_se": distance}
             line |= costs_of(entry)
         lines += [line] * bool(entry or width in row.lost)
     lines += [line for table in without_data for line in table.means]
     return (
-        pd.DataFrame(lines)
-        .astype({"steps": "Int64"})
-        .round(dict.fromkeys(("top1", "sd", "low", "high", "drop", "below_best", "agreement", "agreement_sd"), 4))
+        pd.DataFrame(lines).astype({"steps": "Int64"}).round(dict.fromkeys((*METRICS, "sd", "low", "high", "drop", "below_best", "agreement_sd"), 4))
     )
 
 

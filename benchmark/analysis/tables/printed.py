@@ -193,8 +193,8 @@ def notes_of(table: Table) -> list[str]:
     said = {
         "no data-free methods: students were trained on real images, so nothing is bold, compared or ranked": parts[0].yardstick,
         "in a cell: mean ± sd (seeds)": isinstance(table, WideTable),
-        "top-1 in %, rule 'last': the last epoch's accuracy, as a user without test labels would get it": rule == "last",
-        "top-1 in %, rule 'best-on-test': the best of all evaluated epochs, chosen on the test labels "
+        f"{_scores_of(parts)} in %, rule 'last': the last epoch's accuracy, as a user without test labels would get it": rule == "last",
+        f"{_scores_of(parts)} in %, rule 'best-on-test': the best of all evaluated epochs, chosen on the test labels "
         "(optimistic; at most as many choices as evaluations)": rule == "best-on-test",
         f"± is the standard deviation over seeds; {drop}{of_images} is at most {error:.2f}": bool(entries),
         "bold: the best of a column and those next to it, down to the first that can be told from it (paired over test images, with the variance "
@@ -217,6 +217,10 @@ def notes_of(table: Table) -> list[str]:
         where = [f"{block.teacher} on {block.evaluation}" for block in parts if why in block.why_no_claims]
         notes.append(why if len(where) == len(parts) else f"{why} ({', '.join(dict.fromkeys(where))})")
     return notes
+
+
+def _scores_of(parts: Sequence[Block]) -> str:
+    return ", ".join(dict.fromkeys(block.metric.name for block in parts))
 
 
 def notes_on_images(rows: Sequence[Row]) -> list[str]:

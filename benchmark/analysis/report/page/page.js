@@ -104,10 +104,11 @@ const digits = (value) => (value === undefined ? "-" : value >= 100 ? value.toFi
 const some = (key) => data.cells.some((cell) => key in cell);
 const SECONDS = { GPU: "GPU-seconds", CPU: "CPU-seconds", wall: "wall seconds" };
 const measured = (value, cell) => (cell.status ?? fixed(2)(value));
+const scoreNames = () => [...new Set(data.cells.filter((cell) => "top1" in cell).map((cell) => cell.metric ?? "top-1"))].join(" or ") || "top-1";
 const COLUMNS = [
   { key: "method", head: "method" },
   { key: "bits", head: "bits", choice: true },
-  ...(some("top1") || !some("agreement") ? [{ key: "top1", head: "top-1", show: measured }, { key: "drop", head: "drop", show: fixed(2) }, { key: "best", head: "best on test", show: fixed(2) }] : []),
+  ...(some("top1") || !some("agreement") ? [{ key: "top1", head: scoreNames(), show: measured }, { key: "drop", head: "drop", show: fixed(2) }, { key: "best", head: "best on test", show: fixed(2) }] : []),
   ...(some("agreement") ? [{ key: "agreement", head: "agreement", show: fixed(2) }, { key: "kl", head: "KL", show: (value, cell) => cell.kl_text ?? "-" }] : []),
   { key: "seed", head: "seed", show: String },
   { key: "teacher", head: "teacher", choice: true },
@@ -248,12 +249,12 @@ const factsOf = (cell) => {
     fact(`${cell.agreement.toFixed(2)} %`, cell.agreement_text);
     fact(`${cell.kl_text} nats`, `KL divergence from the teacher; ${cell.plain_text}`);
   } else {
-    fact(`${cell.top1.toFixed(2)} %`, `top-1, epoch ${cell.last_epoch} (last)`);
+    fact(`${cell.top1.toFixed(2)} %`, `${cell.metric ?? "top-1"}, epoch ${cell.last_epoch} (last)`);
     fact(`${cell.best.toFixed(2)} %`, `best on test, epoch ${cell.best_epoch}`);
     fact(cell.drop.toFixed(2), `points below the teacher's ${cell.teacher_top1.toFixed(2)} %`);
   }
   fact(seconds(cell.seconds), `${SECONDS[cell.clock]}: ${seconds(cell.own)} own, ${seconds(cell.shared)} shared`);
-  for (const [value, name] of cell.facts ?? []) fact(value, name);
+  for (const [value, name] of [...(cell.beside ?? []), ...(cell.facts ?? [])]) fact(value, name);
   for (const text of cell.warnings ?? []) fact("!", text);
   return facts;
 };
@@ -262,7 +263,7 @@ const panel = document.getElementById("panel");
 const open = (cell) => {
   const content = [element("h3", {}, `${cell.method} ${cell.bits}, seed ${cell.seed}`), element("p", {}, `${cell.teacher} ${cell.on}, protocol ${cell.protocol}, ${cell.precision}, cell ${cell.id}`), factsOf(cell)];
   const curve = cell.curve ?? {};
-  const charts = [["top-1 (%)", "top1"], ["agreement (%)", "agreement"], ["training loss", "loss"]].map(([title, key]) => chart(title, curve.epoch ?? [], curve[key] ?? [])).filter(Boolean);
+  const charts = [["top-1 (%)", "top1"], ["mIoU (%)", "miou"], ["AP (%)", "ap"], ["agreement (%)", "agreement"], ["training loss", "loss"]].map(([title, key]) => chart(title, curve.epoch ?? [], curve[key] ?? [])).filter(Boolean);
   if (charts.length) content.push(element("div", { class: "charts" }, ...charts));
   if (cell.images?.length) content.push(element("h3", {}, "Synthetic images"), ...cell.images.map((number) => element("img", { class: "sheet", src: data.images[number], alt: "a sheet of synthetic images" })));
   if (data.shared[cell.files].length) content.push(element("h3", {}, "Files"), filesOf(cell));
