@@ -75,7 +75,7 @@ def test_equal_widths_are_the_plain_width_to_the_bit() -> None:
 
 def test_what_a_protocol_fixes_is_not_chosen() -> None:
     free, student = {tensor.name for tensor in problem(4, "hardware").tensors}, Student(teacher(), PROTOCOLS["hardware"], Bits(4, 4))
-    first, last = list(student.layers)[0], list(student.layers)[-1]
+    first, *_, last = student.layers
     assert free == set(student.layers) - {first, last}
 
 
@@ -100,12 +100,9 @@ def test_at_eight_bits_there_is_nothing_to_gain() -> None:
 
 def test_a_search_is_not_worse_than_equal_widths() -> None:
     for allocator in list_allocators():
-        if allocator.info.name in ("dnq", "descent", "random"):
+        if allocator.info.name in ("dnq", "random"):
             its = problem(3)
-            assert (
-                its.cost(allocate(allocator(its, allocator.Config(**allocator.quick)))) <= its.cost(its.uniform) + 1e-12
-                or allocator.info.name == "descent"
-            )
+            assert its.cost(allocate(allocator(its, allocator.Config(**allocator.quick)))) <= its.cost(its.uniform)
 
 
 @pytest.mark.slow
