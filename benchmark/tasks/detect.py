@@ -59,7 +59,10 @@ class Matches:
 
 
 def matches_of(detections: Sequence[Detections], annotated: Sequence[Boxes], classes: int) -> Matches:
-    """As COCO's evaluation matches them, class by class: best score first, each to the free box that it overlaps most."""
+    """As COCO's evaluation matches them, class by class: best score first, each to the free box that it overlaps most.
+
+    A detection with a number that is not finite is none: pycocotools would take it to find whatever box it is compared with.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -72,7 +75,8 @@ def matches_of(detections: Sequence[Detections], annotated: Sequence[Boxes], cla
             number += 1
             x, y, w, h = xywh(box)
             truth.append({"id": number, "image_id": i, "category_id": int(label), "bbox": [x, y, w, h], "area": w * h, "iscrowd": int(ignored)})
-        for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
+        finite = np.isfinite(found.boxes).all(1) & np.isfinite(found.scores)
+        for box, score, label in zip(found.boxes[finite], found.scores[finite], found.labels[finite], strict=True):
             said.append({"image_id": i, "category_id": int(label), "bbox": xywh(box), "score": float(score)})
     kept: dict[str, list[npt.NDArray[Any]]] = {field.name: [] for field in fields(Matches)}
     boxes = np.zeros((len(annotated), classes), np.int32)
