@@ -65,7 +65,7 @@ def compare(store: Store, first: str, second: str, measured: Mapping[str, Side] 
     metric = metric_of(ours).key
     if metric in DENSE:
         counts: list[Any] = [right, theirs_right]
-        bootstrap = DenseBootstrap(lambda cell, times: score_of(metric, counts[cell], times), 2, ours["images"], RESAMPLES)
+        bootstrap = DenseBootstrap(lambda cell, times: score_of(counts[cell], times), 2, ours["images"], RESAMPLES)
         return Pair(ours, theirs, Column(bootstrap, [[0], [1]]).difference(0, 1), None, 0, 0, list(_differences(ours, theirs)))
     test, both = mcnemar(right, theirs_right), int(np.bitwise_count(right & theirs_right).sum())
     return Pair(

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfqbench.analysis.records import Reading, score_of
+from dfqbench.analysis.records import Counts, Reading, score_of
 from dfqbench.analysis.seeds import Basis
 from dfqbench.analysis.stats import Bootstrap, Column, DenseBootstrap, Estimate, McNemar, mcnemar
 from dfqbench.metrics import DENSE, metric_of
@@ -34,7 +34,7 @@ class PerImage:
         self._place: dict[str, tuple[tuple[str, int], int]] = {}
         self._rows: dict[tuple[str, ...], tuple[Column, int]] = {}
         self._packed: dict[tuple[str, int], NDArray[np.uint8]] = {}
-        self._counts: dict[tuple[str, int], list[dict[str, NDArray[Any]]]] = {}
+        self._counts: dict[tuple[str, int], list[Counts]] = {}
         self._bootstraps: dict[tuple[str, int], Bootstrap] = {}
         for key, group in groups.items():
             if self._metrics[key] in DENSE:
@@ -84,8 +84,8 @@ class PerImage:
 
     def _bootstrap(self, key: tuple[str, int]) -> Bootstrap:
         if key in self._counts and key not in self._bootstraps:
-            counts, metric = self._counts[key], self._metrics[key]
-            self._bootstraps[key] = DenseBootstrap(lambda cell, times: score_of(metric, counts[cell], times), len(counts), key[1])
+            counts = self._counts[key]
+            self._bootstraps[key] = DenseBootstrap(lambda cell, times: score_of(counts[cell], times), len(counts), key[1])
         if key not in self._bootstraps:
             self._bootstraps[key] = Bootstrap(self._packed[key], key[1])
         return self._bootstraps[key]

@@ -28,6 +28,7 @@ from dfqbench.tasks.segment import mean_iou
 CELL_ID = re.compile(r"[0-9a-f]{12}")
 OF_A_CELL = {"cell.json", "result.json", "failed.json", "lease.json", "log.txt", "history.csv"}
 DIVERGED = "Diverged"  # the kind of a failure
+Counts = Matches | NDArray[np.int64]  # of an evaluation set, image by image: what AP, or mIoU (images x classes x 3), is made of
 IN_EPOCH = re.compile(r"\bin epoch (\d+)")  # of its message
 ABANDONED_S = 60.0  # a temporary file older than this has no writer any more
 
@@ -127,7 +128,7 @@ class Reading:
             newest[experiment] = max(newest.get(experiment, ()), _age(each))
         return [each for each in found if _age(each) == newest[_experiment(each)]]
 
-    def counts(self, result: dict[str, Any]) -> dict[str, NDArray[Any]] | None:
+    def counts(self, result: dict[str, Any]) -> Counts | None:
         """What a dense task's metric is made of, image by image; None where the file is missing, damaged or another result's."""
         return read_counts(self.store.folder(result["id"]) / "per_image.npz", result)
 
@@ -312,23 +313,23 @@ def _age(result: dict[str, Any]) -> tuple[Any, ...]:
     return *versions, result.get("finished", 0.0), "status" not in result
 
 
-def read_counts(path: Path, result: dict[str, Any]) -> dict[str, NDArray[Any]] | None:
-    """The arrays of a per_image.npz that give the result's own score; None otherwise."""
+def read_counts(path: Path, result: dict[str, Any]) -> Counts | None:
+    """What a per_image.npz says, where it gives the result's own score; None otherwise."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-        images, score = len(found["boxes" if result["metric"] == "ap" else "confusion"]), score_of(result["metric"], found)
-    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile):
+            arrays = {name: file[name] for name in file.files}
+        found = Matches(**arrays) if result["metric"] == "ap" else arrays["confusion"].astype(np.int64)
+        images, score = len(found.boxes if isinstance(found, Matches) else found), score_of(found)
+    except (OSError, ValueError, EOFError, KeyError, TypeError, IndexError, zipfile.BadZipFile):
         return None
     return found if images == result["images"] and abs(score - result["top1"]) < 1e-6 else None
 
 
-def score_of(metric: str, counts: dict[str, NDArray[Any]], times: NDArray[np.int64] | None = None) -> float:
-    """mIoU or AP in percent of what `read_counts` gives. times: how often each image is in the set; None: once."""
-    if metric == "ap":
-        return average_precision(Matches(**counts), times)["ap"]
-    confusion = counts["confusion"].astype(np.int64)
-    return float(mean_iou(confusion if times is None else confusion * times[:, None, None]))
+def score_of(counts: Counts, times: NDArray[np.int64] | None = None) -> float:
+    """mIoU or AP in percent. times: how often each image is in the set; None: once."""
+    if isinstance(counts, Matches):
+        return average_precision(counts, times)["ap"]
+    return float(mean_iou(counts if times is None else counts * times[:, None, None]))
 
 
 def read_correct(path: Path, result: dict[str, Any]) -> NDArray[np.uint8] | None:

@@ -193,6 +193,8 @@ def _segmentation(network: Network, images: Images, task: Task, answers: Iterato
             said = torch.where(torch.isfinite(logits).all(1), logits.argmax(1), -1)[0].cpu().numpy()
             counts.append(pixel_counts(said, mask, task.labels))
     confusion = np.stack(counts)
+    if not confusion[..., 1].any():
+        raise UserError(f"no pixel of the evaluation set is of one of the teacher's {task.labels} classes: there is nothing to score")
     per_class = intersections_over_unions(confusion.sum(0))
     said_ = {"miou": float(mean_iou(confusion)), "pixel_accuracy": pixel_accuracy(confusion), "per_class": _by_name(images, per_class)}
     return DenseEvaluation("miou", {**said_, "images": len(confusion)}, {"confusion": confusion.astype(np.int32)})
@@ -207,23 +209,30 @@ def _detection(network: Network, images: Images, task: Task, answers: Iterator[t
     annotated: list[Boxes] = []
     height, width = task.image_shape[1:]
     for places, answer in answers:
-        finite = torch.isfinite(answer).flatten(1).all(1).tolist()
-        for place, whole, boxes in zip(places.tolist(), finite, network.decode(network.native(answer), height, width), strict=True):
+        finite = torch.isfinite(answer).flatten(1).all(1)
+        answer = answer.where(finite[:, None, None], 0.0)  # `decode` need not know of others
+        decoded = network.decode(network.native(answer), height, width)
+        for place, whole, boxes in zip(places.tolist(), finite.tolist(), decoded, strict=True):
             target = images.targets(place)
             at = placed(target.height, target.width, task)
             scale = np.array([target.width / at.inner_width, target.height / at.inner_height] * 2)
             corners, scores, labels = (boxes[key].detach().cpu().double().numpy() for key in ("boxes", "scores", "labels"))
+            if wrong := [label for label in labels.tolist() if not 0 <= label < task.labels]:
+                raise UserError(f"decode says class {wrong[0]:g}, classes are 0 to {task.labels - 1}: labels begin at 0, a background is none")
             corners = np.clip(corners * scale, 0, [target.width, target.height] * 2) if whole else np.zeros((0, 4))
             found.append(Detections(corners, scores[: len(corners)], labels[: len(corners)].astype(np.int64)))
             annotated.append(target)
     matches = matches_of(found, annotated, task.labels)
+    if not matches.boxes.any():
+        raise UserError("the evaluation set has no box that counts: there is nothing to score")
     per_class = average_precisions(matches).mean(1)
     counts = {"images": len(annotated), "boxes": int(matches.boxes.sum())}
     return DenseEvaluation("ap", {**average_precision(matches), "per_class": _by_name(images, per_class), **counts}, matches.arrays())
 
 
 def _by_name(images: Images, values: npt.NDArray[np.float64]) -> dict[str, float | None]:
-    return {name: float(value) if np.isfinite(value) else None for name, value in zip(images.class_names, values, strict=False)}
+    named = zip(images.class_names, values.tolist(), strict=False)
+    return {name: value if np.isfinite(value) else None for name, value in named if name}
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:

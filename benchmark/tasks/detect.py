@@ -10,6 +10,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,9 +58,25 @@ class Matches:
         """For a file."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    @cached_property
+    def ranked(self) -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_], list[npt.NDArray[np.intp]]]]:
+        """By class, detections from the best score down: image of each, 10 x D whether it counts (1 x D where all do), and
+        at each overlap the places of those that find a box and count."""
+        made = []
+        for c in range(self.boxes.shape[1]):
+            chosen = np.flatnonzero(self.label == c)
+            chosen = chosen[np.argsort(-self.score[chosen], kind="stable")]
+            counts = np.ascontiguousarray(~self.ignored[chosen].T)
+            finds = [np.flatnonzero(row) for row in self.found[chosen].T & counts]
+            made.append((self.image[chosen], counts[:1] if counts.all() else counts, finds))
+        return made
+
 
 def matches_of(detections: Sequence[Detections], annotated: Sequence[Boxes], classes: int) -> Matches:
-    """As COCO's evaluation matches them, class by class: best score first, each to the free box that it overlaps most."""
+    """As COCO's evaluation matches them, class by class: best score first, each to the free box that it overlaps most.
+
+    A detection with a number that is not finite is none: pycocotools would take it to find whatever box it is compared with.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -72,7 +89,8 @@ def matches_of(detections: Sequence[Detections], annotated: Sequence[Boxes], cla
             number += 1
             x, y, w, h = xywh(box)
             truth.append({"id": number, "image_id": i, "category_id": int(label), "bbox": [x, y, w, h], "area": w * h, "iscrowd": int(ignored)})
-        for box, score, label in zip(found.boxes, found.scores, found.labels, strict=True):
+        finite = np.isfinite(found.boxes).all(1) & np.isfinite(found.scores)
+        for box, score, label in zip(found.boxes[finite], found.scores[finite], found.labels[finite], strict=True):
             said.append({"image_id": i, "category_id": int(label), "bbox": xywh(box), "score": float(score)})
     kept: dict[str, list[npt.NDArray[Any]]] = {field.name: [] for field in fields(Matches)}
     boxes = np.zeros((len(annotated), classes), np.int32)
@@ -116,18 +134,14 @@ def average_precisions(matches: Matches, times: npt.NDArray[np.int64] | None = N
     wanted = (matches.boxes * times[:, None]).sum(0)
     found = np.full((classes, len(OVERLAPS)), np.nan)
     for c in np.flatnonzero(wanted):
-        chosen = np.flatnonzero(matches.label == c)
-        chosen = chosen[np.argsort(-matches.score[chosen], kind="stable")]
-        often = times[matches.image[chosen]]
-        counted = often[:, None] * ~matches.ignored[chosen]
-        right = np.cumsum(counted * matches.found[chosen], 0, dtype=np.float64)
-        wrong = np.cumsum(counted * ~matches.found[chosen], 0, dtype=np.float64)
-        recall = right / wanted[c]
-        precision = right / np.maximum(right + wrong, np.spacing(1))
-        precision = np.maximum.accumulate(precision[::-1], 0)[::-1]
-        for t in range(len(OVERLAPS)):
-            at = np.searchsorted(recall[:, t], RECALLS, side="left")
-            found[c, t] = 100 * np.append(precision[:, t], 0.0)[at].mean()
+        image, counts, finds = matches.ranked[c]
+        often = times[image]
+        seen = np.cumsum(often * counts, 1, dtype=np.float64)
+        for t, at in enumerate(finds):  # precision is highest where a box is found, and only there recall grows
+            right = np.cumsum(often[at], dtype=np.float64)
+            precision = right / np.maximum(seen[min(t, len(seen) - 1)][at], np.spacing(1))
+            precision = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
+            found[c, t] = 100 * precision[np.searchsorted(right / wanted[c], RECALLS, side="left")].mean()
     return found
 
 

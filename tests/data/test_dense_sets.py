@@ -93,6 +93,29 @@ def test_labels_beyond_the_teachers_classes_are_void_and_that_is_said(tmp_path: 
     assert int(evaluation.per_image["confusion"][0, :, 1].sum()) == int((mask < 3).sum())  # type: ignore[union-attr]
 
 
+def test_masks_without_the_last_of_the_teachers_classes(tmp_path: Path) -> None:
+    """They do not say how many classes there are; a list of names does."""
+    masks(tmp_path, [(16, 24)])
+    mask = np.asarray(Image.open(tmp_path / "masks/000.png")).copy()
+    mask[mask == 2] = 255
+    Image.fromarray(mask).save(tmp_path / "masks/000.png")
+    found = find_set(f"segmentation:{tmp_path}")
+    assert found.classes == 2
+    with pytest.warns(Notice, match="the largest value in its masks is 1, the teacher has 3 classes"):
+        found.check(SEGMENT)
+    scored = evaluate_task(Teacher(Says(), SEGMENT), found.decode(SEGMENT), SEGMENT).scores()
+    assert scored["per_class"] == {"0": 100.0, "1": 100.0, "2": None}
+    (tmp_path / "classes.txt").write_text("a\nb\n")
+    assert not find_set(f"segmentation:{tmp_path}").fits(3)
+
+
+def test_nothing_to_score_is_one_line(tmp_path: Path) -> None:
+    masks(tmp_path, [(16, 24)])
+    Image.new("L", (24, 16), 255).save(tmp_path / "masks/000.png")
+    with pytest.raises(UserError, match="no pixel of the evaluation set"):
+        evaluate_task(Teacher(Says(), SEGMENT), find_set(f"segmentation:{tmp_path}").decode(SEGMENT), SEGMENT)
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
@@ -100,6 +123,7 @@ def test_labels_beyond_the_teachers_classes_are_void_and_that_is_said(tmp_path: 
         (lambda root: Image.new("RGB", (24, 16)).save(root / "masks/000.png"), "no mask of class indices"),
         (lambda root: Image.new("L", (24, 17)).save(root / "masks/000.png"), "24 x 17 pixels, its image 24 x 16"),
         (lambda root: (root / "masks").rename(root / "other"), "there is no folder of masks"),
+        (lambda root: Image.new("RGB", (24, 16)).save(root / "images/000.bmp"), "have one name"),
     ],
 )
 def test_what_is_wrong_with_masks_is_one_line(tmp_path: Path, spoil: Any, said: str) -> None:
@@ -160,10 +184,29 @@ def test_coco_and_voc_say_the_same(tmp_path: Path) -> None:
     assert all(np.array_equal(getattr(same, name), getattr(boxes, name)) for name in ("boxes", "labels", "ignored"))
 
 
+@pytest.mark.parametrize(("labels", "indices"), [(2, [1, 0]), (6, [5, 2]), (5, [4, 1]), (3, None), (4, None), (7, None)])
+def test_category_ids_are_the_classes_of_a_teacher_that_has_more(tmp_path: Path, labels: int, indices: list[int] | None) -> None:
+    """torchvision's detectors of COCO: 91 classes of which the first is not used (RetinaNet), or is the background that is taken off (SSD)."""
+    coco(tmp_path)
+    found, task = find_set(f"coco:{tmp_path}"), Task(classes=labels, kind="detect", **GREY)
+    assert found.fits(labels) == (indices is not None)
+    if indices is None:
+        with pytest.raises(UserError, match=f"2 classes, the teacher {labels}"):
+            found.decode(task)
+        return
+    images = found.decode(task)
+    assert images.targets is not None
+    assert images.targets(1).labels.tolist() == indices
+    assert [images.class_names[index] for index in indices] == ["cat", "dog"]
+    if labels > 2:
+        with pytest.warns(Notice, match=rf"cat \(id 5\) is class {indices[0]} of 0 to {labels - 1}"):
+            found.check(task)
+
+
 class Points(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, classes: int = 2) -> None:
         super().__init__()
-        self.classes, self.boxes = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 4, 1)
+        self.classes, self.boxes = nn.Conv2d(3, classes, 1), nn.Conv2d(3, 4, 1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.classes(x), self.boxes(x)
@@ -178,6 +221,38 @@ def test_boxes_come_back_to_the_pixels_of_the_stored_image(tmp_path: Path) -> No
     scored = evaluate_task(Teacher(network, DETECT), find_set(f"coco:{tmp_path}").decode(DETECT), DETECT).scores()
     assert (scored["ap"], scored["boxes"], scored["images"]) == (100.0, 1, 2)
     assert scored["per_class"] == {"dog": None, "cat": 100.0}
+
+
+def test_a_detector_with_more_classes_than_categories(tmp_path: Path) -> None:
+    """Two boxes on image 1; that of the class between two ids is wrong, and no class that results speak of."""
+    coco(tmp_path)
+    network, task = Points(6), Task(classes=6, kind="detect", **GREY)
+    boxes = torch.tensor([[4.0, 4.0, 12.0, 12.0]] * 2)
+    nothing = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0)}
+    one = {"boxes": boxes, "scores": torch.tensor([0.9, 0.8]), "labels": torch.tensor([3, 5])}
+    network.decode = lambda answer, height, width: [nothing, one]  # type: ignore[assignment]
+    scored = evaluate_task(Teacher(network, task), find_set(f"coco:{tmp_path}").decode(task), task).scores()
+    assert scored["per_class"] == {"dog": None, "cat": 100.0}
+    one["labels"] = torch.tensor([3, 6])
+    with pytest.raises(UserError, match="decode says class 6, classes are 0 to 5"):
+        evaluate_task(Teacher(network, task), find_set(f"coco:{tmp_path}").decode(task), task)
+
+
+def test_an_answer_that_is_not_finite_gives_no_boxes(tmp_path: Path) -> None:
+    coco(tmp_path)
+    network = Points()
+    network.classes.weight.data.fill_(torch.nan)
+    seen = []
+
+    def decode(answer: Any, height: int, width: int) -> list[dict[str, Tensor]]:
+        seen.extend(bool(torch.isfinite(part).all()) for part in answer)
+        box = {"boxes": torch.tensor([[4.0, 4.0, 12.0, 12.0]]), "scores": torch.ones(1), "labels": torch.ones(1)}
+        return [box] * len(answer[0])
+
+    network.decode = decode  # type: ignore[assignment]
+    assert evaluate_task(Teacher(network, DETECT), find_set(f"coco:{tmp_path}").decode(DETECT), DETECT).value == 0
+    assert seen
+    assert all(seen)
 
 
 @pytest.mark.parametrize(

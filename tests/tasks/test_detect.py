@@ -59,6 +59,14 @@ def test_what_is_ignored_neither_counts_nor_spoils() -> None:
     assert with_crowd.boxes.tolist() == [[1]]
 
 
+@pytest.mark.parametrize("box", [[np.nan] * 4, [0.0, 0.0, np.nan, np.nan], [10.0, 10.0, 30.0, np.inf]])
+def test_what_is_not_finite_finds_nothing(box: list[float]) -> None:
+    truth = [annotated((A, 0))]
+    assert average_precision(matches_of([found((box, 0.9, 0))], truth, 1))["ap50"] == 0.0
+    assert average_precision(matches_of([found((A, np.nan, 0))], truth, 1))["ap50"] == 0.0
+    assert average_precision(matches_of([found((box, 0.9, 0), (A, 0.8, 0))], truth, 1))["ap50"] == 100.0
+
+
 def test_images_without_boxes_and_without_detections() -> None:
     empty, nothing = annotated(), found()
     assert np.isnan(average_precision(matches_of([nothing], [empty], 2))["ap"])

@@ -1,0 +1,307 @@
+"""Images with masks or boxes in folders on a disk: masks of class indices, COCO's JSON, PASCAL VOC's XML."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dfqbench.data.dense import VOID, DetectionSet, Mask, SegmentationSet, boxes_of
+from dfqbench.data.folders import files_below, stamp, unreadable
+from dfqbench.data.images import Images, open_image
+from dfqbench.data.sets import content_digest
+from dfqbench.errors import Notice, UserError
+from dfqbench.store.cache import cache_folder, remembered
+from dfqbench.task import Task
+from dfqbench.tasks.detect import Boxes
+
+
+class SegmentationFolder(SegmentationSet):
+    """A folder with images and, under the same names, masks: one channel or a palette, in which a value is a class index and 255 void.
+
+    Images lie in `images`, `img`, `image`, `test` or VOC's JPEGImages, masks in `masks`, `labels`, `lab`, `testannot` or VOC's SegmentationClass; of
+    a VOC folder those named in ImageSets/Segmentation/val.txt. Class names are the lines of classes.txt; without it, numbers up to the largest value.
+    """
+
+    IMAGES = ("images", "img", "image", "test", "JPEGImages")
+    MASKS = ("masks", "labels", "lab", "testannot", "SegmentationClass")
+
+    def __init__(self, name: str, root: Path):
+        self.root = root
+        images, masks = _folder(root, self.IMAGES, "images"), _folder(root, self.MASKS, "masks")
+        found, targets = _by_stem(images), _by_stem(masks)
+        chosen = _listed(root / "ImageSets/Segmentation/val.txt") or sorted(targets if len(targets) < len(found) else found)
+        missing = [stem for stem in chosen if stem not in found or stem not in targets]
+        if missing or not chosen:
+            what = f"{missing[0]!r} has no {'image' if missing[0] not in found else 'mask'}" if missing else "there is no image"
+            raise UserError(f"segmentation folder {root}: {what} ({len(found)} images in {images.name}, {len(targets)} masks in {masks.name})")
+        self._pairs = [(found[stem], targets[stem]) for stem in chosen]
+        self._names = _listed(root / "classes.txt")
+        super().__init__(name, len(self._names) if self._names else self._largest() + 1)
+
+    def fits(self, classes: int) -> bool:
+        """Masks alone do not say that a class is missing in them."""
+        return not self._names or super().fits(classes)
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._names or [str(index) for index in range(self.classes)]
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def _largest(self) -> int:
+        def look() -> dict[str, Any]:
+            values = (mask[mask != VOID] for mask in map(self.target, range(len(self))))
+            return {"largest": max((int(value.max()) for value in values if value.size), default=0)}
+
+        return int(remembered(cache_folder(), "largest", self._stamps(), look)["largest"])
+
+    def open(self, index: int, split: str) -> Image.Image:
+        return open_image(self._pairs[index][0])
+
+    def target(self, index: int, split: str = "test") -> Mask:
+        """H x W."""
+        image = open_image(self._pairs[index][1])
+        if image.mode not in ("L", "P", "1"):
+            raise UserError(f"{self._pairs[index][1]} is no mask of class indices: it has the mode {image.mode}, one channel or a palette is wanted")
+        return np.asarray(image, np.uint8)
+
+    def check_files(self, cache: Path | None = None) -> None:
+        def look() -> dict[str, Any]:
+            for index, (path, mask) in enumerate(self._pairs):
+                image, target = open_image(path), self.target(index)
+                if (image.height, image.width) != target.shape:
+                    raise UserError(f"{mask} has {target.shape[1]} x {target.shape[0]} pixels, its image {image.width} x {image.height}")
+            return {"images": len(self)}
+
+        remembered(cache, "whole", [self.digest(cache), "segmentation"], look)
+
+    def digest(self, cache: Path | None = None) -> str:
+        def compute() -> dict[str, Any]:
+            return {"sha256": content_digest(self.classes, ((0, _sha256(a) + _sha256(b)) for a, b in self._pairs))}
+
+        return str(remembered(cache, "set", [str(self.root.resolve()), self.classes, self._stamps()], compute)["sha256"])
+
+    def _stamps(self) -> list[Any]:
+        return [stamp(path, self.root) for pair in self._pairs for path in pair]
+
+
+class CocoFolder(DetectionSet):
+    """A JSON file in COCO's format beside (or above) its images, or a folder with one such file. Crowd boxes are ignored ones.
+
+    Classes are the categories sorted by id, as pycocotools has them; for a teacher with more classes, as torchvision's of COCO with its 80 categories
+    among ids up to 90, they are the ids themselves, or one less where the teacher's first class is no unused one.
+    """
+
+    def __init__(self, name: str, place: Path):
+        file = place if place.is_file() else _only_json(place)
+        self.root, self.file = file.parent, file
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            categories = sorted(content["categories"], key=lambda entry: int(entry["id"]))
+            index = {int(entry["id"]): i for i, entry in enumerate(categories)}
+            self._names, self._ids = [str(entry["name"]) for entry in categories], list(index)
+            self._images = sorted(content["images"], key=lambda entry: int(entry["id"]))
+            boxes: dict[int, list[tuple[list[float], int, bool]]] = {int(entry["id"]): [] for entry in self._images}
+            for entry in content["annotations"]:
+                x, y, w, h = map(float, entry["bbox"])
+                boxes[int(entry["image_id"])].append(([x, y, x + w, y + h], index[int(entry["category_id"])], bool(entry.get("iscrowd", 0))))
+        except OSError as error:
+            raise unreadable(file, error) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} is not in COCO's format ({type(error).__name__}: {error})") from None
+        self._boxes = [boxes[int(entry["id"])] for entry in self._images]
+        super().__init__(name, len(self._names))
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._names
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def _among(self, labels: int) -> list[int]:
+        """The class indices of the categories, for a teacher with so many; empty where it has others."""
+        first, last = min(self._ids, default=0), max(self._ids, default=0)
+        if labels == self.classes:
+            return list(range(labels))
+        return [number - (last + 1 - labels) for number in self._ids] if last - min(first, 1) < labels <= last + 1 else []
+
+    def fits(self, classes: int) -> bool:
+        return bool(self._among(classes))
+
+    def check(self, task: Task) -> None:
+        super().check(task)
+        if task.labels != self.classes:
+            said = f"the teacher has {task.labels} classes: category ids are their indices, {self._names[-1]} (id {self._ids[-1]}) is"
+            warnings.warn(f"evaluation set {self.name}: {said} class {self._among(task.labels)[-1]} of 0 to {task.labels - 1}", Notice, stacklevel=4)
+
+    def decode(self, task: Task, split: str = "test") -> Images:
+        images = super().decode(task, split)
+        places = np.array(self._among(task.labels))
+        images.class_names = [""] * task.labels
+        for place, name in zip(places.tolist(), self._names, strict=True):
+            images.class_names[place] = name
+        images.targets = lambda index: replace(own := self.target(index, split), labels=places[own.labels])
+        return images
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        """Beside the JSON file, in `images`, or as COCO's own folders have them (annotations/instances_val2017.json, val2017/)."""
+        places = [self.root, self.root / "images", self.root.parent / self.file.stem.rpartition("_")[2], self.root.parent]
+        found = []
+        for entry in self._images:
+            path = next((place / entry["file_name"] for place in places if (place / entry["file_name"]).is_file()), None)
+            if path is None:
+                raise UserError(f"{self.file}: there is no image {entry['file_name']!r} beside it, in {self.root / 'images'} or in {places[2]}")
+            found.append(path)
+        return found
+
+    def open(self, index: int, split: str) -> Image.Image:
+        return open_image(self._files[index])
+
+    def target(self, index: int, split: str = "test") -> Boxes:
+        entry = self._images[index]
+        return boxes_of(self._boxes[index], int(entry["height"]), int(entry["width"]))
+
+    def check_files(self, cache: Path | None = None) -> None:
+        _check_sizes(self, self._files, cache)
+
+    def digest(self, cache: Path | None = None) -> str:
+        return _digest_of_boxes(self, self._files, cache)
+
+
+class VocFolder(DetectionSet):
+    """PASCAL VOC's XML files (in Annotations, or beside the images) and images (in JPEGImages). Difficult boxes are ignored ones.
+
+    Of a VOC folder the images named in ImageSets/Main/val.txt. Classes are the names in the files, sorted, or the lines of classes.txt.
+    """
+
+    def __init__(self, name: str, root: Path):
+        self.root = root
+        where = root / "Annotations" if (root / "Annotations").is_dir() else root
+        files = {path.stem: path for path in sorted(where.glob("*.xml"))}
+        chosen = _listed(root / "ImageSets/Main/val.txt") or list(files)
+        if not chosen or (lost := [stem for stem in chosen if stem not in files]):
+            raise UserError(f"VOC folder {root}: {f'there is no {where / lost[0]}.xml' if chosen else f'there is no .xml file in {where}'}")
+        images = _by_stem(root / "JPEGImages" if (root / "JPEGImages").is_dir() else root)
+        self._files, self._sizes, named = [], [], []
+        for stem in chosen:
+            if stem not in images:
+                raise UserError(f"VOC folder {root}: there is no image for {files[stem]}")
+            size, objects = _voc_objects(files[stem])
+            self._files.append(images[stem])
+            self._sizes.append(size)
+            named.append(objects)
+        self._names = _listed(root / "classes.txt") or sorted({kind for objects in named for _, kind, _ in objects})
+        index = {kind: i for i, kind in enumerate(self._names)}
+        unknown = next((kind for objects in named for _, kind, _ in objects if kind not in index), None)
+        if unknown is not None:
+            raise UserError(f"VOC folder {root}: class {unknown!r} is not in classes.txt")
+        self._boxes = [[(box, index[kind], hard) for box, kind, hard in objects] for objects in named]
+        super().__init__(name, len(self._names))
+
+    @property
+    def class_names(self) -> list[str]:
+        return self._names
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def open(self, index: int, split: str) -> Image.Image:
+        return open_image(self._files[index])
+
+    def target(self, index: int, split: str = "test") -> Boxes:
+        return boxes_of(self._boxes[index], *self._sizes[index])
+
+    def check_files(self, cache: Path | None = None) -> None:
+        _check_sizes(self, self._files, cache)
+
+    def digest(self, cache: Path | None = None) -> str:
+        return _digest_of_boxes(self, self._files, cache)
+
+
+def _voc_objects(file: Path) -> tuple[tuple[int, int], list[tuple[list[float], str, bool]]]:
+    """((height, width), boxes). VOC counts pixels from 1, and its last pixel belongs to the box."""
+    try:
+        tree = ElementTree.parse(file)
+        size = (int(tree.findtext("size/height", "")), int(tree.findtext("size/width", "")))
+        found = []
+        for entry in tree.iter("object"):
+            x1, y1, x2, y2 = (float(entry.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+            found.append(([x1 - 1, y1 - 1, x2, y2], entry.findtext("name", "").strip(), entry.findtext("difficult", "0").strip() == "1"))
+    except (OSError, ElementTree.ParseError, ValueError) as error:
+        raise UserError(f"{file} is not in PASCAL VOC's format ({error})") from None
+    return size, found
+
+
+def _check_sizes(found: DetectionSet, files: Sequence[Path], cache: Path | None) -> None:
+    def look() -> dict[str, Any]:
+        for index, path in enumerate(files):
+            image, target = open_image(path), found.target(index)
+            if (image.height, image.width) != (target.height, target.width):
+                raise UserError(f"{path} has {image.width} x {image.height} pixels, its annotation says {target.width} x {target.height}")
+        return {"images": len(files)}
+
+    remembered(cache, "whole", [found.digest(cache), "boxes"], look)
+
+
+def _digest_of_boxes(found: DetectionSet, files: Sequence[Path], cache: Path | None) -> str:
+    def compute() -> dict[str, Any]:
+        targets = (found.target(index) for index in range(len(files)))
+        texts = (json.dumps([t.boxes.tolist(), t.labels.tolist(), t.ignored.tolist(), t.height, t.width]).encode() for t in targets)
+        return {"sha256": content_digest(found.classes, ((0, _sha256(path) + text) for path, text in zip(files, texts, strict=True)))}
+
+    annotated = hashlib.sha256(repr([found.target(index) for index in range(len(files))]).encode()).hexdigest()
+    return str(remembered(cache, "set", [[str(path), *stamp(path, path.parent)] for path in files] + [annotated], compute)["sha256"])
+
+
+def _folder(root: Path, names: Sequence[str], what: str) -> Path:
+    found = next((root / name for name in names if (root / name).is_dir()), None)
+    if found is None:
+        said = "there is no such folder" if not root.is_dir() else f"there is no folder of {what}: {', '.join(names)}"
+        raise UserError(f"segmentation folder {root}: {said}")
+    return found
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """The images in a folder and below. UserError where two have one name: which is meant?"""
+    found: dict[str, Path] = {}
+    for path in files_below(folder)[0]:
+        if found.setdefault(path.stem, path) is not path:
+            raise UserError(f"{found[path.stem]} and {path} have one name, and images are told apart by it")
+    return found
+
+
+def _listed(file: Path) -> list[str]:
+    """The lines of a text file that is there; their first words for VOC's lists."""
+    if not file.is_file():
+        return []
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.split()[0] for line in lines] if file.parent.parent.name == "ImageSets" else lines
+
+
+def _only_json(folder: Path) -> Path:
+    found = [*folder.glob("*.json"), *folder.glob("annotations/instances_val*.json")] if folder.is_dir() else []
+    if len(found) != 1:
+        said = f"{len(found)} .json files are in it: name one" if folder.is_dir() else "there is no such file or folder"
+        raise UserError(f"COCO folder {folder}: {said}")
+    return found[0]
+
+
+def _sha256(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise unreadable(path, error) from error
