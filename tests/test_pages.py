@@ -261,7 +261,7 @@ def default_of(field: FieldInfo) -> str:
         return "required"
     value = field.get_default(call_default_factory=True)
     value = value.model_dump(exclude_none=True) if isinstance(value, BaseModel) else value
-    return f"`{yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}`"
+    return f"`{yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix('...' + chr(10)).strip()}`"
 
 
 def test_the_example_sweep_shows_every_key() -> None:

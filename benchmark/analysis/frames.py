@@ -25,7 +25,8 @@ from dfqbench.sweep.cell import canonical_json, fingerprint
 
 STATES = ("done", "diverged", "failed")
 # the columns of `results` with their dtypes; results/README.md says what they hold
-OF_DENSE_TASKS = ("miou", "pixel_accuracy", "teacher_miou", "ap", "ap50", "ap75", "teacher_ap")  # columns that are there where a cell has them
+OF_DENSE_TASKS = ("miou", "pixel_accuracy", "teacher_miou", "ap", "ap50", "ap75", "teacher_ap")
+OPTIONAL = ("allocator", *OF_DENSE_TASKS)  # columns that are there where a cell has them
 COLUMNS = {
     "store": "string",
     "id": "string",
@@ -164,8 +165,8 @@ def _frame(rows: list[tuple[dict[str, Any], dict[str, Any]]]) -> pd.DataFrame:
     """Of (what is known of its place, result), sorted as tables are read: teacher, evaluation set, protocol, precision, method, bits, seed."""
     known = load_frame([result for _, result in rows]).to_dict("records")
     made = [{str(key): value for key, value in own.items()} | place | _more(result) for own, (place, result) in zip(known, rows, strict=True)]
-    there = {name for line in made for name in OF_DENSE_TASKS if line.get(name) is not None}
-    frame = pd.DataFrame(made, columns=[name for name in COLUMNS if name in there or name not in OF_DENSE_TASKS])
+    there = {name for line in made for name in OPTIONAL if line.get(name) is not None}
+    frame = pd.DataFrame(made, columns=[name for name in COLUMNS if name in there or name not in OPTIONAL])
     widths = sorted({bits for bits in frame.bits if isinstance(bits, str)}, key=lambda bits: Bits.parse(bits, average=True))
     frame["bits"] = pd.Categorical(frame.bits, widths, ordered=True)
     frame["status"] = pd.Categorical(frame.status, STATES)

@@ -28,7 +28,7 @@ for command in (
     *(results.table, results.compare, results.plot, report.report, results.merge),
     *(students.quantize, students.evaluate, export.export),
     *(speed.speed, run.pretrain),
-    *(lists.models, lists.sets, lists.protocols),
+    *(lists.models, lists.sets, lists.allocators, lists.protocols),
 ):
     app.command()(command)
 app.add_typer(methods.app, name="methods")

@@ -1,4 +1,4 @@
-"""dfqbench models, sets and protocols: what an experiment can be made of, beside methods."""
+"""dfqbench models, sets, allocators and protocols: what an experiment can be made of, beside methods."""
 
 from __future__ import annotations
 
@@ -35,6 +35,22 @@ def sets(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'cifar*'.
         shown.add_column(heading, no_wrap=bool(heading))
     for row in found:
         shown.add_row(*row)
+    Console().print(shown)
+
+
+def allocators() -> None:
+    """List who can choose a bit width for each layer."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from dfqbench.method.allocator import list_allocators
+
+    shown = Table(box=None, pad_edge=False)
+    for heading in ("allocator", "paper", "follows", "activations", ""):
+        shown.add_column(heading, no_wrap=bool(heading))
+    for each in list_allocators():
+        info = each.info
+        shown.add_row(info.name, info.paper, info.fidelity, "too" if each.of_activations else "no", info.summary)
     Console().print(shown)
 
 

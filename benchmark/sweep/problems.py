@@ -46,7 +46,7 @@ def described(error: ValidationError, prefix: str = "") -> Iterator[tuple[str, s
         for part in finding["loc"]:
             if isinstance(part, int):
                 key += f"[{part}]"
-            elif part not in ("str", "budget", "dict[str,any]") and not str(part).startswith("dict["):
+            elif part not in ("str", "average", "dict[str,any]") and not str(part).startswith("dict["):
                 key = f"{key}.{part}".lstrip(".")
         if finding["type"] == "missing":
             yield key, "missing"

@@ -122,10 +122,10 @@ class BitBudget(BaseModel):
 
 
 def _kind(given: Any) -> str:
-    return "budget" if isinstance(given, dict | BitBudget) else "str"
+    return "average" if isinstance(given, dict | BitBudget) else "str"
 
 
-Width = Annotated[Annotated[str, Tag("str")] | Annotated[BitBudget, Tag("budget")], Discriminator(_kind)]
+Width = Annotated[Annotated[str, Tag("str")] | Annotated[BitBudget, Tag("average")], Discriminator(_kind)]
 WITHOUT_DATA = "none"  # for `evaluate`
 
 

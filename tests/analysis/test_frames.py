@@ -17,7 +17,7 @@ import pytest
 from synthetic_store import cells, make_store, write_cell, write_failure
 
 import dfqbench
-from dfqbench.analysis.frames import COLUMNS, OF_DENSE_TASKS, STATES
+from dfqbench.analysis.frames import COLUMNS, OPTIONAL, STATES
 from dfqbench.errors import Notice, UserError
 from dfqbench.files import write_json
 from dfqbench.store import Store
@@ -57,7 +57,7 @@ def test_every_column_has_its_type_whatever_is_in_the_store(store: Store, tmp_pa
     write_failure(Store(failed, writable=True), next(cells(1)), "OSError")
     for folders in ([store.root], [empty], [failed], [store.root, empty, failed], [REFERENCE]):
         frame = quietly(*folders)
-        assert {name: str(kind) for name, kind in frame.dtypes.items()} == {n: kind for n, kind in COLUMNS.items() if n not in OF_DENSE_TASKS}
+        assert {name: str(kind) for name, kind in frame.dtypes.items()} == {n: kind for n, kind in COLUMNS.items() if n not in OPTIONAL}
     assert quietly(empty).empty
 
 

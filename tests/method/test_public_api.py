@@ -14,8 +14,8 @@ GUIDE, RESULTS = ((Path(__file__).parents[2] / folder / "README.md").read_text()
 
 API = {
     "dfqbench": (
-        "Answers Batch Field HostingConfig HostingMethod InputFile Method MethodConfig Observation Phase Student Task Teacher "
-        "TrainingConfig UserError history load_student quantize read_weights register results stream_seed"
+        "AllocationProblem Allocator AllocatorConfig Answers Batch Field HostingConfig HostingMethod InputFile Method MethodConfig Observation Phase "
+        "Student Task Teacher TrainingConfig UserError history load_student quantize read_weights register register_allocator results stream_seed"
     ),
     "dfqbench.data": "EvaluationSet OwnSet find_set list_sets register_set",
     "dfqbench.testing": "check_method method_checks outcomes Outcome Trial small_task small_teacher ends_of",
