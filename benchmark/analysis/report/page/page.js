@@ -285,7 +285,7 @@ const open = (cell) => {
 const byId = new Map(data.cells.map((cell) => [cell.id, cell]));
 const follow = () => {
   const cell = location.hash.match(/^#cell=([0-9a-f]+)$/);
-  const row = location.hash.match(/^#row=(\d+)\.(\d+)(?:\.(\w+))?$/);
+  const row = location.hash.match(/^#row=(\d+)\.(\d+)(?:\.([\w.]+))?$/);
   if (row) {
     wantedRow = [Number(row[1]), Number(row[2]), row[3]];
     refresh();
