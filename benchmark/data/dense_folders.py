@@ -257,12 +257,13 @@ def _check_sizes(found: DetectionSet, files: Sequence[Path], cache: Path | None)
 
 
 def _digest_of_boxes(found: DetectionSet, files: Sequence[Path], cache: Path | None) -> str:
+    targets = [found.target(index) for index in range(len(files))]
+    texts = [json.dumps([t.boxes.tolist(), t.labels.tolist(), t.ignored.tolist(), t.height, t.width]).encode() for t in targets]
+
     def compute() -> dict[str, Any]:
-        targets = (found.target(index) for index in range(len(files)))
-        texts = (json.dumps([t.boxes.tolist(), t.labels.tolist(), t.ignored.tolist(), t.height, t.width]).encode() for t in targets)
         return {"sha256": content_digest(found.classes, ((0, _sha256(path) + text) for path, text in zip(files, texts, strict=True)))}
 
-    annotated = hashlib.sha256(repr([found.target(index) for index in range(len(files))]).encode()).hexdigest()
+    annotated = hashlib.sha256(b"\n".join([str(found.classes).encode(), *texts])).hexdigest()
     return str(remembered(cache, "set", [[str(path), *stamp(path, path.parent)] for path in files] + [annotated], compute)["sha256"])
 
 

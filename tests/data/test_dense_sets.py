@@ -269,3 +269,16 @@ def test_what_is_wrong_with_boxes_is_one_line(tmp_path: Path, change: Any, said:
     (tmp_path / "instances.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=said):
         find_set(f"coco:{tmp_path}").check_files()
+
+
+def test_the_digest_sees_every_box_also_where_there_are_many(tmp_path: Path) -> None:
+    content = coco(tmp_path)
+    one = content["annotations"][0]
+    content["annotations"] = [{**one, "id": i, "bbox": [i % 20, i // 20, 8, 8]} for i in range(600)]
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    cache = tmp_path / "cache"
+    before = find_set(f"coco:{tmp_path}").digest(cache)
+    assert find_set(f"coco:{tmp_path}").digest(cache) == before
+    content["annotations"][300]["bbox"][2] = 9
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    assert find_set(f"coco:{tmp_path}").digest(cache) != before
