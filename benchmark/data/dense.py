@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dfqbench.data.images import Images, Labels, Pixels
+from dfqbench.data.images import Images, Labels, Pixels, in_colours_of
 from dfqbench.data.sets import EvaluationSet
 from dfqbench.errors import Notice, UserError
 from dfqbench.task import Task
@@ -42,8 +42,7 @@ def placed(height: int, width: int, task: Task) -> Placed:
 
 def fitted(image: Image.Image, task: Task) -> Pixels:
     """One image as H x W x C uint8: grey or RGB, resized to fit in, the rest filled with the mean colour, which is zero once normalised."""
-    mode = {1: "L", 3: "RGB"}[task.channels]
-    image = image if image.mode == mode else image.convert(mode)
+    image = in_colours_of(task, image)
     at = placed(image.height, image.width, task)
     if (at.inner_height, at.inner_width) != (at.height, at.width):
         image = image.resize((at.inner_width, at.inner_height), Image.Resampling[task.interpolation.upper()])

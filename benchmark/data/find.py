@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from dfqbench.data.dense_folders import CocoFolder, SegmentationFolder, VocFolder
+from dfqbench.data.detection_folders import CocoFolder, VocFolder
 from dfqbench.data.digit_scenes import SceneBoxes, SceneMasks
 from dfqbench.data.own import own_sets
+from dfqbench.data.segmentation_folder import SegmentationFolder
 from dfqbench.data.sets import BUILT_IN, Cifar, Digits, EvaluationSet, ImageFolder
 from dfqbench.errors import UserError, nearest
 from dfqbench.method import plugins
@@ -32,7 +33,7 @@ def find_set(text: str) -> EvaluationSet:
     - `imagenet`, with `:ROOT`: the 1000 folders n01440764 ... of validation images, or the folder above with `val` in it; default $IMAGENET
     - `imagefolder:PATH`: a folder with one sub-folder of images per class, sorted by name, or as numbers where
       all of them are whole numbers (torchvision sorts those as text: `10` before `2`)
-    - `segmentation:PATH`, `voc-detection:PATH`, `coco:PATH`: images with masks or boxes (dense_folders.py)
+    - `segmentation:PATH`, `voc-detection:PATH`, `coco:PATH`: images with masks or boxes
     - whatever a plug-in registered (`register_set`), with or without `:PLACE`
 
     Folders are listed here, and errors in them raised as UserError; CIFAR is opened when it is first needed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -74,3 +75,28 @@ def unreadable(path: Path, error: OSError) -> UserError:
     if path.is_symlink() and isinstance(error, FileNotFoundError):
         return UserError(f"{path} is a link to {os.readlink(path)}, which is not there")
     return UserError(f"{error.filename or path} cannot be read ({error.strerror})")
+
+
+def by_stem(folder: Path) -> dict[str, Path]:
+    """The images in a folder and below. UserError where two have one name: which is meant?"""
+    found: dict[str, Path] = {}
+    for path in files_below(folder)[0]:
+        if found.setdefault(path.stem, path) is not path:
+            raise UserError(f"{found[path.stem]} and {path} have one name, and images are told apart by it")
+    return found
+
+
+def lines_of(file: Path) -> list[str]:
+    """The lines of a text file that is there; their first words for VOC's lists."""
+    if not file.is_file():
+        return []
+    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.split()[0] for line in lines] if file.parent.parent.name == "ImageSets" else lines
+
+
+def sha256_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+    except OSError as error:
+        raise unreadable(path, error) from error

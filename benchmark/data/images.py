@@ -104,11 +104,7 @@ def prepare(image: Image.Image, task: Task) -> Pixels:
     Rounds as torchvision and timm do (resized sides down, the crop's corner to the nearest pixel), so that their accuracies can be met.
     An image whose shorter side is right already is not resampled.
     """
-    mode = {1: "L", 3: "RGB"}.get(task.channels)
-    if mode is None:
-        raise UserError(f"image files give 1 or 3 channels, the teacher takes {task.channels}")
-    if image.mode != mode:
-        image = image.convert(mode)
+    image = in_colours_of(task, image)
     # The tiny addition undoes the rounding of a ratio such as 299/342.
     shorter = int(task.size / task.crop_ratio + 1e-6)
     width, height = image.size
@@ -119,6 +115,14 @@ def prepare(image: Image.Image, task: Task) -> Pixels:
     if (width, height) != (task.size, task.size):
         image = image.crop((left, top, left + task.size, top + task.size))
     return np.asarray(image).reshape(task.size, task.size, task.channels)
+
+
+def in_colours_of(task: Task, image: Image.Image) -> Image.Image:
+    """Grey or RGB, as the teacher takes it; UserError for other channels."""
+    mode = {1: "L", 3: "RGB"}.get(task.channels)
+    if mode is None:
+        raise UserError(f"image files give 1 or 3 channels, the teacher takes {task.channels}")
+    return image if image.mode == mode else image.convert(mode)
 
 
 def open_image(path: Path, coarsely: bool = False) -> Image.Image:

@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from dfqbench.data.folders import IMAGE_FILES, are_numbers, class_folders, class_order, files_below, stamp, unreadable
+from dfqbench.data.folders import IMAGE_FILES, are_numbers, class_folders, class_order, files_below, sha256_of, stamp
 from dfqbench.data.images import Images, Labels, Pixels, open_image, prepare, threads
 from dfqbench.data.pixels import kept
 from dfqbench.errors import Notice, UserError
@@ -277,11 +277,7 @@ class ImageFolder(EvaluationSet):
 
     def digest(self, cache: Path | None = None) -> str:
         def hashed(entry: tuple[int, Path]) -> tuple[int, bytes]:
-            try:
-                with entry[1].open("rb") as file:
-                    return entry[0], hashlib.file_digest(file, "sha256").digest()
-            except OSError as error:
-                raise unreadable(entry[1], error) from error
+            return entry[0], sha256_of(entry[1])
 
         def compute() -> dict[str, Any]:
             with ThreadPoolExecutor() as pool:

@@ -23,7 +23,7 @@ def ablation(drawn: Drawn) -> list[Figure]:
         raise NothingToDraw(
             "no method was run both as it is and with other settings under one budget: give some in the config, like {METHOD: {SETTING: 0}}"
         )
-    xlabel = f"points of {drawn.top1.partition(' (')[0]} against the method as it is"
+    xlabel = f"points of {drawn.metric} against the method as it is"
     return dot_plots(sections, drawn.width, xlabel, ["bars: 95 % intervals of the difference", "dots: seeds that both have"])
 
 

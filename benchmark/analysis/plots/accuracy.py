@@ -23,7 +23,7 @@ ROUNDING = "round"  # the method that everything else is to beat
 def accuracy(drawn: Drawn) -> list[Figure]:
     """A row for each configuration, best first, a panel for each bit width: seeds, intervals over test images and seeds, teacher and rounding."""
     sections = [_section(drawn, block) for block in drawn.blocks]
-    return dot_plots(sections, drawn.width, drawn.top1, ["dots: seeds", "bars: 95 % intervals of the mean", *_said(drawn, sections)])
+    return dot_plots(sections, drawn.width, drawn.score, ["dots: seeds", "bars: 95 % intervals of the mean", *_said(drawn, sections)])
 
 
 def _said(drawn: Drawn, sections: list[Section]) -> list[str]:
@@ -64,7 +64,7 @@ def over_widths(drawn: Drawn) -> list[Figure]:
         lines = [_over_widths(drawn, block, row, (i + 0.5) / len(rows) - 0.5 if len(rows) <= BARS else None) for i, row in enumerate(rows)]
         if len(block.widths) > 2 and lines:
             ticks = [width.upper() for width in block.widths]
-            panels.append(Panel(block_title(block, drawn.blocks), lines, block.teacher_top1, "", drawn.top1, ticks))
+            panels.append(Panel(block_title(block, drawn.blocks), lines, block.teacher_top1, "", drawn.score, ticks))
     if not panels:
         raise NothingToDraw("there are no three bit widths to draw a line over: `accuracy` shows them side by side")
     every = [curve for panel in panels for curve in panel.curves]

@@ -46,10 +46,14 @@ class Drawn:
         self._results = {result["id"]: result for result in (*self.reading.results, *self.reading.unfinished)}
 
     @property
-    def top1(self) -> str:
-        """What figures are of: the metric of all blocks, or of each."""
-        name = " or ".join(dict.fromkeys(block.metric.name for block in self.blocks)) or METRICS["top1"].name
-        return f"{name} (%)" if self.rule == "last" else f"{name} (%), best on test"
+    def metric(self) -> str:
+        """What figures are of, in words: the metric of all blocks, or of each."""
+        return " or ".join(dict.fromkeys(block.metric.name for block in self.blocks)) or METRICS["top1"].name
+
+    @property
+    def score(self) -> str:
+        """The same as an axis says it."""
+        return f"{self.metric} (%)" if self.rule == "last" else f"{self.metric} (%), best on test"
 
     def steps_per_epoch(self, cell_id: str, epochs: int) -> float:
         """Student steps of each of the epochs in which a cell's student was trained; of what diverged, as its settings have them."""

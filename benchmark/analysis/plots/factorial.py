@@ -61,7 +61,7 @@ def factorial(drawn: Drawn) -> list[Figure]:
     columns, cell = columns_in(drawn.width, len(panels), CELL * longest / (1 - NAMES))
     head = max(_head(panel, cell) for panel in panels)
     body = max(_tall(panel) for panel in panels) + 8
-    said = [f"{drawn.top1}; dark: far below the teacher"]
+    said = [f"{drawn.score}; dark: far below the teacher"]
     said += [f"{_title(panel) if len(tables) > 1 else panel.width.upper()}: {_references(panel)}" for panel in panels]
     rows = [row for table in tables for row in table.rows.values()]
     said += [f"*: {FEWER}"] * any(row.lost.keys() & row.entries.keys() for row in rows)

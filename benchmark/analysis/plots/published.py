@@ -31,7 +31,7 @@ def published(drawn: Drawn) -> list[Figure]:
     sheet = Sheet(full, EDGE + 4 + side + BELOW + under + EDGE)
     ax = sheet.axes(EDGE + LEFT, EDGE + 4, side, side)
     sheet.write(EDGE + LEFT + side / 2, EDGE + 4 + side + 12.5, "published top-1 (%)", 7, ha="center")
-    sheet.write(EDGE, EDGE + 4 + side / 2, f"measured {drawn.top1}", 7, va="center", rotation=90)
+    sheet.write(EDGE, EDGE + 4 + side / 2, f"measured {drawn.score}", 7, va="center", rotation=90)
     sheet.note(EDGE + 4 + side + BELOW, note)
     _draw(ax, drawn, points)
     return [sheet.figure]

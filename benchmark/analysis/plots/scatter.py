@@ -193,7 +193,7 @@ def cost(drawn: Drawn) -> list[Figure]:
     said = ["lines: the lowest and the highest mean of a host or device"] * any(p.low != p.high for panel in panels for p in panel.points)
     if any(not panel.front for panel in panels):
         said.append("no front where seconds are of several devices")
-    return scatters(panels, drawn.width, drawn.top1, ["grey: the front of what nothing beats in both"] * any(p.front for p in panels) + said)
+    return scatters(panels, drawn.width, drawn.score, ["grey: the front of what nothing beats in both"] * any(p.front for p in panels) + said)
 
 
 def _costing(drawn: Drawn, width: str, row: Row, entry: Entry, spent: Cost) -> Point:
@@ -236,7 +236,7 @@ def size(drawn: Drawn) -> list[Figure]:
             panels.append(Scatter(block_title(block, drawn.blocks), xlabel, points, block.teacher_top1, above=above))
     if not panels:
         raise NothingToDraw("no result has a size: all were written by earlier versions, which did not count it")
-    return scatters(panels, drawn.width, drawn.top1, ["grey: the front of what nothing beats in both"])
+    return scatters(panels, drawn.width, drawn.score, ["grey: the front of what nothing beats in both"])
 
 
 def _sized(drawn: Drawn, row: Row, width: str, entry: Entry, x: float) -> Point:

@@ -25,7 +25,7 @@ def curves(drawn: Drawn) -> list[Figure]:
         lines = [curve for row in drawn.best_first(block) if width in row.entries and (curve := _curve(drawn, block, row, width))]
         if lines:
             title = f"{width.upper()}: {block_title(block, drawn.blocks)}"
-            panels.append(Panel(title, lines, block.teacher_top1, "student steps", drawn.top1.split(",")[0]))
+            panels.append(Panel(title, lines, block.teacher_top1, "student steps", drawn.score.split(",")[0]))
     if not panels:
         raise NothingToDraw("no cell was evaluated between its epochs: set `evaluate_every` in the config and run it again")
     fewer = any(curve.faint for panel in panels for curve in panel.curves)

@@ -18,6 +18,7 @@ from dfqbench.analysis.tables.blocks import Block, Entry, Row
 from dfqbench.analysis.tables.choice import Choice, Columns
 from dfqbench.analysis.tables.wide import JOINED, WideTable
 from dfqbench.analysis.warning_signs import REASONS
+from dfqbench.metrics import DENSE
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def notes_of(table: Table) -> list[str]:
     said = {
         "no data-free methods: students were trained on real images, so nothing is bold, compared or ranked": parts[0].yardstick,
         "in a cell: mean ± sd (seeds)": isinstance(table, WideTable),
-        f"{_scores_of(parts)} in %, rule 'last': the last epoch's accuracy, as a user without test labels would get it": rule == "last",
+        f"{_scores_of(parts)} in %, rule 'last': the last epoch's {_word_of(parts)}, as a user without test labels would get it": rule == "last",
         f"{_scores_of(parts)} in %, rule 'best-on-test': the best of all evaluated epochs, chosen on the test labels "
         "(optimistic; at most as many choices as evaluations)": rule == "best-on-test",
         f"± is the standard deviation over seeds; {drop}{of_images} is at most {error:.2f}": bool(entries),
@@ -221,6 +222,10 @@ def notes_of(table: Table) -> list[str]:
 
 def _scores_of(parts: Sequence[Block]) -> str:
     return ", ".join(dict.fromkeys(block.metric.name for block in parts))
+
+
+def _word_of(parts: Sequence[Block]) -> str:
+    return "score" if any(block.metric.key in DENSE for block in parts) else "accuracy"
 
 
 def notes_on_images(rows: Sequence[Row]) -> list[str]:

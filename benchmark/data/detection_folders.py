@@ -1,4 +1,4 @@
-"""Images with masks or boxes in folders on a disk: masks of class indices, COCO's JSON, PASCAL VOC's XML."""
+"""Images with boxes in folders on a disk: COCO's JSON, PASCAL VOC's XML."""
 
 from __future__ import annotations
 
@@ -15,85 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dfqbench.data.dense import VOID, DetectionSet, Mask, SegmentationSet, boxes_of
-from dfqbench.data.folders import files_below, stamp, unreadable
+from dfqbench.data.dense import DetectionSet, boxes_of
+from dfqbench.data.folders import by_stem, lines_of, sha256_of, stamp, unreadable
 from dfqbench.data.images import Images, open_image
 from dfqbench.data.sets import content_digest
 from dfqbench.errors import Notice, UserError
-from dfqbench.store.cache import cache_folder, remembered
+from dfqbench.store.cache import remembered
 from dfqbench.task import Task
 from dfqbench.tasks.detect import Boxes
-
-
-class SegmentationFolder(SegmentationSet):
-    """A folder with images and, under the same names, masks: one channel or a palette, in which a value is a class index and 255 void.
-
-    Images lie in `images`, `img`, `image`, `test` or VOC's JPEGImages, masks in `masks`, `labels`, `lab`, `testannot` or VOC's SegmentationClass; of
-    a VOC folder those named in ImageSets/Segmentation/val.txt. Class names are the lines of classes.txt; without it, numbers up to the largest value.
-    """
-
-    IMAGES = ("images", "img", "image", "test", "JPEGImages")
-    MASKS = ("masks", "labels", "lab", "testannot", "SegmentationClass")
-
-    def __init__(self, name: str, root: Path):
-        self.root = root
-        images, masks = _folder(root, self.IMAGES, "images"), _folder(root, self.MASKS, "masks")
-        found, targets = _by_stem(images), _by_stem(masks)
-        chosen = _listed(root / "ImageSets/Segmentation/val.txt") or sorted(targets if len(targets) < len(found) else found)
-        missing = [stem for stem in chosen if stem not in found or stem not in targets]
-        if missing or not chosen:
-            what = f"{missing[0]!r} has no {'image' if missing[0] not in found else 'mask'}" if missing else "there is no image"
-            raise UserError(f"segmentation folder {root}: {what} ({len(found)} images in {images.name}, {len(targets)} masks in {masks.name})")
-        self._pairs = [(found[stem], targets[stem]) for stem in chosen]
-        self._names = _listed(root / "classes.txt")
-        super().__init__(name, len(self._names) if self._names else self._largest() + 1)
-
-    def fits(self, classes: int) -> bool:
-        """Masks alone do not say that a class is missing in them."""
-        return not self._names or super().fits(classes)
-
-    @property
-    def class_names(self) -> list[str]:
-        return self._names or [str(index) for index in range(self.classes)]
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def _largest(self) -> int:
-        def look() -> dict[str, Any]:
-            values = (mask[mask != VOID] for mask in map(self.target, range(len(self))))
-            return {"largest": max((int(value.max()) for value in values if value.size), default=0)}
-
-        return int(remembered(cache_folder(), "largest", self._stamps(), look)["largest"])
-
-    def open(self, index: int, split: str) -> Image.Image:
-        return open_image(self._pairs[index][0])
-
-    def target(self, index: int, split: str = "test") -> Mask:
-        """H x W."""
-        image = open_image(self._pairs[index][1])
-        if image.mode not in ("L", "P", "1"):
-            raise UserError(f"{self._pairs[index][1]} is no mask of class indices: it has the mode {image.mode}, one channel or a palette is wanted")
-        return np.asarray(image, np.uint8)
-
-    def check_files(self, cache: Path | None = None) -> None:
-        def look() -> dict[str, Any]:
-            for index, (path, mask) in enumerate(self._pairs):
-                image, target = open_image(path), self.target(index)
-                if (image.height, image.width) != target.shape:
-                    raise UserError(f"{mask} has {target.shape[1]} x {target.shape[0]} pixels, its image {image.width} x {image.height}")
-            return {"images": len(self)}
-
-        remembered(cache, "whole", [self.digest(cache), "segmentation"], look)
-
-    def digest(self, cache: Path | None = None) -> str:
-        def compute() -> dict[str, Any]:
-            return {"sha256": content_digest(self.classes, ((0, _sha256(a) + _sha256(b)) for a, b in self._pairs))}
-
-        return str(remembered(cache, "set", [str(self.root.resolve()), self.classes, self._stamps()], compute)["sha256"])
-
-    def _stamps(self) -> list[Any]:
-        return [stamp(path, self.root) for pair in self._pairs for path in pair]
 
 
 class CocoFolder(DetectionSet):
@@ -191,10 +120,10 @@ class VocFolder(DetectionSet):
         self.root = root
         where = root / "Annotations" if (root / "Annotations").is_dir() else root
         files = {path.stem: path for path in sorted(where.glob("*.xml"))}
-        chosen = _listed(root / "ImageSets/Main/val.txt") or list(files)
+        chosen = lines_of(root / "ImageSets/Main/val.txt") or list(files)
         if not chosen or (lost := [stem for stem in chosen if stem not in files]):
             raise UserError(f"VOC folder {root}: {f'there is no {where / lost[0]}.xml' if chosen else f'there is no .xml file in {where}'}")
-        images = _by_stem(root / "JPEGImages" if (root / "JPEGImages").is_dir() else root)
+        images = by_stem(root / "JPEGImages" if (root / "JPEGImages").is_dir() else root)
         self._files, self._sizes, named = [], [], []
         for stem in chosen:
             if stem not in images:
@@ -203,7 +132,7 @@ class VocFolder(DetectionSet):
             self._files.append(images[stem])
             self._sizes.append(size)
             named.append(objects)
-        self._names = _listed(root / "classes.txt") or sorted({kind for objects in named for _, kind, _ in objects})
+        self._names = lines_of(root / "classes.txt") or sorted({kind for objects in named for _, kind, _ in objects})
         index = {kind: i for i, kind in enumerate(self._names)}
         unknown = next((kind for objects in named for _, kind, _ in objects if kind not in index), None)
         if unknown is not None:
@@ -261,35 +190,10 @@ def _digest_of_boxes(found: DetectionSet, files: Sequence[Path], cache: Path | N
     texts = [json.dumps([t.boxes.tolist(), t.labels.tolist(), t.ignored.tolist(), t.height, t.width]).encode() for t in targets]
 
     def compute() -> dict[str, Any]:
-        return {"sha256": content_digest(found.classes, ((0, _sha256(path) + text) for path, text in zip(files, texts, strict=True)))}
+        return {"sha256": content_digest(found.classes, ((0, sha256_of(path) + text) for path, text in zip(files, texts, strict=True)))}
 
     annotated = hashlib.sha256(b"\n".join([str(found.classes).encode(), *texts])).hexdigest()
     return str(remembered(cache, "set", [[str(path), *stamp(path, path.parent)] for path in files] + [annotated], compute)["sha256"])
-
-
-def _folder(root: Path, names: Sequence[str], what: str) -> Path:
-    found = next((root / name for name in names if (root / name).is_dir()), None)
-    if found is None:
-        said = "there is no such folder" if not root.is_dir() else f"there is no folder of {what}: {', '.join(names)}"
-        raise UserError(f"segmentation folder {root}: {said}")
-    return found
-
-
-def _by_stem(folder: Path) -> dict[str, Path]:
-    """The images in a folder and below. UserError where two have one name: which is meant?"""
-    found: dict[str, Path] = {}
-    for path in files_below(folder)[0]:
-        if found.setdefault(path.stem, path) is not path:
-            raise UserError(f"{found[path.stem]} and {path} have one name, and images are told apart by it")
-    return found
-
-
-def _listed(file: Path) -> list[str]:
-    """The lines of a text file that is there; their first words for VOC's lists."""
-    if not file.is_file():
-        return []
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [line.split()[0] for line in lines] if file.parent.parent.name == "ImageSets" else lines
 
 
 def _only_json(folder: Path) -> Path:
@@ -298,11 +202,3 @@ def _only_json(folder: Path) -> Path:
         said = f"{len(found)} .json files are in it: name one" if folder.is_dir() else "there is no such file or folder"
         raise UserError(f"COCO folder {folder}: {said}")
     return found[0]
-
-
-def _sha256(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-    except OSError as error:
-        raise unreadable(path, error) from error
