@@ -54,6 +54,7 @@ def normalised(latents: Tensor, dims: tuple[int, ...]) -> Tensor:
 class Qimera(GDFQ):
     """Superposed latent embeddings: images near class boundaries (Choi et al., NeurIPS 2021)."""
 
+    tasks = {"classify"}
     needs = {"statistics", "labels", "classifier"}
 
     class Config(GDFQ.Config):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -120,6 +120,15 @@ class NoRanges(Sound):
         return [Phase("train", self.config.epochs, distill=True)]
 
 
+class LearnsNothing(Sound):
+    """Its loss depends on no weight."""
+
+    quick: ClassVar[dict[str, Any]] = {"student_weight_decay": 0.0}
+
+    def distill(self, student: Student, batch: Batch) -> Tensor:
+        return 0 * super().distill(student, batch)
+
+
 class HookedStudent(Sound):
     """Changes what a module of the student does, which no file can hold."""
 
@@ -162,6 +171,7 @@ def test_a_sound_method_passes() -> None:
         (LivesOffTheModule, "interrupted_equals_uninterrupted"),
         (LooksAtEvaluation, "a_poisoned_evaluation_set_changes_nothing"),
         (NoRanges, "students_end_evaluated_with_finite_weights"),
+        (LearnsNothing, "students_end_evaluated_with_finite_weights"),
         (HookedStudent, "students_end_evaluated_with_finite_weights"),
         (OnlyThreeChannels, "any_task_works"),
         (SharedButNot, "shared_synthesis_is_true_to_its_word"),
