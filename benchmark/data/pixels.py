@@ -17,6 +17,7 @@ import numpy.typing as npt
 import PIL
 
 from dfqbench.errors import UserError
+from dfqbench.files import temporary_name
 from dfqbench.store.cache import cache_folder
 from dfqbench.task import Task
 
@@ -41,7 +42,7 @@ def kept(digest: Callable[[], str], task: Task, split: str, shape: tuple[int, ..
         return None
     key = [digest(), split, task.as_dict(), list(shape), PIL.__version__]
     path = folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.uint8"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_name(path)
     try:
         found = _opened(path, shape)  # another user's may be closed to us
         if found is not None:

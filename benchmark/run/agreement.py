@@ -19,6 +19,7 @@ from dfqbench.engine.evaluate import Evaluation, in_batches_that_fit
 from dfqbench.engine.lockstep import Interrupted
 from dfqbench.engine.method_state import set_up
 from dfqbench.errors import UserError
+from dfqbench.files import kept_once
 from dfqbench.method.registry import find_method
 from dfqbench.network import Network, Teacher
 from dfqbench.quantization.student import Student
@@ -76,14 +77,13 @@ def made_images(cell: Cell, teacher: Teacher, device: torch.device, count: int, 
 
 
 def kept_images(path: Path, maker: Cell, teacher: Teacher, device: torch.device, count: int, say: Callable[[str], None], stop: StopFlag) -> Tensor:
-    """`made_images`, from the file where an earlier call left them; `say` is told when they are made."""
+    """`made_images`, from the file where the first call left them, of this or of another process; `say` is told when they are made."""
     if not path.exists():
         say(f"making {count} images with {maker.label}, seed {maker.seed}")
         rehearse(Bundle((maker,)), teacher, device, say)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        save_file({"images": made_images(maker, teacher, device, count, stop).cpu().contiguous()}, partial)
-        partial.replace(path)
+        images = made_images(maker, teacher, device, count, stop).cpu().contiguous()
+        with kept_once(path) as temporary:
+            save_file({"images": images}, temporary)
     return load_file(path)["images"].to(device).contiguous(memory_format=torch.channels_last)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dfqbench.engine.device import use_device
-from dfqbench.files import read_json, write_json
+from dfqbench.files import kept_once, read_json, write_json
 from dfqbench.method.allocation import AllocationProblem
 from dfqbench.method.allocator import allocate, find_allocator
 from dfqbench.network import Teacher
@@ -50,15 +49,8 @@ class Allocations:
         path = self._path(cell)
         if read_json(path) is None:
             made = self._chosen(cell, teacher, say)
-            mine = path.with_name(f".{path.name}.{os.getpid()}")
-            write_json(mine, made)
-            try:
-                os.link(mine, path)  # fails where another process was faster: its choice stays
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without links
-                mine.replace(path)
-            mine.unlink(missing_ok=True)
+            with kept_once(path) as mine:
+                write_json(mine, made)
         found: dict[str, int] = self.record(cell)["bits"]
         return found
 

@@ -8,7 +8,6 @@ number of epochs was raised from 10 to 12 after seeing 97.5 to 98.2 % on the tes
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from dfqbench.data import Images, find_set
 from dfqbench.engine.evaluate import Precision, evaluate, evaluate_task, normalise
 from dfqbench.errors import UserError
+from dfqbench.files import write_atomically
 from dfqbench.metrics import metric_of
 from dfqbench.network import Teacher
 from dfqbench.task import Task
@@ -224,14 +224,4 @@ def write_weights(network: nn.Module, path: Path, facts: dict[str, Any]) -> None
     from safetensors.torch import save
 
     state = {name: tensor.detach().to("cpu").contiguous() for name, tensor in network.state_dict().items()}
-    content = save(state, metadata={"dfqbench": json.dumps(facts, sort_keys=True)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, save(state, metadata={"dfqbench": json.dumps(facts, sort_keys=True)}))

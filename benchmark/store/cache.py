@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dfqbench.files import temporary_name
+
 
 def cache_folder() -> Path:
     """DFQBENCH_CACHE, or dfqbench in the user's cache folder. Whatever is in it can be found out again."""
@@ -40,7 +42,7 @@ def remembered(
         return answer
     with contextlib.suppress(OSError):  # a home folder that cannot be written only costs the time to find out again
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = temporary_name(path)
         temporary.write_text(json.dumps(answer), encoding="utf-8")
         temporary.replace(path)
     return answer

@@ -27,14 +27,13 @@ import json
 import os
 import re
 import shutil
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dfqbench.errors import UserError
-from dfqbench.files import read_json, write_atomically, write_json
+from dfqbench.files import read_json, temporary_name, write_atomically, write_json
 from dfqbench.metrics import METRICS
 from dfqbench.store.lease import Lease, kept_alive
 
@@ -175,7 +174,7 @@ class Store:
     def write_progress(self, cell_id: str, progress: dict[str, Any]) -> None:
         """For those who watch; nothing depends on it."""
         path = self.folder(cell_id) / "progress.json"
-        temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+        temporary = temporary_name(path)
         with contextlib.suppress(OSError):
             temporary.write_text(json.dumps(progress), encoding="utf-8")
             temporary.replace(path)

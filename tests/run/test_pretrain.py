@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,9 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_other(folder: Path, tmp
     out.write_text("old")
 
     def full(_: int) -> None:
-        raise OSError("no space left on device")
+        raise OSError(28, "no space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
         pretrain("cifar:resnet20", f"imagefolder:{folder}", out, epochs=1, progress=lambda line: None, overwrite=True)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

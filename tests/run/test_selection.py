@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,12 +17,36 @@ import torch
 from torch import Tensor, nn
 
 from dfqbench.data.sets import EvaluationSet
+from dfqbench.run import agreement as run_agreement
+from dfqbench.run.agreement import kept_images
+from dfqbench.run.options import StopFlag
 from dfqbench.run.selection import agreement, selection_frame
 from dfqbench.task import Task
 
 SweepFile = Callable[..., Path]
 Run = Callable[..., tuple[int, str, str]]
 IMAGES = {"images": {"gznq": {"images": 16, "synthesis_batch": 8, "synthesis_iterations": 2, "confidence": 0.0}}, "count": 12}
+
+
+def test_images_that_another_process_made_meanwhile_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two start at once: what both go on with are the images in the file, and those are of one."""
+    path, made, maker, teacher = tmp_path / "unseen" / "images.safetensors", [torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)], Mock(), Mock()
+    taken = []
+
+    def make(*_: Any) -> Tensor:
+        mine = made.pop()
+        if made:
+            taken.append(kept(teacher))
+        return mine
+
+    def kept(teacher: Any) -> Tensor:
+        return kept_images(path, maker, teacher, torch.device("cpu"), 2, lambda line: None, StopFlag())
+
+    monkeypatch.setattr(run_agreement, "made_images", make)
+    monkeypatch.setattr(run_agreement, "rehearse", lambda *_: None)
+    taken.append(kept(teacher))
+    assert [float(images.mean()) for images in (*taken, kept(teacher))] == [0, 0, 0]
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
 class Fixed(nn.Module):

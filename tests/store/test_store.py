@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dfqbench.errors import UserError
-from dfqbench.files import read_json, write_atomically, write_json
+from dfqbench.files import kept_once, read_json, write_atomically, write_json
 from dfqbench.store import LEASE_EXPIRES_S, Lease, Store
 from dfqbench.store import lease as lease_module
 
@@ -49,6 +49,28 @@ def test_readers_see_old_or_new_but_never_half(tmp_path: Path) -> None:
         seen.add(found["n"])
     assert writer.returncode == 0
     assert len(seen) > 1
+
+
+def test_of_several_that_write_at_once_the_first_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "shared" / "made.json"
+    code = (
+        "import pathlib, sys\nfrom dfqbench.files import kept_once\nwith kept_once(pathlib.Path(sys.argv[1])) as mine:\n"
+        "    mine.write_text(sys.argv[2]); print(flush=True); sys.stdin.readline()"
+    )
+    words = [sys.executable, "-c", code, str(path)]
+    writers = [subprocess.Popen([*words, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for name in ("one", "two")]
+    for writer in writers:
+        writer.stdout.readline()  # type: ignore[union-attr]
+    assert not path.exists()
+    assert len(os.listdir(path.parent)) == 2, "all have written, each under its own name"
+    for writer in reversed(writers):
+        assert (writer.communicate("go\n"), writer.returncode) == (("", None), 0)
+        assert path.read_text() == "two"
+    monkeypatch.setattr(os, "link", lambda *names: os.open("/proc/links", os.O_CREAT))  # a file system without links
+    with kept_once(path) as mine:
+        mine.write_text("three")
+    assert path.read_text() == "three"
+    assert os.listdir(path.parent) == ["made.json"]
 
 
 def test_damaged_and_foreign_results_are_named_and_left_alone(tmp_path: Path) -> None:
