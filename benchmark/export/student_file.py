@@ -28,7 +28,7 @@ from dfqbench.network.canonical import Layer, TransposedConv
 from dfqbench.network.network import Network
 from dfqbench.network.products import LAYERS
 from dfqbench.quantization.fake_quantize import levels
-from dfqbench.quantization.layers import ActivationQuantizer, Codes, QuantizedLayer, WeightGrid
+from dfqbench.quantization.layers import ActivationQuantizer, Codes, Grid, QuantizedLayer, WeightGrid
 from dfqbench.quantization.protocol import Bits, Protocol
 from dfqbench.quantization.student import Student
 from dfqbench.task import Task
@@ -53,7 +53,7 @@ class StoredLayer(QuantizedLayer):
         self.limits = codes.lowest, codes.highest
         layer.weight = nn.Parameter(codes.weight(), requires_grad=False)
 
-    def quantized_weight(self) -> Tensor:
+    def quantized_weight(self, found: Grid | None = None) -> Tensor:
         """The weight on its grid."""
         return self.layer.weight
 

@@ -32,9 +32,8 @@ def moments_of(x: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
     return torch.batch_norm_update_stats(x, about.clone(), torch.ones_like(about), 0.0)
 
 
-def gradient_of_moments(x: Tensor, mean: Tensor, mean_gradient: Tensor, variance_gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """(a, b), C each: the moments' part of the gradient with respect to x is a x + b."""
-    count = x.numel() // mean.numel()
+def gradient_of_moments(count: int | Tensor, mean: Tensor, mean_gradient: Tensor, variance_gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """(a, b), C each: the moments' part of the gradient with respect to x is a x + b. count: the values of a channel."""
     slope = variance_gradient * (2.0 / count)
     return slope, mean_gradient / count - slope * mean
 
@@ -70,7 +69,8 @@ class _Normalised(torch.autograd.Function):
             of_x = of_y.mul_(scale.view(ctx.along)) if is_own else of_y * scale.view(ctx.along)
         if of_mean is not None or of_variance is not None:
             zero = torch.zeros_like(mean)
-            slope, constant = gradient_of_moments(x, mean, zero if of_mean is None else of_mean, zero if of_variance is None else of_variance)
+            count = x.numel() // mean.numel()
+            slope, constant = gradient_of_moments(count, mean, zero if of_mean is None else of_mean, zero if of_variance is None else of_variance)
             slope, constant = slope.view(ctx.along), constant.view(ctx.along)
             of_x = torch.addcmul(constant, x, slope) if of_x is None else of_x.addcmul_(x, slope).add_(constant)
         return of_x, None, None, of_y if ctx.with_shortcut else None, None, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -42,9 +43,12 @@ class Observation:
 
     def statistics(self) -> list[tuple[Tensor, Tensor]]:
         """Mean and biased variance over (N, H, W) of each BN layer's input: pairs of C_l, float32, differentiable."""
-        known = self.moments or [(None, None)] * len(self.bn_inputs)
-        layers = zip(self.bn_inputs, self.batch_norms, known, strict=True)
-        return [channel_moments(x, bn.running_mean) if mean is None else (mean, variance) for x, bn, (mean, variance) in layers]  # type: ignore[arg-type,misc]
+        known = list(self.moments) or [(None, None)] * len(self.bn_inputs)
+        missing = [i for i, (mean, _) in enumerate(known) if mean is None]
+        found = moments_of_all([self.bn_inputs[i] for i in missing], [self.batch_norms[i].running_mean for i in missing])  # type: ignore[misc]
+        for i, pair in zip(missing, found, strict=True):
+            known[i] = pair
+        return known  # type: ignore[return-value]
 
 
 def without_owner(traced: fx.GraphModule) -> fx.GraphModule:
@@ -213,7 +217,7 @@ class Teacher(Network):
 
 
 class _ChannelMoments(torch.autograd.Function):
-    """Mean and biased variance per channel without a copy of x, and one pass back."""
+    """Mean and biased variance per channel without a copy of x, and one pass back. What comes back is made by `_MomentsOfAll`: (b, a) for a x + b."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,13 +230,12 @@ class _ChannelMoments(torch.autograd.Function):
             offset = shifted.mean(dims)
             variance = (shifted * shifted).mean(dims) - offset * offset
             mean = offset + about
-        ctx.save_for_backward(x, mean)
+        ctx.save_for_backward(x)
         return mean, variance
 
     @staticmethod
-    def backward(ctx: Any, mean_gradient: Tensor, variance_gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        x, mean = ctx.saved_tensors
-        slope, constant = gradient_of_moments(x, mean, mean_gradient, variance_gradient)
+    def backward(ctx: Any, constant: Tensor, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
         # the two terms nearly cancel where the mean is large: added in full precision, whatever x has
         if x.device.type == "cpu" and x.dtype == torch.bfloat16:  # as a batch norm of mean 0 and variance 1: no float32 copy
             zeros, ones = torch.zeros_like(slope), torch.ones_like(slope)
@@ -240,10 +243,41 @@ class _ChannelMoments(torch.autograd.Function):
         return torch.addcmul(constant.view(ctx.shape), x, slope.view(ctx.shape)).to(x.dtype), None
 
 
+class _MomentsOfAll(torch.autograd.Function):
+    """Passes on the moments of all layers, one behind the other; of their gradients it makes what each `_ChannelMoments` wants, at once."""
+
+    @staticmethod
+    def forward(ctx: Any, means: Tensor, variances: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(means, counts)
+        return means.view_as(means), variances.view_as(variances)
+
+    @staticmethod
+    def backward(ctx: Any, mean_gradient: Tensor, variance_gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        means, counts = ctx.saved_tensors
+        slope, constant = gradient_of_moments(counts, means, mean_gradient, variance_gradient)
+        return constant, slope, None
+
+
+@functools.cache
+def _counts(each: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of (channels, values per channel) of each layer: the values of every channel. Kept: to make it anew would be a kernel for each layer."""
+    return torch.cat([torch.full((channels,), float(count), dtype=dtype, device=device) for channels, count in each])
+
+
+def moments_of_all(inputs: Sequence[Tensor], about: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """`channel_moments` of each, with one pass of small operations on the way back for all of them."""
+    if not inputs:
+        return []
+    means, variances = zip(*(_ChannelMoments.apply(x, near) for x, near in zip(inputs, about, strict=True)), strict=True)
+    each = tuple((len(mean), x.numel() // len(mean)) for mean, x in zip(means, inputs, strict=True))
+    counts = _counts(each, means[0].dtype, means[0].device)
+    joined: tuple[Tensor, Tensor] = _MomentsOfAll.apply(torch.cat(means), torch.cat(variances), counts)
+    return list(zip(*(part.split([channels for channels, _ in each]) for part in joined), strict=True))
+
+
 def channel_moments(x: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance over all axes but the second, in the precision of `about`: two tensors of C.
 
     `about` (C) should be near the mean (the running mean is): it only guards a one-pass variance against cancellation.
     """
-    moments: tuple[Tensor, Tensor] = _ChannelMoments.apply(x, about)
-    return moments
+    return moments_of_all([x], [about])[0]

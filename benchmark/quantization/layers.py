@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from dfqbench.network.canonical import Layer, TransposedConv
 from dfqbench.quantization.fake_quantize import fake_quantize, grid, levels, reached
 from dfqbench.quantization.protocol import Protocol
 from dfqbench.quantization.ranges import RangeEstimator
+
+Grid = tuple[Tensor, Tensor]  # scale and zero point
 
 
 class Codes(NamedTuple):
@@ -45,10 +48,10 @@ class QuantizedLayer(nn.Module):
         self.enabled = True
         self._plain = type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
-    def quantized_weight(self) -> Tensor:
-        """The weight on its grid: same shape, float32."""
+    def quantized_weight(self, found: Grid | None = None) -> Tensor:
+        """The weight on its grid: same shape, float32. found: that grid, where somebody knows it already (`grids_of`)."""
         weight, p = self.layer.weight, self.protocol
-        scale, zero_point = self._grid(weight)
+        scale, zero_point = found or self._grid(weight)
         return fake_quantize(
             weight,
             scale,
@@ -60,19 +63,26 @@ class QuantizedLayer(nn.Module):
         )
 
     @torch.no_grad()
+    def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Lowest and highest value of each grid: one per output channel, or one; of `weight`, which has this layer's shape."""
+        low, high = torch.aminmax(_rows_of(weight), dim=1)
+        return (low, high) if self.protocol.weight_granularity == "per-channel" else (low.amin(0, keepdim=True), high.amax(0, keepdim=True))
+
+    @torch.no_grad()
     def _limits(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Lowest and highest value of each grid, with as many axes as the weight."""
-        dims = tuple(range(1, weight.dim())) if self.protocol.weight_granularity == "per-channel" else tuple(range(weight.dim()))
-        low, high = weight.amin(dims, keepdim=True), weight.amax(dims, keepdim=True)
+        low, high = (v.view(-1, *[1] * (weight.dim() - 1)) for v in self.extremes(weight))
         if not self.protocol.weight_symmetric:
             return low, high
         widest = torch.maximum(low.abs(), high.abs())
         return -widest, widest
 
     @torch.no_grad()
-    def _grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = (v.flatten() if self.protocol.weight_granularity == "per-channel" else v.view(()) for v in self._limits(weight))
-        return grid(low, high, self.bits, self.protocol.weight_symmetric)
+    def _grid(self, weight: Tensor) -> Grid:
+        return self._shaped(*grid(*self.extremes(weight), self.bits, self.protocol.weight_symmetric))
+
+    def _shaped(self, scale: Tensor, zero_point: Tensor) -> Grid:
+        return (scale, zero_point) if self.protocol.weight_granularity == "per-channel" else (scale.view(()), zero_point.view(()))
 
     @torch.no_grad()
     def weight_levels(self, weight: Tensor) -> Tensor:
@@ -118,11 +128,12 @@ class QuantizedLayer(nn.Module):
             weight.copy_(before)
             raise ValueError("these levels cannot be had on the grid that the weight spans")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, found: Grid | None = None) -> Tensor:
+        """found: as for `quantized_weight`."""
         if not self.enabled:
             result: Tensor = self.layer(x)
             return result
-        weight = self.quantized_weight()
+        weight = self.quantized_weight(found)
         if self._plain and not isinstance(self.layer, nn.Linear):
             result = self.layer._conv_forward(x, weight, self.layer.bias)  # type: ignore[operator]
             return result
@@ -134,6 +145,31 @@ class QuantizedLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"weight bits={self.bits}"
+
+
+def _rows_of(weight: Tensor) -> Tensor:
+    """C x everything else, in whatever order lies in memory: a view wherever a channel's weights lie together, in channels_last too."""
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        weight = weight.permute(0, 2, 3, 1)
+    return weight.flatten(1)
+
+
+@torch.no_grad()
+def grids_of(layers: Sequence[QuantizedLayer]) -> list[Grid]:
+    """The grid of each layer's weight as it is now, to the bit as the layer alone finds it: a few operations for all layers of a width.
+
+    A GPU's host launches the dozen operations of each layer no faster than its convolution.
+    """
+    found: dict[int, Grid] = {}
+    kinds = {id(layer): (layer.bits, layer.layer.weight.dtype) for layer in layers}
+    for kind in dict.fromkeys(kinds.values()):
+        alike = [layer for layer in layers if kinds[id(layer)] == kind]
+        extremes = [layer.extremes(layer.layer.weight) for layer in alike]
+        low, high = (torch.cat(values) for values in zip(*extremes, strict=True))
+        together = grid(low, high, kind[0], alike[0].protocol.weight_symmetric)
+        parts = zip(*(values.split([len(low) for low, _ in extremes]) for values in together), strict=True)
+        found |= {id(layer): layer._shaped(*part) for layer, part in zip(alike, parts, strict=True)}
+    return [found[id(layer)] for layer in layers]
 
 
 class WeightGrid(nn.Module):

@@ -8,13 +8,17 @@ W, gamma and beta get the gradients that they get from two layers.
 from __future__ import annotations
 
 import copy
+import operator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from dfqbench.network.frozen_batch_norm import is_listened_to, module_of
 from dfqbench.quantization.fake_quantize import rectify_and_quantize
-from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.quantization.layers import ActivationQuantizer, Grid, QuantizedLayer, grids_of
+
+Affine = tuple[Tensor, Tensor]  # scale and shift
 
 
 class NormalisedLayer(nn.Module):
@@ -30,21 +34,53 @@ class NormalisedLayer(nn.Module):
         hooked = is_listened_to(self.layer) or is_listened_to(self.norm)
         return self.layer.enabled and not self.norm.training and self.norm.running_mean is not None and not hooked
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, found: tuple[Grid, Affine] | None) -> Tensor:
+        """found: the weight's grid, and what the norm does; None where that takes both modules as they are."""
         norm, convolution = self.norm, self.layer.layer
-        if not self._is_affine:
+        if found is None:
             result: Tensor = norm(self.layer(x))
             return result
         assert isinstance(convolution, nn.Conv2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = torch.rsqrt(norm.running_var + norm.eps)
-        scale = scale if norm.weight is None else norm.weight * scale
-        shift = -norm.running_mean * scale
-        shift = shift if norm.bias is None else norm.bias + shift
+        known, (scale, shift) = found
         shift = shift if convolution.bias is None else shift + convolution.bias * scale
-        weight = self.layer.quantized_weight() * scale[:, None, None, None]
+        weight = self.layer.quantized_weight(known) * scale[:, None, None, None]
         return convolution._conv_forward(x, weight, shift)  # type: ignore[no-any-return]
+
+
+def affine(norms: Sequence[nn.BatchNorm2d]) -> list[Affine]:
+    """Each norm as y = scale x + shift, C each: a few operations for all norms that are alike."""
+    found: dict[int, Affine] = {}
+    kinds = {id(n): (n.eps, n.weight is None, n.bias is None, n.running_var.dtype) for n in norms}  # type: ignore[union-attr]
+    for kind in dict.fromkeys(kinds.values()):
+        alike = [norm for norm in norms if kinds[id(norm)] == kind]
+
+        def together(name: str, alike: list[nn.BatchNorm2d] = alike) -> Tensor:
+            return torch.cat([getattr(norm, name) for norm in alike])
+
+        scale = torch.rsqrt(together("running_var") + kind[0])
+        scale = scale if kind[1] else together("weight") * scale
+        shift = -together("running_mean") * scale
+        shift = shift if kind[2] else together("bias") + shift
+        parts = zip(*(v.split([norm.num_features for norm in alike]) for v in (scale, shift)), strict=True)
+        found |= {id(norm): part for norm, part in zip(alike, parts, strict=True)}
+    return [found[id(norm)] for norm in norms]
+
+
+class Together(nn.Module):
+    """What small tensors say, for all layers at once: the grid of every weight, and what its norm does. In the order of `parts`."""
+
+    def __init__(self, parts: Sequence[NormalisedLayer | QuantizedLayer]):
+        super().__init__()
+        self.parts = tuple(parts)
+
+    def forward(self) -> list[Grid | tuple[Grid, Affine] | None]:
+        usable = [p for p in self.parts if (p._is_affine if isinstance(p, NormalisedLayer) else p.enabled)]
+        layers = [p.layer if isinstance(p, NormalisedLayer) else p for p in usable]
+        grids = dict(zip(map(id, usable), grids_of(layers), strict=True))
+        normalised = [p for p in usable if isinstance(p, NormalisedLayer)]
+        norms = dict(zip(map(id, normalised), affine([p.norm for p in normalised]), strict=True))
+        pairs = ((grids.get(id(p)), norms.get(id(p))) for p in self.parts)
+        return [known if known is None or norm is None else (known, norm) for known, norm in pairs]
 
 
 class RectifiedQuantizer(nn.Module):
@@ -106,6 +142,18 @@ def _with_normalised_layers(traced: fx.GraphModule) -> fx.GraphModule:
         node.replace_all_uses_with(joined)
         tuned.graph.erase_node(node)
         tuned.graph.erase_node(before)
+    return _with_all_grids_at_once(tuned)
+
+
+def _with_all_grids_at_once(tuned: fx.GraphModule) -> fx.GraphModule:
+    """`Together` begins the graph, and gives each layer its part: in place."""
+    nodes = [n for n in tuned.graph.nodes if isinstance(module_of(n, tuned), NormalisedLayer | QuantizedLayer)]
+    tuned.add_submodule("together", Together([module_of(n, tuned) for n in nodes]))  # type: ignore[misc]
+    with tuned.graph.inserting_before(next(n for n in tuned.graph.nodes if n.op != "placeholder")):
+        together = tuned.graph.call_module("together")
+    for i, node in enumerate(nodes):
+        with tuned.graph.inserting_before(node):
+            node.args = (*node.args, tuned.graph.call_function(operator.getitem, (together, i)))
     tuned.graph.lint()
     tuned.recompile()
     return tuned

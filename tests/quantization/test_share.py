@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dfqbench.export.size import size_of
 from dfqbench.network import Teacher
 from dfqbench.quantization import PROTOCOLS, Bits
-from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, WeightGrid
+from dfqbench.quantization.layers import ActivationQuantizer, Grid, QuantizedLayer, WeightGrid
 from dfqbench.quantization.student import Student
 from dfqbench.quantization.work import Share
 from dfqbench.task import Task
@@ -87,8 +87,8 @@ def watched(student: Student, audit: Audit) -> Iterator[None]:
     layers = [m for m in student.modules() if isinstance(m, QuantizedLayer)]
     for layer in layers:
 
-        def quantized_weight(before: Callable[[], Tensor] = layer.quantized_weight) -> Tensor:
-            weight = before()
+        def quantized_weight(found: Grid | None = None, before: Callable[..., Tensor] = layer.quantized_weight) -> Tensor:
+            weight = before(found)
             audit.mark(weight)
             return weight
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -17,7 +18,8 @@ from torch.nn import functional as F
 from dfqbench.errors import UserError
 from dfqbench.network import Teacher
 from dfqbench.quantization import PROTOCOLS, Bits, find_protocol
-from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer
+from dfqbench.quantization.fake_quantize import grid
+from dfqbench.quantization.layers import ActivationQuantizer, QuantizedLayer, grids_of
 from dfqbench.quantization.student import Student
 from dfqbench.quantization.tune_mode import NormalisedLayer
 from dfqbench.quantization.work import share_of, work_of
@@ -267,6 +269,29 @@ def test_an_image_normalised_inside_the_network_has_the_image_bits() -> None:
 def test_input_bits_mean_the_same_in_every_placement(base: str, setting: dict[str, int | None], bits: list[int]) -> None:
     student = calibrated(Small(nn.ReLU()), 8, find_protocol({"base": base, **setting}))
     assert [q.bits for name, q in student.quantizers.items() if name == "x"] == bits
+
+
+@pytest.mark.parametrize("setting", [{}, {"weight_granularity": "per-tensor"}, {"weight_symmetric": True}])
+def test_grids_of_all_layers_are_those_of_each_alone(setting: dict[str, Any]) -> None:
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.Conv2d(4, 1, 1),
+        nn.Linear(7, 5),
+        nn.Conv2d(6, 5, (3, 1)).double(),
+        nn.Conv1d(2, 3, 5),
+    ]
+    for layer in layers[:3]:
+        layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    protocol = LINEAGE.model_copy(update=setting)
+    quantized = [QuantizedLayer(layer, bits, protocol) for layer, bits in zip(layers, (8, 4, 4, 3, 4, 4), strict=True)]  # type: ignore[arg-type]
+    for layer, (scale, zero_point) in zip(quantized, grids_of(quantized), strict=True):
+        weight = layer.layer.weight.detach().reshape(len(layer.layer.weight), -1)
+        low, high = (weight.min(), weight.max()) if protocol.weight_granularity == "per-tensor" else (weight.min(1)[0], weight.max(1)[0])
+        alone = grid(low, high, layer.bits, protocol.weight_symmetric)
+        assert torch.equal(scale, alone[0])
+        assert torch.equal(zero_point, alone[1])
+        assert torch.equal(layer.quantized_weight((scale, zero_point)), layer.quantized_weight())
 
 
 def test_per_tensor_weights_share_one_grid() -> None:
