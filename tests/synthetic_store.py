@@ -179,7 +179,7 @@ def write_budgets(root: Path, plain: bool = True) -> Store:
             write_cell(store, cell, 100, size=sizes(cell))
         for allocation in chosen:
             its = replace(cell, allocation=allocation, changed={"allocate": allocation.text})
-            made = {"allocator": allocation.allocator, "bits": BITS, "entries": entries, "average_weight_bits": 2.995, **costs}
+            made = {"allocator": allocation.allocator, "bits": BITS, "entries": entries, "average_weight_bits": 2.98, **costs}
             write_cell(store, its, 100, size=sizes(its), allocation=made)
     return store
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
-from synthetic_store import cells, sizes, write_budgets, write_cell
+from synthetic_store import BITS, cells, sizes, write_budgets, write_cell
 
 from dfqbench.analysis.plots.budgets import EQUAL, _panel, budgets
 from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
@@ -53,3 +54,29 @@ def test_a_store_of_budgets_alone_is_drawn_and_one_without_is_not(tmp_path: Path
     with pytest.raises(NothingToDraw, match="no row has a width per layer"):
         budgets(prepare(read_store(store)))
     assert "width per layer" not in page(read_store(store), "plain")
+
+
+def test_the_report_has_a_bar_for_each_layer_with_its_name(drawn: Drawn) -> None:
+    """Each choice once, whatever number of methods and seeds share it."""
+    text = page(drawn.reading, "budgets")
+    (part,) = re.findall(r'<section id="layers">.*?</section>', text, re.DOTALL)
+    heads = re.findall(r"<summary>(.*?)</summary>", part)
+    assert len(heads) == 6, "three choices at two widths"
+    costs = "2.98 bits per weight, KL to the teacher 0.100 nats (equal widths: 0.400); on images that did not choose 0.125 (0.500)"
+    assert heads[0] == f"resnet20, lineage, w3a3, dnq: {costs}"
+    assert part.count("--average:5.000") == part.count("--average:3.000") == 6
+    bars = re.findall(r'<span style="--bits:(\d)" title="(.*?)">(\d)</span>', part)
+    assert bars[:4] == [
+        ("5", "conv1: 5 bits, 100 weights", "5"),
+        ("2", "layer1.0.conv1: 2 bits, 100 weights", "2"),
+        ("8", "linear: 8 bits, 100 weights", "8"),
+        ("3", "relu: 3 bits, 9 values of an image", "3"),
+    ]
+    assert len(bars) == 6 * len(BITS)
+    assert '<a href="#layers">' in text
+
+
+def test_a_report_without_budgets_has_no_such_section(tmp_path: Path) -> None:
+    store = Store(tmp_path, writable=True)
+    write_cell(store, next(cells(1)), 100)
+    assert 'id="layers"' not in page(read_store(store), "plain")
