@@ -26,6 +26,9 @@ def quantize(
     std: Annotated[str | None, typer.Option(help="As --mean.")] = None,
     method: Annotated[str, typer.Option(help="A method, or auto: tries round, zeroq and gznq.")] = "gznq",
     bits: Annotated[str, typer.Option(help="Bit widths of weights and activations.")] = "w8a8",
+    allocate: Annotated[
+        str | None, typer.Option(help="An allocator: each layer has a width of its own, and --bits (like w3.5a8) says the average of weights.")
+    ] = None,
     protocol: Annotated[str, typer.Option(help="Quantization rules: hardware, lineage, or a YAML file.")] = "hardware",
     settings: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, NAME=VALUE; may be given again.")] = None,
     seed: int = 0,
@@ -57,7 +60,7 @@ def quantize(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    content = content_of(teacher, method, bits, protocol, seed, None, _settings(settings or []))
+    content = content_of(teacher, method, bits, protocol, seed, None, _settings(settings or []), value_of(allocate or "null"))
     progress = make_progress(console)
     student = quantized(spanned(content, progress.say, plugin, images=images), Store(results, writable=True), device, progress)
     if to.suffix == ".safetensors":

@@ -14,13 +14,14 @@ from rich.console import Console
 from dfqbench.engine.device import settings_kept
 from dfqbench.errors import UserError
 from dfqbench.export.find import load_student
+from dfqbench.quantization import Bits
 from dfqbench.run.options import Options, StopFlag
 from dfqbench.run.progress import Progress, make_progress
 from dfqbench.run.runner import run_sweep
 from dfqbench.store import Store
 from dfqbench.store.cache import cache_folder
 from dfqbench.sweep.load import LoadedSweep, span_sweep
-from dfqbench.sweep.schema import unseen_images
+from dfqbench.sweep.schema import Selection, unseen_images
 from dfqbench.teachers.in_memory import in_memory
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def quantize(
     device: str = "auto",
     progress: bool = True,
     selection: dict[str, Any] | None = None,
+    allocate: str | dict[str, Any] | None = None,
     **settings: Any,
 ) -> StoredStudent:
     """A quantized copy of a trained network, made without any data.
@@ -56,14 +58,15 @@ def quantize(
     attribute of the network. method: one that `dfqbench methods list` shows, with its own settings as further arguments (`epochs=40`); or `auto`,
     which tries round, zeroq and gznq (256 images, 500 steps) and keeps the one with the lowest KL to the network. folder: a results folder; called
     again with the same arguments, it goes on where it was interrupted, or answers at once. selection: what makes the images to score on, as in a
-    config.
+    config. allocate: an allocator (`"pareto"`, `{"dnq": {"updates": 40}}`) that gives each layer a width of its own; the weights of `bits`, such as
+    "w3.5a8", are then the average, and it chooses on as many images as are scored on, of another seed.
 
     Returns the student as `load_student` does, with `.score`: its agreement with the network (percent) and KL (nats) on synthetic images that
     nothing was trained on, and the same of plain rounding. `.save(PATH)` and `.export(PATH)` write it. The network itself stays as it is.
     Raises UserError for what cannot be, KeyboardInterrupt after Ctrl-C (what is done is kept in `folder`).
     """
     held = in_memory(network, size=size, classes=classes, mean=mean, std=std)
-    content = content_of(held.card.label, method, bits, protocol, seed, selection, settings)
+    content = content_of(held.card.label, method, bits, protocol, seed, selection, settings, allocate)
     with _folder(folder) as place, torch.random.fork_rng(), settings_kept():
         shown = make_progress(Console(quiet=not progress))
         return quantized(spanned(content, shown.say, networks={held.card.label: held}), Store(place, writable=True), device, shown)
@@ -77,6 +80,7 @@ def content_of(
     seed: int,
     selection: dict[str, Any] | None,
     settings: dict[str, Any],
+    allocate: str | dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The sweep, as a config file would hold it."""
     if method == "auto" and settings:
@@ -88,10 +92,15 @@ def content_of(
         "teachers": [teacher],
         "evaluate": "none",
         "methods": methods,
-        "bits": [bits],
+        "bits": [_budget(bits, allocate) if allocate else bits],
         "seeds": [seed],
         "protocol": protocol,
     } | made
+
+
+def _budget(bits: str, allocate: str | dict[str, Any]) -> dict[str, Any]:
+    average = Bits.parse(bits, average=True)
+    return {"average_weight_bits": average.weights, "activations": average.activations, "allocate": allocate}
 
 
 def spanned(
@@ -116,6 +125,9 @@ def spanned(
             content = {**content, "selection": unseen_images(images)}
         except UserError:
             content = {**content, "selection": any_kind}
+    if not isinstance(content["bits"][0], str):
+        choosing = content["selection"]
+        content = {**content, "allocation": {**choosing, "seed": choosing.get("seed", Selection.model_fields["seed"].default) + 1000}}
     if content["methods"] is not AUTO:
         return span(content["methods"])
     fit, refused = [], []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -186,6 +187,34 @@ def test_an_interrupted_call_goes_on_from_its_folder(network: nn.Module, tmp_pat
     assert "resumed at step" in capsys.readouterr().out
     alone = quantize(network, method="gdfq", protocol="lineage", epochs=6, iterations=20, batch_size=8)
     assert torch.equal(student(images()), alone(images()))
+
+
+@pytest.mark.slow
+def test_an_allocator_gives_each_layer_its_width(dfqbench: Run, network: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(CODE)
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, tmp_path / "w.safetensors")
+    student = quantize(network, bits="w3.5a4", allocate={"random": {"evaluations": 4}}, protocol="lineage", folder=tmp_path / "q")
+    (kept,) = [json.loads(path.read_text()) for path in (tmp_path / "q" / "allocations").glob("*.json")]
+    widths = {name: layer.bits for name, layer in student.layers.items()}
+    assert widths == kept["bits"]
+    assert len({*widths.values()}) > 1
+    entries = {name: layer.layer.weight.numel() for name, layer in student.layers.items()}
+    assert sum(entries[name] * bits for name, bits in widths.items()) <= 3.5 * sum(entries.values())
+    assert kept["images"] == 4, "half of as many images as it is scored on"
+    words = ["quantize", f"{tmp_path}/net.py:build", "--weights", tmp_path / "w.safetensors", "--size", 16, "--classes", 10, "--mean", "0.5,0.5,0.5"]
+    words += ["--std", "0.25,0.25,0.25", "--method", "round", "--results", tmp_path / "r", "--to", tmp_path / "s.safetensors", "--images", 8]
+    code, _, err = dfqbench(*words, "--bits", "w3a4", "--protocol", "lineage", "--allocate", "random: {evaluations: 4}")
+    assert (code, err) == (0, "")
+    found = load_student(tmp_path / "s.safetensors")
+    assert (str(found.bits), len({layer.bits for layer in found.layers.values()}) > 1) == ("w3a4", True)
+    for more, why in (
+        (("--bits", "w3.5a4"), "'w3.5a4' is not a bit width"),
+        (("--bits", "w9a4", "--allocate", "pareto"), "'w9a4' is not a bit width"),
+        (("--bits", "w3a4", "--allocate", "parato"), "unknown allocator 'parato': did you mean 'pareto'?"),
+        (("--bits", "w3a4", "--allocate", "3"), "allocate"),
+    ):
+        code, _, err = dfqbench(*words, *more)
+        assert (code, why in err, "Traceback" in err) == (2, True, False), err
 
 
 def test_from_the_shell(dfqbench: Run, network: nn.Module, tmp_path: Path) -> None:
