@@ -38,7 +38,10 @@ class Profile(BaseModel):
     save_seconds: int = Field(120, ge=5, description="how long before its end a job is told to save its state")
     checkpoint_every: float = Field(300.0, ge=0, description="seconds between checkpoints")
     device: str | None = Field(None, description="auto, cpu or cuda; null: cuda where the job has GPUs")
-    graphs: bool = Field(False, description="replay training steps as CUDA graphs, where a method allows it")
+    graphs: bool | None = Field(
+        None,
+        description="replay steps as CUDA graphs where a method allows it, or run them as they are; null: replay if a short check passes",
+    )
     requeue: bool = Field(True, description="whether a job at its time limit is put back into the queue; else the next submit goes on")
     array_size: int | None = Field(None, ge=1, description="tasks per job array; null: as the cluster says")
     max_queued: int | None = Field(None, ge=1, description="jobs of yours that may be in the queue at once; the next submit adds more")

@@ -212,7 +212,8 @@ class Crew:
             "--threads",
             str(p.threads),
         ]
-        words += ["--checkpoint-every", str(p.checkpoint_every), *["--graphs"] * p.graphs, "--name", name, *cells]
+        graphs = {None: [], True: ["--graphs"], False: ["--no-graphs"]}[p.graphs]
+        words += ["--checkpoint-every", str(p.checkpoint_every), *graphs, "--name", name, *cells]
         environment = environment_without(PYTHON) | ({"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {})
         lane.process, lane.slot, lane.waiting_since = subprocess.Popen(words, cwd=self.submission.cwd, env=environment), slot, None
 

@@ -17,7 +17,7 @@ from dfqbench.errors import UserError
 FAILED, REFUSED, LOST, STOPPED = 1, 2, 3, 143
 
 
-def work(folder: Path, cell_ids: list[str], device: str, threads: int, checkpoint_every: float, name: str, graphs: bool = False) -> int:
+def work(folder: Path, cell_ids: list[str], device: str, threads: int, checkpoint_every: float, name: str, graphs: bool | None = None) -> int:
     """Raises UserError where the snapshot does not stand for the submitted cells any more."""
     from dfqbench_slurm.submission import read_submission, sha256
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpoint-every", type=float, default=300.0)
-    parser.add_argument("--graphs", action="store_true", help="replay steps as CUDA graphs")
+    parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, help="replay steps as CUDA graphs, or do not")
     parser.add_argument("--name", default="", help="what its lines begin with")
     given = parser.parse_args()
     try:

@@ -18,6 +18,7 @@ import numpy as np
 from dfqbench.files import write_atomically, write_json
 from dfqbench.quantization import PROTOCOLS, Bits
 from dfqbench.store import Store
+from dfqbench.sweep.allocation import Allocation
 from dfqbench.sweep.cell import Cell, EvaluationCard
 from dfqbench.task import Task
 from dfqbench.teachers import TeacherCard
@@ -158,6 +159,28 @@ def make_store(root: Path, count: int, images: int = 1000, sized: bool = False) 
     store = Store(root, writable=True)
     for cell in cells(count):
         write_cell(store, cell, images, **{"size": sizes(cell)} if sized else {})
+    return store
+
+
+CHOSEN = [("pareto", 1, "pareto"), ("dnq", 1, "dnq"), ("dnq", 2, "dnq(updates=2)")]  # allocator, a setting, what tables say
+BITS = {"conv1": 5, "layer1.0.conv1": 2, "linear": 8, "quantizers.relu": 3}  # of layers, and of an activation
+
+
+def write_budgets(root: Path, plain: bool = True) -> Store:
+    """gdfq and round at w4a4 and w3a3, seeds 0 and 1, with what CHOSEN chose; plain: and with equal widths."""
+    store = Store(root, writable=True)
+    chosen = [Allocation(name, 1, {"n": n}, False, text, images="0" * 12, pool={}) for name, n, text in CHOSEN]
+    costs = {"cost": 0.1, "uniform_cost": 0.4, "unseen_cost": 0.125, "unseen_uniform_cost": 0.5}
+    entries = {name: 9 if name.startswith("quantizers.") else 100 for name in BITS}
+    for cell in cells(100):
+        if cell.method not in ("gdfq", "round") or cell.changed or cell.bits.weights > 4 or cell.seed > 1:
+            continue
+        if plain:
+            write_cell(store, cell, 100, size=sizes(cell))
+        for allocation in chosen:
+            its = replace(cell, allocation=allocation, changed={"allocate": allocation.text})
+            made = {"allocator": allocation.allocator, "bits": BITS, "entries": entries, "average_weight_bits": 2.98, **costs}
+            write_cell(store, its, 100, size=sizes(its), allocation=made)
     return store
 
 

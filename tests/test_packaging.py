@@ -29,7 +29,7 @@ def test_the_wheel_holds_packages_and_configs_and_nothing_else_at_the_top(wheel:
     assert {name.split("/")[0] for name in names} == {"dfqbench", "dfqbench_methods", "dfqbench_slurm", f"{wheel.name.split('-')[0]}-0.1.0.dist-info"}
     shipped = "dfqbench/configs/quickstart.yaml dfqbench/configs/imagenet.yaml dfqbench_methods/gdfq.py dfqbench/quantization/fake_quantize.py"
     templates = "dfqbench/method/templates"
-    written = f"{templates}/method.py {templates}/digits.yaml {templates}/package/pyproject.toml dfqbench_methods/README.md"
+    written = f"{templates}/method.py {templates}/allocator.yaml {templates}/package/pyproject.toml dfqbench_methods/README.md"
     read = "dfqbench/results/published.csv dfqbench/analysis/report/page/page.js"
     for name in (*shipped.split(), *written.split(), *read.split()):
         assert name in names

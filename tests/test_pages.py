@@ -174,7 +174,7 @@ def wrong_with(line: str) -> str:
         command = command.commands[words.pop(0)]
     if hasattr(command, "commands") and (not command.invoke_without_command or (words and not words[0].startswith("-"))):
         return f"no command {' '.join(words[:1]) or '(missing)'}"
-    known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
     unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in known]
     return f"no option {', '.join(unknown)}" if unknown else ""
 

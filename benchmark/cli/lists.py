@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from dfqbench.cli.options import Plugins, one_of
+from dfqbench.cli.options import Plugins, one_of, print_with_summaries, run_plugins, tell_broken
 from dfqbench.errors import UserError, nearest
+from dfqbench.task import KINDS
 
 
 def sets(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'cifar*'.")] = "*", plugin: Plugins = None) -> None:
@@ -20,14 +21,9 @@ def sets(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'cifar*'.
     from dfqbench.data import list_sets
     from dfqbench.method import plugins
 
-    if plugin:
-        from dfqbench.method.registry import load_plugin
-
-        for file in plugin:
-            load_plugin(file)
+    run_plugins(plugin)
     found = list_sets(pattern)
-    for broken, why in plugins.broken.items():
-        print(f"broken plug-in {broken}: {why}", file=sys.stderr)
+    tell_broken(plugins.broken)
     if not found:
         raise UserError(f"no evaluation set matches {pattern!r}: {nearest(pattern, [name for name, _, _ in list_sets()])}")
     shown = Table(box=None, pad_edge=False)
@@ -38,20 +34,19 @@ def sets(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'cifar*'.
     Console().print(shown)
 
 
-def allocators() -> None:
-    """List who can choose a bit width for each layer."""
-    from rich.console import Console
-    from rich.table import Table
-
+def allocators(plugin: Plugins = None) -> None:
+    """List who can choose a bit width for each layer: built in, of installed packages, and of plug-in files."""
+    from dfqbench.method import plugins
     from dfqbench.method.allocator import list_allocators
 
-    shown = Table(box=None, pad_edge=False)
-    for heading in ("allocator", "paper", "follows", "activations", ""):
-        shown.add_column(heading, no_wrap=bool(heading))
-    for each in list_allocators():
-        info = each.info
-        shown.add_row(info.name, info.paper, info.fidelity, "too" if each.of_activations else "no", info.summary)
-    Console().print(shown)
+    run_plugins(plugin)
+    found = list_allocators()
+    tell_broken(plugins.broken)
+    rows: dict[tuple[str, ...], str] = {}
+    for each in found:
+        info, tasks = each.info, " ".join(kind for kind in KINDS if kind in each.tasks)
+        rows[info.name, info.paper, info.fidelity, tasks, "too" if each.of_activations else "no", str(info.source)] = info.summary
+    print_with_summaries(("allocator", "paper", "follows", "tasks", "activations", "from"), rows)
 
 
 def protocols(

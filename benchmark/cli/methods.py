@@ -5,17 +5,17 @@ from __future__ import annotations
 import fnmatch
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dfqbench.cli.options import Plugins
+from dfqbench.cli.options import Plugins, print_with_summaries, run_plugins, tell_broken
 from dfqbench.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from dfqbench.method.catalogue import Catalogue
-    from dfqbench.method.contract import Method
     from dfqbench.method.info import MethodInfo
+    from dfqbench.method.settings import MethodConfig
 
 app = typer.Typer(help="List the methods; show one with its settings; write a new one; check one.", invoke_without_command=True)
 
@@ -29,23 +29,12 @@ def methods(context: typer.Context) -> None:
 @app.command("list")
 def list_methods(pattern: Annotated[str, typer.Argument(help="A wildcard, like 'z*'.")] = "*", plugin: Plugins = None) -> None:
     """List methods: paper, what the implementation follows, tasks, what it needs, whether bit widths share synthesis, where it comes from."""
-    from rich.console import Console
-    from rich.padding import Padding
-    from rich.text import Text
-
     entries = _catalogue(plugin).entries
     found = [entry.info for name, entry in entries.items() if fnmatch.fnmatchcase(name, pattern)]
     if not found:
         raise UserError(f"no method matches {pattern!r}: {nearest(pattern, entries)}")
     heading = ("method", "paper", "follows", "tasks", "needs", "lockstep", "from")
-    rows = [heading, *map(_row, found)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    console = Console()
-    for row, info in zip(rows, [None, *found], strict=True):
-        line = "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True))
-        console.print(line.rstrip(), style=None if info else "bold", highlight=False, markup=False, soft_wrap=True)
-        if info is not None:
-            console.print(Padding(Text(info.summary, style="dim"), (0, 0, 0, 2)))
+    print_with_summaries(heading, {_row(info): info.summary for info in found})
 
 
 def _row(info: MethodInfo) -> tuple[str, ...]:
@@ -104,11 +93,12 @@ def show_method(name: str, plugin: Plugins = None) -> None:
 def new_method(
     name: Annotated[str, typer.Argument(help="What it is to be called: lower case, words with hyphens.")],
     package: Annotated[bool, typer.Option("--package", help="An installable package instead of one file.")] = False,
+    allocator: Annotated[bool, typer.Option("--allocator", help="Not a method, but an allocator of bit widths per layer.")] = False,
 ) -> None:
-    """Write a working method into this folder: a file and a sweep over it, or a package with a test."""
-    from dfqbench.method.scaffold import write_file, write_package
+    """Write a working method, or allocator, into this folder: a file and a sweep over it, or a package with a test."""
+    from dfqbench.method.scaffold import ALLOCATOR, METHOD, write_file, write_package
 
-    written, then = write_package(name) if package else write_file(name)
+    written, then = (write_package if package else write_file)(name, ALLOCATOR if allocator else METHOD)
     print("\n".join(["wrote", *(f"  {path}" for path in written), "then", *(f"  {command}" for command in then)]))
 
 
@@ -117,15 +107,23 @@ def check_method(
     name: str,
     plugin: Plugins = None,
     given: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="A setting to check it with; can be repeated.")] = None,
+    allocator: Annotated[bool, typer.Option("--allocator", help="NAME is an allocator's.")] = False,
 ) -> None:
-    """Run the conformance checks on a method, on a small random network: what held, what failed, how to mend it."""
-    method = _find(name, plugin)
-    settings = dict(_setting(pair, method) for pair in given or [])
-    from dfqbench.testing import outcomes
+    """Run the conformance checks on a method or allocator, on a small random network: what held, what failed, how to mend it."""
+    from dfqbench.method.allocator import find_allocator
+    from dfqbench.method.registry import broken, find_method
 
-    print(f"{method.info.name} ({method.info.origin})")
+    run_plugins(plugin)
+    try:
+        checked: Any = find_allocator(name) if allocator else find_method(name)
+    finally:
+        tell_broken(broken)
+    settings = dict(_setting(pair, checked.Config) for pair in given or [])
+    from dfqbench.testing import allocator_outcomes, outcomes
+
+    print(f"{checked.info.name} ({checked.info.source})")
     started, counts = time.perf_counter(), dict.fromkeys(("held", "expected", "failed", "outdated"), 0)
-    for outcome in outcomes(method, settings):
+    for outcome in (allocator_outcomes if allocator else outcomes)(checked, settings):
         counts[outcome.verdict] += 1
         print(f"  {'FAILED' if not outcome.good else outcome.verdict:<9} {outcome.check}: {outcome.meaning}")
         if outcome.verdict == "outdated":
@@ -144,10 +142,10 @@ def check_method(
         raise typer.Exit(1)
 
 
-def _setting(pair: str, method: type[Method]) -> tuple[str, str]:
+def _setting(pair: str, config: type[MethodConfig]) -> tuple[str, str]:
     name, equals, value = pair.partition("=")
-    if not equals or name not in method.Config.model_fields:
-        raise UserError(f"--set {pair}: NAME=VALUE is expected: {nearest(name, method.Config.model_fields)}")
+    if not equals or name not in config.model_fields:
+        raise UserError(f"--set {pair}: NAME=VALUE is expected: {nearest(name, config.model_fields)}")
     return name, value
 
 
@@ -160,28 +158,7 @@ def _catalogue(plugins: list[str] | None) -> Catalogue:
     from dfqbench.method.catalogue import catalogue
     from dfqbench.store.cache import cache_folder
 
-    _load(plugins)
+    run_plugins(plugins)
     found = catalogue(None if plugins else cache_folder())
-    _tell(found.broken)
+    tell_broken(found.broken)
     return found
-
-
-def _find(name: str, plugins: list[str] | None) -> type[Method]:
-    from dfqbench.method import registry
-
-    _load(plugins)
-    registry.discover()
-    _tell(registry.broken)
-    return registry.find_method(name)
-
-
-def _load(plugins: list[str] | None) -> None:
-    from dfqbench.method.registry import load_plugin
-
-    for file in plugins or []:
-        load_plugin(file)
-
-
-def _tell(broken: dict[str, str]) -> None:
-    for plugin, why in broken.items():
-        print(f"broken plug-in {plugin}: {why}", file=sys.stderr)

@@ -20,7 +20,10 @@ def run(
     checkpoint_every: Annotated[float, typer.Option(min=0, help="Seconds between checkpoints.")] = 300.0,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run failed cells again.")] = False,
     wandb: Annotated[str | None, typer.Option(help="online, offline or off; default: as the config says.")] = None,
-    graphs: Annotated[bool, typer.Option("--graphs", help="Replay steps as CUDA graphs where a method allows it; never tried on a GPU yet.")] = False,
+    graphs: Annotated[
+        bool | None,
+        typer.Option("--graphs/--no-graphs", help="Replay steps as CUDA graphs, or do not. Unsaid: on a GPU, if a short check passes."),
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Run every cell of a sweep that is not done yet; Ctrl-C saves, the same command goes on."""

@@ -140,7 +140,7 @@ class CapturedParts:
         except Exception:
             attributes.put_back()
             if first_difference(anchors, self._anchors()):
-                raise NotUndone(f"{self._fault(anchors)}, which cannot be undone: run {self.method.info.name} without --graphs") from None
+                raise NotUndone(f"{self._fault(anchors)}, which cannot be undone: run {self.method.info.name} with --no-graphs") from None
             raise
         finally:
             log.recount(counts)

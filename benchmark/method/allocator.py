@@ -1,14 +1,15 @@
 """Allocators: plug-ins that choose a bit width for each tensor. One class in one file, found as methods are.
 
-Built in are the files of methods/allocators/; installed packages name theirs in the entry-point group `dfqbench.allocators`.
+Built in are the files of methods/allocators/; others are in plug-in files or in installed packages (entry-point group `dfqbench.allocators`).
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -18,11 +19,12 @@ from dfqbench.method import plugins, registry
 from dfqbench.method.info import FIDELITY, Fidelity
 from dfqbench.method.plugins import Origin
 from dfqbench.method.settings import Field, MethodConfig
+from dfqbench.task import KINDS, Kind
 
 if TYPE_CHECKING:
     from dfqbench.method.allocation import AllocationProblem
 
-ENTRY_POINTS = "dfqbench.allocators"
+ENTRY_POINTS, BUILT_IN = "dfqbench.allocators", "dfqbench_methods.allocators"
 A = TypeVar("A", bound="type[Allocator]")
 _allocators: dict[str, type[Allocator]] = plugins.table()
 
@@ -55,6 +57,7 @@ class Allocator:
     Config: ClassVar[type[AllocatorConfig]] = AllocatorConfig
     version: ClassVar[int] = 1  # raise it whenever the same settings choose otherwise than before
     of_activations: ClassVar[bool] = True  # False: it can only choose for weights
+    tasks: ClassVar[Collection[Kind]] = KINDS  # whose networks it can choose for
     quick: ClassVar[dict[str, Any]] = {}  # settings with which the checks take seconds
     info: ClassVar[AllocatorInfo]  # set by `register_allocator`
 
@@ -73,8 +76,9 @@ def register_allocator(name: str, *, paper: str, fidelity: Fidelity) -> Callable
 
     def add(cls: A) -> A:
         file, known = Path(inspect.getfile(cls)), _allocators.get(name)
-        if known is not None and Path(inspect.getfile(known)).resolve() != file.resolve():
-            raise UserError(f"two allocators are called {name!r}: {inspect.getfile(known)} and {file}")
+        first = Path(inspect.getfile(known)) if known else _built_in().get(name, file)  # one that is built in need not be imported yet
+        if first.resolve() != file.resolve():
+            raise UserError(f"two allocators are called {name!r}: {first} and {file}")
         cls.info = AllocatorInfo(name, paper, fidelity, (inspect.getdoc(cls) or "").split("\n")[0], plugins.origin(cls, file))
         _allocators[name] = cls
         return cls
@@ -83,8 +87,15 @@ def register_allocator(name: str, *, paper: str, fidelity: Fidelity) -> Callable
 
 
 @functools.cache
+def _built_in() -> dict[str, Path]:
+    """The files in methods/allocators/, without importing any: each is called as its allocator."""
+    folders = map(Path, importlib.import_module(BUILT_IN).__path__)
+    return {file.stem: file for folder in folders for file in folder.glob("[!_]*.py")}
+
+
+@functools.cache
 def _discover() -> None:
-    registry.import_modules("dfqbench_methods.allocators")
+    registry.import_modules(BUILT_IN)
     plugins.load_entry_points(ENTRY_POINTS)
 
 

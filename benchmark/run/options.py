@@ -20,7 +20,7 @@ class Options:
     stop_at_failure: bool = False  # after the bundle in which a cell failed, so that the rest gets a fresh process
     evaluation_batch: int = 500
     wandb: str | None = None  # online, offline or off instead of what the config says
-    graphs: bool = False  # replay training steps as CUDA graphs, where the method allows it
+    graphs: bool | None = None  # replay training steps as CUDA graphs, where the method allows it; None: on a GPU, where a check of it passes
 
 
 class StopFlag:

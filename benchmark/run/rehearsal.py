@@ -1,7 +1,9 @@
-"""Before a bundle begins on a GPU: a few steps of each of its phases, in small, so that what has no deterministic kernel there is named now.
+"""Before a bundle begins on a GPU: a few steps of each of its phases, in small.
 
-Torch refuses such an operation where it is met, which may be after hours. The bundle is run all the same, by the kernel that there is; its results
-say that they do not promise the same bits again (`deterministic: false`).
+What has no deterministic kernel there is named now: torch refuses such an operation where it is met, which may be after hours. The bundle is run all
+the same, by the kernel that there is; its results say that they do not promise the same bits again (`deterministic: false`).
+
+And steps are replayed as CUDA graphs only where, here and now, replayed steps end with the bits of steps that are run as they are.
 """
 
 from __future__ import annotations
@@ -10,12 +12,16 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
+from dfqbench.engine.device import is_lost
 from dfqbench.engine.evaluate import Evaluation
 from dfqbench.engine.lockstep import Lockstep
+from dfqbench.engine.state_difference import difference
 from dfqbench.method.registry import find_method
 from dfqbench.network import Teacher
 from dfqbench.sweep.cell import Bundle, Cell, canonical_json
@@ -23,7 +29,9 @@ from dfqbench.testing import BUDGET
 
 STEPS = 16  # of an epoch at most; what the methods' `quick` settings leave is less
 REFUSED = " does not have a deterministic implementation"  # so torch says it
+REPLAYED = 20  # of each kind of step, that are compared
 _known: dict[str, str | None] = {}
+_replays: dict[str, str | None] = {}
 
 
 def rehearse(bundle: Bundle, teacher: Teacher, device: torch.device, say: Callable[[str], None]) -> None:
@@ -31,8 +39,7 @@ def rehearse(bundle: Bundle, teacher: Teacher, device: torch.device, say: Callab
     if device.type != "cuda":
         return
     torch.use_deterministic_algorithms(True)
-    cell = bundle.cells[0]
-    key = canonical_json([cell.method, cell.config, cell.teacher.task.as_dict(), cell.teacher.model, cell.protocol.name, cell.precision])
+    cell, key = bundle.cells[0], _kind(bundle.cells[0])
     if key not in _known:
         _known[key] = _refused(cell, teacher, device)
     if found := _known[key]:
@@ -41,12 +48,48 @@ def rehearse(bundle: Bundle, teacher: Teacher, device: torch.device, say: Callab
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def small(cell: Cell) -> Cell | None:
-    """The cell with settings that take seconds: those of the conformance checks. None where they do not go with its own."""
+def why_not_replayed(bundle: Bundle, teacher: Teacher, device: torch.device) -> str | None:
+    """Runs each kind of step of the bundle in small, as it is and replayed. None where both end with the same bits, or why not to replay them.
+
+    "" where the method does not promise steps that are all alike. Raises RuntimeError where the GPU is dead afterwards.
+    """
+    cell, key = bundle.cells[0], _kind(bundle.cells[0])
+    if key not in _replays:
+        _replays[key] = _difference(cell, teacher, device)
+    return _replays[key]
+
+
+def _difference(cell: Cell, teacher: Teacher, device: torch.device) -> str | None:
+    quick = small(cell, {"iterations": REPLAYED, "synthesis_iterations": REPLAYED})
+    if quick is None:
+        return "the few steps of a check do not go with its settings"
+    said = list[str]()
+    try:
+        if not Lockstep(Bundle((quick,)), teacher, device, _not_evaluated, yardstick=_noise(quick, teacher)).method.static_step:
+            return ""
+        plain, replayed = (_steps(quick, teacher, device, REPLAYED, say) for say in (None, said.append))
+    except Exception as error:
+        if is_lost(error, device):
+            raise
+        return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if said:
+        return said[0].partition(": ")[2]
+    if not replayed.parts.replayed:
+        return "no kind of step is taken often enough to be recorded"
+    alike = all(difference(*(lockstep.state()[part] for lockstep in (plain, replayed))) is None for part in ("method", "students"))
+    return None if alike else "replayed steps end with other bits than steps that are run as they are"
+
+
+def _kind(cell: Cell) -> str:
+    return canonical_json([cell.method, cell.config, cell.teacher.task.as_dict(), cell.teacher.model, cell.protocol.name, cell.precision])
+
+
+def small(cell: Cell, more: dict[str, Any] | None = None) -> Cell | None:
+    """The cell with settings that take seconds: those of the conformance checks, and `more`. None where they do not go with its own."""
     method = find_method(cell.method)
     fields = method.Config.model_fields
     config = {name: value for name, value in cell.config.items() if name != "host_identity"}
-    for name, value in {**BUDGET, **method.quick}.items():
+    for name, value in {**BUDGET, **method.quick, **(more or {})}.items():
         if name in fields:
             config[name] = {**config[name], **value} if isinstance(value, dict) else value
     try:
@@ -62,24 +105,33 @@ def _refused(cell: Cell, teacher: Teacher, device: torch.device) -> str | None:
         return None
     with suppress(Exception):
         try:
-            _steps(quick, teacher, device)
+            _steps(quick, teacher, device, STEPS)
         except RuntimeError as error:
             if REFUSED in str(error):
                 return str(error).partition(REFUSED)[0].split()[-1]
     return None
 
 
-def _steps(cell: Cell, teacher: Teacher, device: torch.device) -> None:
-    noise = torch.randn(BUDGET["batch_size"], *teacher.task.image_shape) if cell.yardstick else None
-    lockstep = Lockstep(Bundle((cell,)), teacher, device, _not_evaluated, yardstick=noise)
+def _steps(cell: Cell, teacher: Teacher, device: torch.device, most: int, replayed: Callable[[str], None] | None = None) -> Lockstep:
+    """The plan with so many steps of an epoch at most. replayed: steps are, and this takes the line where they cannot be."""
+    lockstep = Lockstep(Bundle((cell,)), teacher, device, _not_evaluated, yardstick=_noise(cell, teacher))
+    if replayed is not None:
+        lockstep.replay_steps(replayed)
     for index, (phase, number) in enumerate(lockstep.epochs):
         calibrating = number < phase.calibration_epochs
         lockstep.begin_epoch(phase, calibrating)
-        for _ in range(min(lockstep.iterations_of(phase), STEPS)):
+        for _ in range(min(lockstep.iterations_of(phase), most)):
             lockstep.step(phase, calibrating)
         lockstep.epoch = index + 1
     for trainee in lockstep.trainees:
         lockstep.method.finish(trainee.student)
+    return lockstep
+
+
+def _noise(cell: Cell, teacher: Teacher) -> Tensor | None:
+    """In place of the images of a yardstick."""
+    random = torch.Generator().manual_seed(0)
+    return torch.randn(BUDGET["batch_size"], *teacher.task.image_shape, generator=random) if cell.yardstick else None
 
 
 def _not_evaluated(student: object) -> Evaluation:

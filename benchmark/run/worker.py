@@ -31,7 +31,7 @@ from dfqbench.run.agreement import rounded
 from dfqbench.run.allocations import Allocations
 from dfqbench.run.options import Options, StopFlag, Summary
 from dfqbench.run.progress import Progress
-from dfqbench.run.rehearsal import rehearse
+from dfqbench.run.rehearsal import rehearse, why_not_replayed
 from dfqbench.run.samples import png, sample_grid, sample_images
 from dfqbench.run.scoring import Scoring, teacher_record
 from dfqbench.run.watcher import Watcher
@@ -124,13 +124,14 @@ class Worker:
             return result
 
         rehearse(bundle, teacher, self.device, lambda line: self._log(bundle, line))
+        replays = self._replays(bundle, teacher)
         work = self.store.bundle_folder(bundle.id)
         watcher = Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop, self.watching)
         every = self.loaded.sweep.evaluate_every
         widths = self._allocations.of(bundle, teacher, lambda line: self._log(bundle, line))
         plain, real = lambda cell: rounded(cell, teacher, self.device, widths.get(cell.id)), yardstick_of(first, self.loaded, self.device)
         lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, every, work, plain, real, widths)
-        if self.options.graphs:
+        if replays:
             lockstep.replay_steps(lambda line: self._log(bundle, line))
         made = SynthesisCache(self.store.images_folder, work, lockstep)
         state, why_not = load_checkpoint(watcher.path, lockstep.members)
@@ -152,6 +153,15 @@ class Worker:
             watcher.end()
         watcher.warn(lockstep)
         return lockstep
+
+    def _replays(self, bundle: Bundle, teacher: Teacher) -> bool:
+        """Steps as CUDA graphs: where that is asked for; where nothing is said, on a GPU, for a method that allows it, if a check of it passes."""
+        if self.options.graphs is not None or self.device.type != "cuda":
+            return bool(self.options.graphs)
+        why = why_not_replayed(bundle, teacher, self.device)
+        if why:
+            self._log(bundle, f"steps of {bundle.cells[0].method} are not replayed but run as they are: {why}")
+        return why is None
 
     def _keep(self, made: SynthesisCache, bundle: Bundle) -> None:
         trouble = made.keep()

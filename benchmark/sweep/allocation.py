@@ -17,6 +17,7 @@ from dfqbench.quantization import Bits
 from dfqbench.store.cache import remembered
 from dfqbench.sweep.problems import Problems, described
 from dfqbench.sweep.schema import BitBudget
+from dfqbench.task import Kind
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Allocation:
     """Who chooses the widths of a cell's tensors, and by what; the average is in the cell's bits.
 
     activations: whether these have a width each, too. images: the digest of what makes the images that the choice is made on, of which `pool` says
-    more (as the `allocation` of a config). text: `dnq`, or `dnq(updates=40)` where settings differ from its own. source: of its code.
+    more (as the `allocation` of a config). text: `dnq`, or `dnq(updates=40)` where settings differ from its own. source: of its code. tasks: kinds of
+    teachers that it can choose for.
     """
 
     allocator: str
@@ -35,6 +37,7 @@ class Allocation:
     images: str = ""
     pool: dict[str, Any] | None = field(default=None, compare=False)
     source: dict[str, str] | None = field(default=None, compare=False)
+    tasks: list[Kind] = field(default_factory=list, compare=False)
 
     def identity(self) -> dict[str, Any]:
         """Everything that can change the choice, beside teacher, protocol and bits."""
@@ -102,4 +105,5 @@ def _configured(key: str, budget: BitBudget, problems: Problems) -> dict[str, An
         "activations": budget.allocate_activations,
         "text": f"{name}({', '.join(changed)})" if changed else name,
         "source": allocator.info.source.as_dict(),
+        "tasks": sorted(allocator.tasks),
     }

@@ -205,6 +205,9 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
         problems.add("selection.images", f"{len(makers)} variants, exactly one is expected: no lists of values here")
     if not has_data and sweep.selection and sweep.selection.seed in sweep.seeds and {v.method for v in makers} & {v.method for v in variants}:
         problems.add("selection.seed", f"{sweep.selection.seed} is also a seed of the sweep: students would be scored on images that they have seen")
+    for (i, teacher, _), (_, chooser) in itertools.product(found, bits):
+        if chooser and (kind := teacher.task.kind) not in chooser.tasks:
+            problems.add(f"teachers[{i}]", f"{teacher.label} is there to {kind}, for which allocator {chooser.allocator} is not defined")
     for (i, teacher, student), variant in itertools.product(found, [*variants, *makers, *pool_makers]):
         if variant.asked != presets[teacher]:
             continue

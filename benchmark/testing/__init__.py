@@ -1,5 +1,8 @@
-"""Conformance checks for methods, public: `method_checks(MyMethod)` in a plug-in's own test, `dfqbench methods check` in a terminal."""
+"""Conformance checks, public: `method_checks(MyMethod)` and `allocator_checks(MyAllocator)` in a plug-in's own test, `dfqbench methods check` in a
+terminal.
+"""
 
+from dfqbench.testing.allocators import allocator_checks, allocator_outcomes
 from dfqbench.testing.outcomes import Outcome, check_method, method_checks, outcomes
 from dfqbench.testing.trial import BUDGET, StopAfter, Trial, ends_of, small_images, small_task, small_teacher
 
@@ -8,6 +11,8 @@ __all__ = [
     "Outcome",
     "StopAfter",
     "Trial",
+    "allocator_checks",
+    "allocator_outcomes",
     "check_method",
     "ends_of",
     "method_checks",

@@ -48,10 +48,8 @@ def students_end_evaluated_with_finite_weights(trial: Trial) -> None:
     which every weight takes part; try a smaller learning rate where weights explode; change the student's weights, biases
     and ranges, and not its modules.
     """
-    lockstep = trial.start()
+    lockstep, before = trial.ended, dict(trial.start().trainees[0].student.named_parameters())
     student = lockstep.trainees[0].student
-    before = {name: p.detach().clone() for name, p in student.named_parameters()}
-    lockstep.run(StopAfter())
     assert lockstep.trainees[0].failed is None, lockstep.trainees[0].failed
     assert lockstep.trainees[0].evaluation is not None, "the student was never evaluated"
     for name, parameter in student.named_parameters():
@@ -85,7 +83,7 @@ def images_are_normalised_images(trial: Trial) -> None:
 
     Mend: return Batch(images.detach(), labels or None, logits.detach()) with images of shape self.task.image_shape, normalised.
     """
-    lockstep = trial.end()
+    lockstep = trial.ended
     batch = lockstep.last_batch
     if batch is None:
         assert not lockstep.epochs or all(phase.step for phase, _ in lockstep.epochs), "a phase ran, but no batch was made"
@@ -109,7 +107,7 @@ def one_seed_repeats_and_two_differ(trial: Trial) -> None:
     Mend: draw from self.draw_noise, self.draw_labels or generator=self.random(NAME), not from torch's, NumPy's or Python's global
     generators; set uses_seed = False where nothing is random.
     """
-    first, again, other = (trial.end(seed=seed) for seed in (0, 0, 1))
+    first, again, other = trial.ended, trial.end(), trial.end(seed=1)
     assert ends_of(first) == ends_of(again), "the same seed gave other students: draw random numbers with generator=self.random(...)"
     if not trial.method.uses_seed:
         assert ends_of(first) == ends_of(other), "uses_seed is False, but two seeds gave different students"
@@ -123,7 +121,7 @@ def interrupted_equals_uninterrupted(trial: Trial) -> None:
     Mend: keep everything that later steps depend on in attributes of self (not in globals, closures or class attributes), and
     make modules, optimizers and image sets in setup().
     """
-    whole = trial.end()
+    whole = trial.ended
     for stop_after in sorted({1, whole.steps // 2, whole.steps} - {0}):
         if stop_after > whole.steps:
             continue
@@ -151,7 +149,7 @@ def a_poisoned_evaluation_set_changes_nothing(trial: Trial) -> None:
 
     Mend: a method may look at nothing but the teacher and its own random streams.
     """
-    assert ends_of(trial.end()) == ends_of(trial.end(poisoned=True)), "the students depend on the evaluation set"
+    assert ends_of(trial.ended) == ends_of(trial.end(poisoned=True)), "the students depend on the evaluation set"
 
 
 def shared_synthesis_is_true_to_its_word(trial: Trial) -> None:
@@ -164,7 +162,7 @@ def shared_synthesis_is_true_to_its_word(trial: Trial) -> None:
         return
     assert trial.method.adversary is Method.adversary, "adversary() is never called with shares_synthesis=True"
     together = ends_of(trial.end(bits=("w8a8", "w4a4", "w3a3")))
-    assert ends_of(trial.end(bits=("w4a4",)))["w4a4"] == together["w4a4"], "alone, the student ends with other bits than in lockstep"
+    assert ends_of(trial.ended)["w4a4"] == together["w4a4"], "alone, the student ends with other bits than in lockstep"
 
 
 def any_task_works(trial: Trial) -> None:

@@ -27,6 +27,7 @@ class HAWQ(Allocator):
     """Rounding errors weighed by a data-free Fisher trace, the best sum by integer programming (HAWQ-V3, Yao et al., ICML 2021)."""
 
     of_activations = False
+    tasks = {"classify"}
     quick = {"images": 4}
 
     class Config(AllocatorConfig):

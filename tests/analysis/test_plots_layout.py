@@ -14,7 +14,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from synthetic_store import cells, sizes, write_cell, write_failure
+from synthetic_store import cells, sizes, write_budgets, write_cell, write_failure
 
 from dfqbench.analysis.names import name_rows
 from dfqbench.analysis.plots.dots import Dot, Guide, Line, Section, dot_plots
@@ -158,6 +158,18 @@ def test_every_text_can_be_read(drawn: Drawn, kind: str, width: str) -> None:
         assert figure.get_figwidth() <= WIDTHS[width] + 1e-9
         assert figure.get_figheight() < 9.5, "a page's height"
         check(figure)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_text_of_budgets_can_be_read(width: str, tmp_path: Path) -> None:
+    drawn = prepare(read_store(write_budgets(tmp_path / "r")))
+    (figure,) = figures_of(drawn, "budgets", width)
+    assert figure.get_figwidth() <= WIDTHS[width] + 1e-9
+    check(figure)
+    ax, *_ = figure.axes
+    box = ax.get_window_extent(renderer_of(figure))
+    places = [line.get_transform().transform(line.get_xydata()) for line in ax.lines if line.get_marker() not in ("None", "", None)]
+    assert all(box.x0 < x < box.x1 and box.y0 < y < box.y1 for x, y in np.concatenate(places)), "every marker stands inside"
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,16 +14,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dfqbench.export.find import load_student
+from dfqbench.method import allocator as allocators
 from dfqbench.method.allocation import AllocationProblem
 from dfqbench.method.allocator import allocate, list_allocators
 from dfqbench.network import Teacher
 from dfqbench.quantization import PROTOCOLS, Bits
 from dfqbench.quantization.student import Student
+from dfqbench.teachers.scenes import NETWORKS
+from dfqbench.testing import allocator_checks
+from dfqbench.testing.allocators import CHECKS
 from dfqbench.testing.networks import SmallNetwork
 from dfqbench.testing.trial import small_task
 from dfqbench_methods.allocators.pareto import cheapest
+
+Run = Callable[..., tuple[int, str, str]]
 
 
 @cache
@@ -106,7 +115,76 @@ def test_a_search_is_not_worse_than_equal_widths() -> None:
 
 
 @pytest.mark.slow
-def test_a_sweep_with_budgets(tmp_path: Path, sweep_file: Callable[..., Path], dfqbench: Callable[..., tuple[int, str, str]]) -> None:
+@pytest.mark.parametrize("allocator", list_allocators(), ids=lambda allocator: allocator.info.name)
+def test_every_allocator_passes_the_checks(allocator: Any) -> None:
+    allocator_checks(allocator)
+
+
+BAD = """
+import torch
+from dfqbench import Allocator, AllocatorConfig, register_allocator
+
+
+@register_allocator("{name}", paper="none", fidelity="paper")
+class Bad(Allocator):
+    class Config(AllocatorConfig):
+        {config}
+
+    def allocate(self):
+        problem, count = self.problem, len(self.problem.tensors)
+        {body}
+"""
+FINE = "return problem.uniform"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "body", "found"),
+    [
+        ("model_config = {'extra': 'ignore'}", FINE, {"unknown_settings_fail"}),
+        ("pass", "return problem.project([torch.randint(2, 7, ()).item() for _ in range(count)])", {"the_same_problem_has_the_same_answer"}),
+        ("pass", f"problem.float_weights[0].data.add_(1.0); {FINE}", {"the_networks_are_untouched"}),
+        ("pass", f"problem.float_weights[0].requires_grad_(True); {FINE}", {"the_networks_are_untouched"}),
+        ("pass", f"assert problem.teacher.task.kind != 'detect'; {FINE}", {"every_task_of_its_is_chosen_for"}),
+        ("pass", "return [8 if t.is_weight else 2 for t in problem.tensors]", {check.__name__ for check in CHECKS} - {"unknown_settings_fail"}),
+        (
+            "pass",
+            f"if problem.groups[1:]: return [8 if i in problem.groups[1][0] else 2 for i in range(count)]\n        {FINE}",
+            {"activations_have_a_budget_of_their_own"},
+        ),
+    ],
+)
+def test_the_checks_find_what_is_wrong(config: str, body: str, found: set[str], tmp_path: Path, dfqbench: Run) -> None:
+    (tmp_path / "bad.py").write_text(BAD.format(name="bad", config=config, body=body))
+    try:
+        code, out, err = dfqbench("methods", "check", "--allocator", "bad", "--plugin", tmp_path / "bad.py")
+    finally:
+        del allocators._allocators["bad"]
+    assert (code, err) == (1, "")
+    assert {line.split()[1].rstrip(":") for line in out.splitlines() if line.startswith("  FAILED")} == found
+    assert out.count("            mend  ") == len(found)
+
+
+@pytest.mark.slow
+def test_a_name_that_is_built_in_is_taken_whichever_is_asked_for_first(tmp_path: Path) -> None:
+    assert {file.stem for file in allocators._built_in().values()} == {each.info.name for each in list_allocators() if each.info.source.package}
+    (tmp_path / "mine.py").write_text(BAD.format(name="pareto", config="pass", body=FINE))
+    code = f"from dfqbench.method.registry import load_plugin; load_plugin({str(tmp_path / 'mine.py')!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "two allocators are called 'pareto'" in done.stderr
+
+
+def test_an_allocator_that_is_not_defined_for_a_task_is_told_in_plan(tmp_path: Path, sweep_file: Callable[..., Path], dfqbench: Run) -> None:
+    budget = {"average_weight_bits": 4, "activations": 4, "allocate": "hawq"}
+    save_file(NETWORKS["segment"]().state_dict(), tmp_path / "w.safetensors")
+    teacher = {"model": "scenes:segment", "weights": str(tmp_path / "w.safetensors")}
+    config = sweep_file(teachers=[teacher], evaluate="digit-scenes-segment", methods=["round"], bits=[budget], budget=None)
+    code, _, err = dfqbench("plan", config, "--results", tmp_path / "r")
+    assert (code, "is there to segment, for which allocator hawq is not defined" in err) == (2, True), err
+
+
+@pytest.mark.slow
+def test_a_sweep_with_budgets(tmp_path: Path, sweep_file: Callable[..., Path], dfqbench: Run) -> None:
     budget = {"average_weight_bits": 4, "activations": 4, "allocate": {"random": {}}}
     pool = {"images": {"zeroq": {"images": 8, "synthesis_iterations": 2}}, "seed": 77, "count": 8}
     config = sweep_file(methods=["round"], bits=["w4a4", budget | {"allocate": "pareto"}], allocation=pool)

@@ -18,7 +18,7 @@ API = {
         "Student Task Teacher TrainingConfig UserError history load_student quantize read_weights register register_allocator results stream_seed"
     ),
     "dfqbench.data": "EvaluationSet OwnSet find_set list_sets register_set",
-    "dfqbench.testing": "check_method method_checks outcomes Outcome Trial small_task small_teacher ends_of",
+    "dfqbench.testing": "allocator_checks check_method method_checks outcomes Outcome Trial small_task small_teacher ends_of",
     "dfqbench_methods.parts.augment": "crop_and_flip",
     "dfqbench_methods.parts.centers": "ClassCenters",
     "dfqbench_methods.parts.generators": "ClassConditionalBatchNorm Generator LabelledGenerator UpsampleConv",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from dfqbench import Batch, Method, Phase, Student, TrainingConfig
+from dfqbench.method import allocator as allocators
 from dfqbench.method import registry
 from dfqbench.method.registry import find_method, load_plugin, register
 from dfqbench.testing import check_method, method_checks
@@ -27,10 +29,12 @@ Run = Callable[..., tuple[int, str, str]]
 def _empty_folder_and_no_method_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.chdir(tmp_path)
     registry.discover()
-    before = dict(registry._methods)
+    allocators.list_allocators()
+    tables = [(table, dict(table)) for table in (registry._methods, allocators._allocators)]
     yield
-    registry._methods.clear()
-    registry._methods.update(before)
+    for table, before in tables:
+        table.clear()
+        table.update(before)  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -46,17 +50,76 @@ def test_a_new_file_passes_all_checks_untouched(dfqbench: Run, tmp_path: Path) -
     method_checks(method)
 
 
-@pytest.mark.slow
-def test_its_sweep_runs_on_the_digits(dfqbench: Run, tmp_path: Path) -> None:
-    """The teacher is one whose training was left out, and the budget is cut; nothing else is touched."""
+def untrained_teacher(folder: Path) -> None:
+    """The teacher of the sweeps that are written, its training left out."""
     from dfqbench.teachers.cifar import cifar_resnet
 
-    dfqbench("methods", "new", "spark")
-    teacher = tmp_path / "results" / "weights" / "digits-resnet20.safetensors"
-    assert dfqbench("plan", "spark.yaml")[2].count("there is no weights file results/weights/digits-resnet20.safetensors") == 1
+    teacher = folder / "results" / "weights" / "digits-resnet20.safetensors"
     teacher.parent.mkdir(parents=True)
     torch.manual_seed(0)
     save_file(cifar_resnet("resnet20", 10, 1).state_dict(), teacher)
+
+
+@pytest.mark.slow
+def test_a_new_allocator_passes_its_checks_and_its_sweep_runs(dfqbench: Run, tmp_path: Path) -> None:
+    """The budget of the images is cut, and that of the allocator; nothing else is touched."""
+    code, out, err = dfqbench("methods", "new", "--allocator", "spark-two")
+    assert (code, err) == (0, "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["spark_two.py", "spark_two.yaml"]
+    assert "dfqbench methods check --allocator spark-two --plugin spark_two.py" in out
+    code, out, err = dfqbench("methods", "check", "--allocator", "spark-two", "--plugin", "spark_two.py")
+    assert (code, err) == (0, "")
+    assert out.startswith("spark-two (spark_two.py)\n  held      unknown_settings_fail")
+    listed = dfqbench("allocators", "--plugin", "spark_two.py")[1]
+    assert "spark-two  unpublished         paper     classify segment detect  too          spark_two.py" in listed
+    untrained_teacher(tmp_path)
+    text = (tmp_path / "spark_two.yaml").read_text()
+    for full, cut in (("iterations: 100", "iterations: 2"), ("64", "8"), ("allocate: spark-two", "allocate: {spark-two: {tries: 4}}")):
+        assert full in text
+        text = text.replace(full, cut)
+    (tmp_path / "spark_two.yaml").write_text(text)
+    code, out, err = dfqbench("run", "spark_two.yaml")
+    assert (code, "3 done" in out) == (0, True), out + err
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("results/runs/*/result.json")]
+    records = {result["allocation"]["allocator"]: result for result in results if "allocation" in result}
+    assert records.keys() == {"pareto", "spark-two"}
+    assert records["spark-two"]["allocation"]["average_weight_bits"] <= 3
+    source = json.loads((tmp_path / "results" / "runs" / records["spark-two"]["id"] / "cell.json").read_text())["allocation"]["source"]
+    assert (source["file"], len(source["sha256"])) == ("spark_two.py", 64)
+    assert "round(allocate=spark-two(tries=4))" in dfqbench("table", "spark_two.yaml", "--format", "csv")[1]
+
+
+@pytest.mark.slow
+def test_a_new_package_of_an_allocator_is_found_checked_and_takes_no_name_twice(dfqbench: Run, tmp_path: Path) -> None:
+    assert dfqbench("methods", "new", "my-spark", "--allocator", "--package")[0] == 0
+    place = tmp_path / "my-spark"
+    project = tomllib.loads((place / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"] == {"dfqbench.allocators": {"my-spark": "my_spark"}}
+    assert "plugins:" not in (place / "digits.yaml").read_text(), "the entry point makes it known"
+    for path in place.rglob("*"):
+        assert path.is_dir() or not any(word in path.read_text() for word in ("my-allocator", "my_allocator", "MyAllocator", "$", "method,")), path
+    installed = place / "src" / "dfqbench_my_spark-0.1.0.dist-info"  # as pip leaves it
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: dfqbench-my-spark\nVersion: 0.1.0\n")
+    (installed / "entry_points.txt").write_text("[dfqbench.allocators]\nmy-spark = my_spark\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(place / "src"), *sys.path]), "COLUMNS": "200"}
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-m", *words], env=environment, capture_output=True, text=True, cwd=place)
+
+    done = run("pytest", "-q", "-p", "no:cacheprovider")
+    assert done.returncode == 0, done.stdout
+    assert "dfqbench-my-spark 0.1.0" in run("dfqbench.cli", "allocators").stdout
+    again = run("dfqbench.cli", "methods", "new", "--allocator", "my-spark")
+    assert (again.returncode, "Python knows a module or keyword of that name" in again.stderr) == (2, True)
+
+
+@pytest.mark.slow
+def test_its_sweep_runs_on_the_digits(dfqbench: Run, tmp_path: Path) -> None:
+    """The teacher is one whose training was left out, and the budget is cut; nothing else is touched."""
+    dfqbench("methods", "new", "spark")
+    assert dfqbench("plan", "spark.yaml")[2].count("there is no weights file results/weights/digits-resnet20.safetensors") == 1
+    untrained_teacher(tmp_path)
     text = (tmp_path / "spark.yaml").read_text()
     assert "epochs: 8, iterations: 30" in text
     (tmp_path / "spark.yaml").write_text(text.replace("epochs: 8, iterations: 30", "epochs: 5, iterations: 1"))
@@ -103,6 +166,14 @@ def test_a_name_that_cannot_be_is_told_and_nothing_written(dfqbench: Run, tmp_pa
         assert (code, out, len(err.splitlines())) == (2, "", 1)
         assert said in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_name_of_an_allocator_is_an_allocators_own(dfqbench: Run, tmp_path: Path) -> None:
+    for name, said in (("pareto", "there is an allocator of that name: dfqbench allocators"), ("A", "is no name for an allocator: lower-case")):
+        code, out, err = dfqbench("methods", "new", "--allocator", name)
+        assert (code, out, said in err) == (2, "", True)
+    assert list(tmp_path.iterdir()) == []
+    assert dfqbench("methods", "new", "--allocator", "gdfq")[0] == 0, "a method of that name is another thing"
 
 
 def test_nothing_is_overwritten(dfqbench: Run, tmp_path: Path) -> None:

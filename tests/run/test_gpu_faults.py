@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -174,6 +174,45 @@ def test_what_has_no_deterministic_kernel_is_named_before_the_first_step(
         assert {r["cell"]["method"]: r["provenance"]["deterministic"] for r in results} == {"samples": False, "gdfq": True}
         log = next(p for p in (tmp_path / "r").glob("runs/*/log.txt") if "samples" in p.read_text()).read_text()
         assert log.index("no deterministic kernel") < log.index("started, 12 steps")
+
+
+class CountsElsewhere(find_method("gdfq")):  # type: ignore[misc]
+    """Says that its steps are all alike, and counts them where nobody looks."""
+
+    taken: ClassVar[list[int]] = [0]
+
+    def setup(self) -> None:
+        super().setup()
+        self.taken[0] = 0
+
+    def synthesize(self) -> Batch:
+        self.taken[0] += 1
+        batch = super().synthesize()
+        return replace(batch, images=batch.images * (1 + 0.01 * self.taken[0]))
+
+
+@pytest.mark.slow
+def test_steps_are_replayed_unless_that_is_refused_or_a_check_of_it_fails(
+    gpu: PretendedCuda, dfqbench: Run, sweep_file: SweepFile, tmp_path: Path
+) -> None:
+    register("counts", paper="x", fidelity="paper", shares_synthesis=True)(CountsElsewhere)
+    file = sweep_file(methods=[{name: {"warmup_epochs": 1, "calibration_epochs": 1, "iterations": 6}} for name in ("gdfq", "counts")], bits=["w4a4"])
+    found = {}
+    for words in ([], ["--no-graphs"], ["--graphs"]):
+        store = tmp_path / ("".join(words) or "unsaid")
+        code, out, err = dfqbench("run", file, "--results", store, "--device", "cuda", *words)
+        assert (code, err) == (0, "")
+        told = "steps of counts are not replayed but run as they are: replayed steps end with other bits than steps that are run as they are"
+        assert out.count(told) == (not words)
+        results = [json.loads(path.read_text()) for path in store.glob("runs/*/result.json")]
+        found[store.name] = {r["cell"]["method"]: (r["provenance"].get("graphs", False), r["student_state"]) for r in results}
+    assert {name: {m: graphs for m, (graphs, _) in of.items()} for name, of in found.items()} == {
+        "unsaid": {"gdfq": True, "counts": False},
+        "--no-graphs": {"gdfq": False, "counts": False},
+        "--graphs": {"gdfq": True, "counts": True},
+    }
+    assert len({of["gdfq"][1] for of in found.values()}) == 1
+    assert found["unsaid"]["counts"] == found["--no-graphs"]["counts"] != found["--graphs"]["counts"]
 
 
 @pytest.mark.parametrize("name", ["gdfq", "ait", "gznq", "lrq", "zeroq", "zaq", "round"])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dfqbench.analysis.plots.ablation import ablation
 from dfqbench.analysis.plots.accuracy import accuracy, over_widths
+from dfqbench.analysis.plots.budgets import budgets
 from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
 from dfqbench.analysis.plots.drop import drop
 from dfqbench.analysis.plots.factorial import factorial
@@ -26,6 +27,7 @@ KINDS: dict[str, tuple[str, Callable[[Drawn], list[Figure]]]] = {
     "published": ("measured against published", published),
     "cost": ("accuracy against seconds", cost),
     "size": ("accuracy against size and work", size),
+    "budgets": ("accuracy against size, equal widths and a width per layer", budgets),
     "curves": ("accuracy while training, last and best", curves),
     "losses": ("training loss", losses),
     "drop": ("drop against the teacher", drop),

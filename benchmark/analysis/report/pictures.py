@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from dfqbench.analysis.plots.budgets import has_budgets
 from dfqbench.analysis.plots.drawn import Drawn, NothingToDraw
 from dfqbench.analysis.plots.figures import drawn_kinds
 from dfqbench.analysis.plots.kinds import KINDS
 from dfqbench.analysis.report.assets import Assets
+from dfqbench.analysis.tables.blocks import Block
 from dfqbench.analysis.tables.factorial import factorials
 
 COORDINATES = re.compile(rb' (?:d|x|y)="[^"]*"')
 DECIMALS = re.compile(rb"(\.\d\d)\d+")  # of a point: what is beyond the second nobody can see
-RARE = "factorial"
+RARE: dict[str, Callable[[list[Block]], Any]] = {"factorial": factorials, "budgets": has_budgets}
 FIRST = "accuracy"  # of every block, below its table; the other kinds are of all blocks together
 
 
@@ -33,7 +36,7 @@ def of_blocks(drawn: Drawn, assets: Assets) -> list[list[Picture]]:
 
 def of_all(drawn: Drawn, assets: Assets) -> list[Picture]:
     """The other kinds; one that few stores have is passed over in silence where this has none."""
-    return _drawn(drawn, [kind for kind in KINDS if kind != FIRST and (kind != RARE or factorials(drawn.blocks))], assets)
+    return _drawn(drawn, [kind for kind in KINDS if kind != FIRST and (kind not in RARE or RARE[kind](drawn.blocks))], assets)
 
 
 def _drawn(drawn: Drawn, kinds: Sequence[str], assets: Assets) -> list[Picture]:

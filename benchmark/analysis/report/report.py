@@ -19,6 +19,7 @@ from dfqbench.analysis.report.assets import PAGE, Assets, Inside
 from dfqbench.analysis.report.comparisons import HEADS, bold_means, comparisons
 from dfqbench.analysis.report.data import Data
 from dfqbench.analysis.report.keytable import arrange, key_tables
+from dfqbench.analysis.report.layers import chosen
 from dfqbench.analysis.tables import formats
 from dfqbench.analysis.tables.blocks import Rule
 from dfqbench.analysis.tables.means import ranking
@@ -68,6 +69,7 @@ def view(drawn: Drawn, title: str, assets: Assets, root: str | None = None, inde
         without_data=Markup(formats.html(without_data, page=False)) if without_data else "",
         comparisons=list(comparisons(drawn)),
         comparison_heads=HEADS,
+        layers=chosen(reading.finished),
         plots=pictures.of_all(drawn, assets) if drawn.blocks else [],
         data=data,
         protocols=_protocols(reading),
