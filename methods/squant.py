@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dfqbench import Field, Method, MethodConfig, Student, register
+from dfqbench import Field, Method, MethodConfig, Student, UserError, register
 
 LARGEST_PART = 2**22  # weights that are sorted at once
 LARGEST_ZERO_POINT = 2**20  # beyond it float32 hardly tells a grid's levels apart: such a grid is rounded to nearest
@@ -32,6 +32,7 @@ class SQuant(Method):
 
     tasks = {"classify", "segment", "detect"}
     needs = {"statistics", "ranges"}
+    uniform_grid = True
     uses_seed = False
 
     class Config(MethodConfig):
@@ -48,6 +49,8 @@ class SQuant(Method):
 
 def round_cancelling(student: Student, kernel: bool = True, channel: bool = True) -> None:
     """Makes every weight of a student one that rounds as SQuant rounds it, on the grid as it is; activation ranges stay."""
+    if student.protocol.weight_grid != "uniform":
+        raise UserError(f"errors of rounding cancel on uniform weight grids only, the protocol has {student.protocol.weight_grid!r}")
     for layer in student.layers.values():
         codes, weight = layer.codes(), layer.layer.weight.detach()
         kernels = *weight.shape[:2], -1

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 from torch import Tensor
 
 from dfqbench.export.onnx_graph import Graph, Operator, integers, rank, size
@@ -113,6 +114,12 @@ def select(g: Graph, x: Any, dim: int, index: int) -> Any:
     return g.op("Gather", x, g.constant(np.array(index, np.int64)), axis=dim)
 
 
+def looked_up(g: Graph, x: Any, places: Sequence[Any]) -> Any:
+    if rank(x) != 1 or len(places) != 1:
+        raise g.unknown("an index into more than one axis")
+    return g.op("Gather", x, g.op("Cast", places[0], to=TensorProto.INT64), axis=0)
+
+
 def sliced(g: Graph, x: Any, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Any:
     if size(x)[dim] is None:
         if start or step != 1 or (isinstance(end, int) and end < 2**31):
@@ -214,6 +221,7 @@ OPERATORS: dict[str, Operator] = {
     **dict.fromkeys(("chunk", "split", "split_with_sizes"), split(1)),
     "unbind": unbind,
     "select": select,
+    "index": looked_up,
     "slice": sliced,
     "permute": permute,
     **dict.fromkeys(("transpose", "t", "swapaxes"), transpose),

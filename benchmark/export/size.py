@@ -21,8 +21,8 @@ class Size:
     """A network's size and work.
 
     bytes: of all that inference needs: weights packed at their bits, the scale and zero point of each grid as float32 (no zero point where it is
-    always 0), and everything that stays float. weight_bits: of an average entry of the layers' weights, without biases, norms and grids. work: in the
-    order of the forward pass; a layer that is called twice is there twice.
+    always 0), the codewords of each codebook as float32, and everything that stays float. weight_bits: of an average entry of the layers' weights,
+    without biases, norms and grids. work: in the order of the forward pass; a layer that is called twice is there twice.
     """
 
     bytes: int
@@ -84,6 +84,8 @@ def _stored(traced: fx.GraphModule, left_float: Collection[str]) -> Iterator[tup
 
 
 def _grid_bytes(module: QuantizedLayer) -> int:
-    """Of a weight's scales and zero points, float32."""
+    """Of a weight's scales and zero points, or its codebook, float32. Levels that are the same for all weights (powers of two) take none."""
+    if module.protocol.weight_grid == "kmeans":
+        return 4 << module.bits
     grids = module.layer.weight.shape[0] if module.protocol.weight_granularity == "per-channel" else 1
-    return 4 * grids * (1 if module.protocol.weight_symmetric else 2)
+    return 4 * grids * (1 if module.protocol.weight_symmetric or module.protocol.weight_grid != "uniform" else 2)

@@ -1,9 +1,10 @@
 """student.safetensors: a student as a file that needs neither its teacher nor the float weights that it was trained from.
 
 Tensors, by their names in the network: the codes of each quantized weight at its bit width (packing.py; uint8), `NAME.grid` with its scales and zero
-points (2 x channels, or 2), and everything that stays float as it is. `dfqbench` in the header is JSON: the rules of the quantizer, where the student
-comes from, and a sha256 over the whole content. The tensor `graph.json` is the graph (graph_text.py) with the widths of its parts and the grids of
-the activations: JSON as well, compressed (zlib), since it would be a third of a small network's file.
+points (2 x channels, or 2), `NAME.table` with the levels of a grid that is not uniform (codes are places in it), and everything that stays float as
+it is. `dfqbench` in the header is JSON: the rules of the quantizer, where the student comes from, and a sha256 over the whole content. The tensor
+`graph.json` is the graph (graph_text.py) with the widths of its parts and the grids of the activations: JSON as well, compressed (zlib), since it
+would be a third of a small network's file.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class StoredLayer(QuantizedLayer):
         self.register_buffer("levels", codes.levels.to(torch.int16), persistent=False)
         self.register_buffer("scale", codes.scale, persistent=False)
         self.register_buffer("zero_point", codes.zero_point, persistent=False)
+        self.register_buffer("table", codes.table, persistent=False)
         self.limits = codes.lowest, codes.highest
         layer.weight = nn.Parameter(codes.weight(), requires_grad=False)
 
@@ -60,7 +62,7 @@ class StoredLayer(QuantizedLayer):
     def codes(self) -> Codes:
         """As they stand in the file."""
         levels, scale, zero_point = (self.get_buffer(name) for name in ("levels", "scale", "zero_point"))
-        return Codes(levels.float(), scale, zero_point, *self.limits)
+        return Codes(levels.float(), scale, zero_point, *self.limits, self._buffers["table"])
 
 
 class StoredStudent(Student):
@@ -112,6 +114,8 @@ def save_student(student: Student, path: Path, about: dict[str, Any] | None = No
         packed[name] = layer.bits, list(codes.levels.shape)
         tensors[name] = torch.from_numpy(pack((codes.levels - codes.lowest).to(torch.uint8).cpu().numpy(), layer.bits))
         tensors[f"{name}.grid"] = torch.stack((codes.scale, codes.zero_point))
+        if codes.table is not None:
+            tensors[f"{name}.table"] = codes.table.clone()  # several may share one
 
     try:
         graph = plain_graph(student.traced)
@@ -209,11 +213,12 @@ def _student_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredStu
     protocol = Protocol(**header["protocol"])
     codes: dict[str, Codes] = {}
     for name, (bits, shape) in header["packed"].items():
-        lowest, highest = levels(bits, protocol.weight_symmetric)
+        table = tensors.pop(f"{name}.table", None)
+        lowest, highest = levels(bits, protocol.weight_symmetric) if table is None else (0, len(table) - 1)
         numbers = unpack(tensors[name].numpy(), bits, torch.Size(shape).numel())
         whole = torch.from_numpy(numbers).view(shape).float() + lowest
         scale, zero_point = tensors.pop(f"{name}.grid")
-        codes[name] = Codes(whole, scale.clone(), zero_point.clone(), lowest, highest)
+        codes[name] = Codes(whole, scale.clone(), zero_point.clone(), lowest, highest, table)
         tensors[name] = codes[name].weight()
     graph, root = graph_of(header["nodes"]), nn.Module()
     for name, text in header["modules"].items():
@@ -226,7 +231,8 @@ def _student_of(header: dict[str, Any], tensors: dict[str, Tensor]) -> StoredStu
         module = module_of(text, tensors, f"{name}.")
         weight = codes.get(f"{name}.weight")
         if weight is not None and isinstance(module, LAYERS):
-            module = StoredLayer(module, header["packed"][f"{name}.weight"][0], protocol, weight).eval()
+            rules = protocol.of_pinned if weight.table is None else protocol
+            module = StoredLayer(module, header["packed"][f"{name}.weight"][0], rules, weight).eval()
         _place(root, name, module)
     for node in graph.nodes:
         if node.op == "get_attr":

@@ -38,6 +38,7 @@ class IntegerLayer(nn.Module):
     levels: Tensor
     scale: Tensor
     zero_point: Tensor
+    table: Tensor | None
 
     def __init__(self, quantized: QuantizedLayer):
         super().__init__()
@@ -48,6 +49,7 @@ class IntegerLayer(nn.Module):
         self.fits = bool(((zero >= codes.lowest) & (zero <= codes.highest)).all())  # else no integer type need hold it: plain arithmetic
         self.register_buffer("levels", codes.levels.to(self.dtype).contiguous())
         self.register_buffer("scale", codes.scale.clone())
+        self.register_buffer("table", None if codes.table is None else codes.table.clone())
         self.register_buffer("zero_point", zero.to(torch.int32) if self.fits else zero.clone())
         self.whole = (float(codes.scale), int(zero)) if self.fits and not zero.dim() else (1.0, 0)  # scale and zero point of one grid
         self.layer = copy.copy(quantized.layer)  # without its float weight
@@ -64,12 +66,15 @@ class IntegerLayer(nn.Module):
     def weight(self) -> Tensor:
         """The weight on its grid, in float32."""
         ops, grid = torch.ops.quantized_decomposed, (self.lowest, self.highest, self.dtype)
+        along = [-1, *[1] * (self.levels.dim() - 1)] if self.scale.dim() else []
+        if self.table is not None:
+            places = ops.dequantize_per_tensor(self.levels, 1.0, 0, *grid)
+            return self.table[places.to(torch.int64)] * self.scale.view(along)
         if self.fits and self.scale.dim():
             result: Tensor = ops.dequantize_per_channel(self.levels, self.scale, self.zero_point, 0, *grid)
             return result
         result = ops.dequantize_per_tensor(self.levels, *self.whole, *grid)
         if not self.fits:
-            along = [-1, *[1] * (self.levels.dim() - 1)] if self.scale.dim() else []
             result = (result - self.zero_point.view(along)) * self.scale.view(along)
         return result
 

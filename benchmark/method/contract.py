@@ -87,6 +87,7 @@ class Method:
     version: ClassVar[int] = 1  # raise it whenever the same settings give other numbers than before
     ranges: ClassVar[RangeEstimatorName | None] = None  # None: the protocol's choice
     batch_norm: ClassVar[BatchNormMode | None] = None  # None: the protocol's choice
+    uniform_grid: ClassVar[bool] = False  # True: it sets levels itself, and needs a protocol whose weights lie in even steps
     uses_seed: ClassVar[bool] = True  # False: nothing is random, one cell serves all seeds
     tasks: ClassVar[set[Kind]] = {"classify"}  # what kinds of teachers it is defined for; `self.answers` compares answers of any kind
     needs: ClassVar[set[Needs]] = set()  # beside the teacher's logits: "statistics" (BN), "features" (of stages), ... (info.py)

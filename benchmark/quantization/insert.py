@@ -55,6 +55,7 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits, ow
     Raises UserError where there is no weight, or the protocol finds no activation, to quantize: one of the two would stay in full precision,
     whatever `bits` says.
     """
+    protocol.check_bits(bits)
     if protocol.batch_norm == "folded":
         _fold_batch_norms(traced)
     if protocol.placement == "operands":
@@ -92,7 +93,9 @@ def insert_quantizers(traced: fx.GraphModule, protocol: Protocol, bits: Bits, ow
     left_float = _layers_left_float(traced, set(targets)) + left_float
     for target in targets:
         parent, _, name = target.rpartition(".")
-        setattr(traced.get_submodule(parent), name, QuantizedLayer(traced.get_submodule(target), own.get(target, widths[target]), protocol))  # type: ignore[arg-type]
+        pinned = (target == first and protocol.first_bits) or (target == last and protocol.last_bits)
+        rules, layer = protocol.of_pinned if pinned else protocol, traced.get_submodule(target)
+        setattr(traced.get_submodule(parent), name, QuantizedLayer(layer, own.get(target, widths[target]), rules))  # type: ignore[arg-type]
     for node in traced.graph.nodes:
         owner, _, name = str(node.target).rpartition(".")
         if node.op == "get_attr" and owner in targets:

@@ -11,14 +11,17 @@ from torch.nn import functional as F
 
 from dfqbench.network.canonical import Layer, TransposedConv
 from dfqbench.quantization.fake_quantize import fake_quantize, grid, levels, reached
+from dfqbench.quantization.level_tables import find_table, indices, on_table
 from dfqbench.quantization.protocol import Protocol
 from dfqbench.quantization.ranges import RangeEstimator
 
-Grid = tuple[Tensor, Tensor]  # scale and zero point
+Grid = tuple[Tensor, Tensor]  # scale and zero point; where a grid is not uniform, scale and table of levels (level_tables.py)
 
 
 class Codes(NamedTuple):
     """A weight as whole numbers: (levels - zero_point) * scale, in float32 and in this order, is the weight on its grid, to the bit.
+
+    With a table (float32, ascending), levels are places in it, and table[levels] * scale is the weight; then there is no zero point.
 
     levels: the weight's shape, whole numbers in lowest..highest as float32. scale, zero_point: float32, one per output channel or scalars; a
     zero point is a whole number that need not lie within the levels, nor within any integer type.
@@ -29,10 +32,13 @@ class Codes(NamedTuple):
     zero_point: Tensor
     lowest: int
     highest: int
+    table: Tensor | None = None
 
     def weight(self) -> Tensor:
         """The weight on its grid."""
         along = [-1, *[1] * (self.levels.dim() - 1)] if self.scale.dim() else []
+        if self.table is not None:
+            return self.table[self.levels.long()] * self.scale.view(along)
         return (self.levels - self.zero_point.view(along)) * self.scale.view(along)
 
 
@@ -52,6 +58,9 @@ class QuantizedLayer(nn.Module):
         """The weight on its grid: same shape, float32. found: that grid, where somebody knows it already (`grids_of`)."""
         weight, p = self.layer.weight, self.protocol
         scale, zero_point = found or self._grid(weight)
+        if p.weight_grid != "uniform":
+            rows, scales = self._table_rows(weight), scale.view(-1)
+            return _like_rows(on_table(rows, scales, zero_point, p.weight_grid), weight)
         return fake_quantize(
             weight,
             scale,
@@ -79,14 +88,24 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def _grid(self, weight: Tensor) -> Grid:
+        if self.protocol.weight_grid != "uniform":
+            scale, table = find_table(self._table_rows(weight), self.protocol.weight_grid, self.bits)
+            return (scale if self.protocol.weight_granularity == "per-channel" else scale.view(())), table
         return self._shaped(*grid(*self.extremes(weight), self.bits, self.protocol.weight_symmetric))
 
     def _shaped(self, scale: Tensor, zero_point: Tensor) -> Grid:
         return (scale, zero_point) if self.protocol.weight_granularity == "per-channel" else (scale.view(()), zero_point.view(()))
 
+    def _table_rows(self, weight: Tensor) -> Tensor:
+        """A row for each scale."""
+        return _rows_of(weight) if self.protocol.weight_granularity == "per-channel" else _rows_of(weight).reshape(1, -1)
+
     @torch.no_grad()
     def weight_levels(self, weight: Tensor) -> Tensor:
         """The level of each entry of `weight` (of this layer's shape) on the grid that spans that very weight: whole numbers as float32."""
+        if self.protocol.weight_grid != "uniform":
+            scale, table = self._grid(weight)
+            return _like_rows(indices(self._table_rows(weight), scale.view(-1), table, self.protocol.weight_grid), weight).float()
         scale, zero_point = (v if v.dim() == 0 else v.view(-1, *[1] * (weight.dim() - 1)) for v in self._grid(weight))
         lowest, highest = levels(self.bits, self.protocol.weight_symmetric)
         return torch.round(weight * (1.0 / scale) + zero_point).clamp_(lowest, highest)
@@ -95,9 +114,11 @@ class QuantizedLayer(nn.Module):
     def codes(self) -> Codes:
         """The weight as it is now, in whole numbers. Raises ValueError where it has values that are not finite."""
         weight = self.quantized_weight()
-        if not bool(torch.isfinite(weight).all()):
+        if not bool(torch.isfinite(weight).all() & torch.isfinite(self.layer.weight).all()):
             raise ValueError("a weight is not finite")
         scale, zero_point = self._grid(self.layer.weight)
+        if self.protocol.weight_grid != "uniform":
+            return Codes(self.weight_levels(self.layer.weight), scale, torch.zeros_like(scale), 0, len(zero_point) - 1, zero_point)
         codes = Codes(self.weight_levels(self.layer.weight), scale, zero_point, *levels(self.bits, self.protocol.weight_symmetric))
         if not torch.equal(codes.weight(), weight):  # a GPU's kernel may break a tie the other way: then what it computes with counts
             along = [-1, *[1] * (weight.dim() - 1)] if scale.dim() else []
@@ -117,8 +138,10 @@ class QuantizedLayer(nn.Module):
         """Rounds otherwise: makes the float weight one that rounds to `levels` (the weight's shape, see `codes`) on the grid as it is now.
 
         Where the level is the old one, so is the float value. Raises ValueError, and changes nothing, where an entry cannot have its level: it spans
-        the grid (`spans_grid`), the level is outside, or the grid is too narrow for float32.
+        the grid (`spans_grid`), the level is outside, or the grid is too narrow for float32 or not uniform.
         """
+        if self.protocol.weight_grid != "uniform":
+            raise ValueError("levels can be set on uniform grids only")
         codes, weight = self.codes(), self.layer.weight
         before = weight.clone()
         moved = codes._replace(levels=levels).weight().clamp(*self._limits(weight))
@@ -154,16 +177,24 @@ def _rows_of(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
+def _like_rows(rows: Tensor, weight: Tensor) -> Tensor:
+    """Back from `_rows_of` (or all of them in one row) to the weight's shape and its order in memory."""
+    if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
+        return rows.reshape(weight.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    return rows.reshape(weight.shape)
+
+
 @torch.no_grad()
 def grids_of(layers: Sequence[QuantizedLayer]) -> list[Grid]:
     """The grid of each layer's weight as it is now, to the bit as the layer alone finds it: a few operations for all layers of a width.
 
     A GPU's host launches the dozen operations of each layer no faster than its convolution.
     """
-    found: dict[int, Grid] = {}
-    kinds = {id(layer): (layer.bits, layer.layer.weight.dtype) for layer in layers}
+    uniform = [layer for layer in layers if layer.protocol.weight_grid == "uniform"]
+    found = {id(layer): layer._grid(layer.layer.weight) for layer in layers if layer.protocol.weight_grid != "uniform"}
+    kinds = {id(layer): (layer.bits, layer.layer.weight.dtype) for layer in uniform}
     for kind in dict.fromkeys(kinds.values()):
-        alike = [layer for layer in layers if kinds[id(layer)] == kind]
+        alike = [layer for layer in uniform if kinds[id(layer)] == kind]
         extremes = [layer.extremes(layer.layer.weight) for layer in alike]
         low, high = (torch.cat(values) for values in zip(*extremes, strict=True))
         together = grid(low, high, kind[0], alike[0].protocol.weight_symmetric)
@@ -188,6 +219,11 @@ class WeightGrid(nn.Module):
         if not self.enabled:
             return weight
         p, axis = self.protocol, None if self.axis is None else self.axis % weight.dim()
+        if p.weight_grid != "uniform":
+            turned = weight if axis is None else weight.transpose(0, axis)
+            rows = turned.reshape(1 if axis is None else len(turned), -1)
+            result = on_table(rows, *find_table(rows, p.weight_grid, self.bits), p.weight_grid).view(turned.shape)
+            return result if axis is None else result.transpose(0, axis)
         with torch.no_grad():
             low, high = weight.aminmax() if axis is None else weight.transpose(0, axis).flatten(1).aminmax(dim=1)
             low, high = (-torch.maximum(low.abs(), high.abs()), torch.maximum(low.abs(), high.abs())) if p.weight_symmetric else (low, high)

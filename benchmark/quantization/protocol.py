@@ -14,6 +14,10 @@ from dfqbench.yaml_file import read_yaml
 RangeEstimatorName = Literal["ema", "minmax", "percentile", "mse"]
 Placement = Literal["activations", "layer-inputs", "operands"]
 BatchNormMode = Literal["fixed", "trained", "folded"]
+WeightGridName = Literal["uniform", "pow2", "apot", "kmeans", "ternary"]
+
+GRID_WIDTHS: dict[WeightGridName, tuple[int, int]] = {"uniform": (2, 8), "pow2": (2, 6), "apot": (2, 5), "kmeans": (2, 8), "ternary": (2, 2)}
+ONE_CODEBOOK = "weight_grid 'kmeans' has one codebook for all of a weight: write `weight_granularity: per-tensor` beside it"
 
 
 class Bits(NamedTuple):
@@ -62,6 +66,12 @@ class Protocol(BaseModel):
         default="per-channel", description="one grid for each output channel of a weight, or one for all of it"
     )
     weight_symmetric: bool = Field(default=False, description="weights on -(2^(k-1)-1)..2^(k-1)-1 with zero point 0")
+    weight_grid: WeightGridName = Field(
+        default="uniform",
+        exclude_if=lambda kind: kind == "uniform",  # so that protocols are hashed and written as before there was another
+        description="levels of weights: even steps, signed powers of two, sums of powers of two, a codebook by k-means, or -a, 0, a; "
+        "layers whose bits `first_bits` or `last_bits` say keep even steps",
+    )
     activation_symmetric: bool = Field(default=False, description="activations on a grid around zero, as symmetric weights are")
     zero_in_range: bool = Field(default=False, description="activation ranges are widened to contain zero, so that padding is exact")
     gradient: Literal["identity", "clipped"] = Field(
@@ -77,14 +87,40 @@ class Protocol(BaseModel):
         """Everything that can change a number; the name cannot."""
         return self.model_dump(exclude={"name"})
 
-    def for_method(self, method: str, ranges: RangeEstimatorName | None, batch_norm: BatchNormMode | None) -> Protocol:
+    @property
+    def of_pinned(self) -> Protocol:
+        """Of layers whose bits the protocol says: they keep even steps."""
+        return self if self.weight_grid == "uniform" else self.model_copy(update={"weight_grid": "uniform"})
+
+    def check_bits(self, bits: Bits, allocated: bool = False) -> None:
+        """UserError where the weight grid does not have this width; allocated: each tensor may have any width."""
+        least, most = GRID_WIDTHS[self.weight_grid]
+        if allocated and (least, most) != GRID_WIDTHS["uniform"]:
+            raise UserError(
+                f"{bits}: bits are allocated from 2 to 8, weight_grid {self.weight_grid!r} has {_span(least, most)}: use uniform or kmeans"
+            )
+        if not least <= bits.weights <= most:
+            other = " or ".join(kind for kind, (low, high) in GRID_WIDTHS.items() if low <= bits.weights <= high)
+            raise UserError(f"{bits}: weight_grid {self.weight_grid!r} has {_span(least, most)} bits for weights, not {bits.weights:g}: use {other}")
+        if self.weight_grid == "kmeans" and self.weight_granularity != "per-tensor":
+            raise UserError(ONE_CODEBOOK)
+
+    def for_method(self, method: str, ranges: RangeEstimatorName | None, batch_norm: BatchNormMode | None, uniform_grid: bool = False) -> Protocol:
         """This protocol with what the method declares for itself; UserError where the two cannot work together."""
+        if uniform_grid and self.weight_grid != "uniform":
+            raise UserError(
+                f"method {method} rounds weights in even steps of its own choice: it needs weight_grid 'uniform', not {self.weight_grid!r}"
+            )
         if batch_norm is not None and batch_norm != self.batch_norm and "folded" in (batch_norm, self.batch_norm):
             raise UserError(
                 f"method {method} needs batch norm '{batch_norm}', protocol {self.name} has it '{self.batch_norm}': "
                 "take another protocol for this method, or another method"
             )
         return self.model_copy(update={k: v for k, v in {"ranges": ranges, "batch_norm": batch_norm}.items() if v is not None})
+
+
+def _span(least: int, most: int) -> str:
+    return f"{least} to {most}" if most > least else f"{least}"
 
 
 PROTOCOLS = {
@@ -131,6 +167,8 @@ def find_protocol(given: str | dict[str, Any]) -> Protocol:
         if not name:
             described = [f"{key}={getattr(protocol, key)}" for key in sorted(changes)]
             protocol = protocol.model_copy(update={"name": "+".join([base.name, *described])})
+        if protocol.weight_grid == "kmeans" and protocol.weight_granularity != "per-tensor":
+            problems.append(ONE_CODEBOOK)
     except ValidationError as error:
         problems += [f"protocol.{e['loc'][0]}: {e['input']!r}: {e['msg']}" for e in error.errors()]
     if problems:

@@ -161,6 +161,9 @@ def _parts(sweep: Sweep, cache: Path, problems: Problems, networks: Mapping[str,
     """Looks everything up; None where something is wrong, which `problems` then holds."""
     protocol = problems.catch("protocol", lambda: find_protocol(sweep.protocol))
     bits = find_allocations(sweep.bits, problems, cache)
+    for i, (width, allocation) in enumerate(bits):
+        if protocol and width:
+            problems.catch(f"bits[{i}]", partial(protocol.check_bits, width, allocation is not None))
     has_data = sweep.evaluate.set != WITHOUT_DATA
     evaluation = problems.catch("evaluate", lambda: find_set(sweep.evaluate.set)) if has_data else None
     card = problems.catch("evaluate", lambda: _evaluation_card(evaluation, sweep.evaluate, cache)) if evaluation else None

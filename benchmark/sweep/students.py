@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dfqbench.errors import UserError
 from dfqbench.files import PACKAGE
 from dfqbench.quantization import Bits, Protocol
+from dfqbench.quantization.protocol import GRID_WIDTHS
 from dfqbench.teachers import UNTRAINED, Question, parse_teacher
 from dfqbench.teachers.spec import ZOOS
 
@@ -31,7 +32,7 @@ def student_of(protocol: Protocol) -> Question:
         said: dict[str, Any] = {"refused": None, "ranges": None, "quantized": None, "left_float": []}
         step = "refused"
         try:
-            student = Student(teacher, protocol, Bits(8, 8))
+            student = Student(teacher, protocol, Bits(GRID_WIDTHS[protocol.weight_grid][1], 8))
             said |= {"left_float": student.left_float, "quantized": share_of(work_of(student))._asdict()}
             step = "ranges"
             student.set_ranges_from_bn(1.0)

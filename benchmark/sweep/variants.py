@@ -191,7 +191,7 @@ def _variants(
     if method is None:
         return []
     if protocol is not None:
-        problems.catch(key, lambda: protocol.for_method(name, method.ranges, method.batch_norm))
+        problems.catch(key, lambda: protocol.for_method(name, method.ranges, method.batch_norm, method.uniform_grid))
     preset = settings.pop("preset", None)
     if preset is not None and preset not in method.Config.presets:
         problems.add(f"{key}.preset", f"{preset!r}: unknown preset: {nearest(preset, method.Config.presets)}")

@@ -53,7 +53,8 @@ def goes(layers: list[Any]) -> bool:
     alike = all((layer.bits, layer.protocol) == (first.bits, first.protocol) for layer in layers)
     size = sum(shape[0] for shape in shapes) * max(shape[1:].numel() for shape in shapes) * (DOUBLINGS + 1)
     on_gpu = first.layer.weight.device.type == "cuda"
-    return bool(on_gpu and alike and first.protocol.weight_granularity == "per-channel" and size <= ENTRIES)
+    rows = first.protocol.weight_granularity == "per-channel" and first.protocol.weight_grid == "uniform"
+    return bool(on_gpu and alike and rows and size <= ENTRIES)
 
 
 def lengthened(layers: list[Any], before: Tensor, step: Tensor, wanted: float, limit: float, bisections: int, close: float) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from dfqbench.analysis.report.site import page_names, site, write_site
 from dfqbench.data import own
 from dfqbench.errors import UserError
 from dfqbench.files import write_json
-from dfqbench.quantization import PROTOCOLS
+from dfqbench.quantization import PROTOCOLS, find_protocol
 from dfqbench.quantization.protocol_words import in_words
 from dfqbench.store import Store
 from dfqbench.store.cache import cache_folder
@@ -367,6 +367,12 @@ def test_protocols_are_told_in_words() -> None:
     assert "the first layer has 8 bits, the last 8 bits" in hardware
     assert "is folded into the layer before it" in hardware
     assert "new_rule: 7." in in_words({"new_rule": 7})
+    pow2, kmeans = (
+        in_words(find_protocol({"base": "hardware", "weight_granularity": "per-tensor", "weight_grid": g}).fingerprint()) for g in ("pow2", "kmeans")
+    )
+    assert "quantized with one scale per layer, to the nearest of 0 and signed powers of two" in pow2
+    assert "but the first and the last layer on a symmetric grid around 0; the first layer has 8 bits" in pow2
+    assert "with a codebook for each layer: 2^k codewords" in kmeans
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------

@@ -210,6 +210,24 @@ def test_weights_are_packed_integers(bits: int, kind: str, opset: int, knowing: 
     assert sum(math.prod(t.dims) for t in floats) < sum(layer.layer.weight.numel() for layer in student.layers.values()) / 4
 
 
+GRIDS = [("pow2", 4, "UINT4"), ("apot", 5, "UINT8"), ("kmeans", 3, "UINT4"), ("ternary", 2, "UINT2")]
+
+
+@pytest.mark.parametrize("base", ["lineage", "hardware"])
+@pytest.mark.parametrize(("grid", "bits", "kind"), GRIDS)
+def test_weights_on_other_grids_are_places_in_a_table(grid: str, bits: int, kind: str, base: str, knowing: Teacher, tmp_path: Path) -> None:
+    granularity = "per-tensor" if grid == "kmeans" else "per-channel"
+    student = student_of(knowing, find_protocol({"base": base, "weight_grid": grid, "weight_granularity": granularity}), Bits(bits, 4))
+    assert [a.how for a in export(student, tmp_path / "a.onnx") if a.holds] == [OFF, SHIPPED]
+    assert all(a.holds for a in export(student, tmp_path / "a.pt2", "torch"))
+    held = {tensor.name: tensor for tensor in onnx.load(tmp_path / "a.onnx").graph.initializer}
+    on_tables = [layer for layer in student.layers.values() if layer.protocol.weight_grid == grid]
+    places = [t for name, t in held.items() if name.endswith(".weight") and t.data_type == getattr(onnx.TensorProto, kind)]
+    tables = {t.raw_data for t in held.values() if t.data_type == onnx.TensorProto.FLOAT}
+    assert len(places) == len(on_tables) == len(student.layers) - (2 if base == "hardware" else 0)
+    assert all(codes.table is not None and codes.table.numpy().tobytes() in tables for codes in (layer.codes() for layer in on_tables))
+
+
 def test_the_program_holds_integers_and_standard_operators(knowing: Teacher, tmp_path: Path) -> None:
     student = student_of(knowing, HARDWARE, Bits(4, 4))
     export(student, tmp_path / "a.pt2", "torch")

@@ -68,6 +68,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 OTHER: dict[str, Any] = {
     "placement": "layer-inputs", "input_bits": 8, "first_bits": 8, "last_bits": 8, "weight_granularity": "per-tensor", "weight_symmetric": True,
     "activation_symmetric": True, "zero_in_range": True, "gradient": "clipped", "ranges": "minmax", "batch_norm": "trained",
+    "weight_grid": "pow2",
 }  # fmt: skip
 
 
