@@ -76,7 +76,7 @@ def plan(config: Config, results: Results = DEFAULT_RESULTS, plugin: Plugins = N
         for cell in bundle.cells:
             state = states[cell.id]
             why = f" ({state.why})" if state.why else ""
-            lines.append(f"  {cell.id}  {cell.bits}  {state.status.value}{why}")
+            lines.append(f"  {cell.id}  {cell.width}  {state.status.value}{why}")
     counts = {status: sum(s.status is status for s in states.values()) for status in Status}
     lines.append(f"{len(loaded.cells)} cells: " + ", ".join(f"{n} {status.value}" for status, n in counts.items() if n))
     lines += loaded.remarks

@@ -202,6 +202,7 @@ def test_a_sweep_with_budgets(tmp_path: Path, sweep_file: Callable[..., Path], d
     assert chosen["size"]["student"]["weight_bits"] <= 4.001
     code, out, _ = dfqbench("table", "--results", tmp_path / "r")
     assert (code, "pareto" in out) == (0, True)
+    assert f"{chosen['id']}  w4a4 pareto  done" in dfqbench("plan", config, "--results", tmp_path / "r")[1]
     code, out, _ = dfqbench("run", config, "--results", tmp_path / "r")
     assert code == 0
     wrong = sweep_file(methods=["round"], bits=[budget | {"allocate": "parato"}])
