@@ -105,6 +105,10 @@ class QAT(HostingMethod):
         """KL alone compares answers of any kind; the others are defined where the methods are whose losses they are."""
         return set(cls.tasks) if config.student == "kl" else set(TRAININGS[config.student].method.tasks)
 
+    @classmethod
+    def weight_grids(cls, config: Any) -> Any:
+        return ["uniform"] if "squant" in (config.start, config.end) else super().weight_grids(config)
+
     @property
     def static_step(self) -> bool:
         return self.host.static_step and self.trainer.static_step

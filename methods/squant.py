@@ -17,6 +17,8 @@ C alone 85.34 / 79.08; with one grid for each tensor 85.05 / 77.68 (`round`: 83.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,6 @@ class SQuant(Method):
 
     tasks = {"classify", "segment", "detect"}
     needs = {"statistics", "ranges"}
-    uniform_grid = True
     uses_seed = False
 
     class Config(MethodConfig):
@@ -41,6 +42,10 @@ class SQuant(Method):
         kernel: bool = Field(True, description="errors cancel within each kernel (K)")
         channel: bool = Field(True, description="errors cancel within each output channel (C)")
         n: float = Field(3.0, gt=0, unit="standard deviations", description="half-width of activation ranges", source="as `round`")
+
+    @classmethod
+    def weight_grids(cls, config: Any) -> Any:
+        return ["uniform"]
 
     def finish(self, student: Student) -> None:
         student.set_ranges_from_bn(self.config.n)

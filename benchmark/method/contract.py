@@ -8,7 +8,7 @@ teacher, a description of the task, and random streams.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +20,7 @@ from dfqbench.method.image_set import ImageSet
 from dfqbench.method.info import MethodInfo, Needs
 from dfqbench.method.log import Log, Value
 from dfqbench.method.settings import MethodConfig
-from dfqbench.quantization.protocol import BatchNormMode, RangeEstimatorName
+from dfqbench.quantization.protocol import GRID_WIDTHS, BatchNormMode, RangeEstimatorName, WeightGridName
 from dfqbench.task import Kind, Task
 from dfqbench.tasks.answers import Answers, answers_of
 
@@ -87,7 +87,6 @@ class Method:
     version: ClassVar[int] = 1  # raise it whenever the same settings give other numbers than before
     ranges: ClassVar[RangeEstimatorName | None] = None  # None: the protocol's choice
     batch_norm: ClassVar[BatchNormMode | None] = None  # None: the protocol's choice
-    uniform_grid: ClassVar[bool] = False  # True: it sets levels itself, and needs a protocol whose weights lie in even steps
     uses_seed: ClassVar[bool] = True  # False: nothing is random, one cell serves all seeds
     tasks: ClassVar[set[Kind]] = {"classify"}  # what kinds of teachers it is defined for; `self.answers` compares answers of any kind
     needs: ClassVar[set[Needs]] = set()  # beside the teacher's logits: "statistics" (BN), "features" (of stages), ... (info.py)
@@ -165,6 +164,11 @@ class Method:
     def tasks_with(cls, config: Any) -> set[Kind]:
         """The kinds of `tasks` for which it is defined with these settings: all of them, unless a setting decides what the loss is."""
         return set(cls.tasks)
+
+    @classmethod
+    def weight_grids(cls, config: Any) -> Collection[WeightGridName]:
+        """The protocol's weight grids with which it works with these settings: all, unless it sets the levels of weights itself."""
+        return GRID_WIDTHS
 
     @classmethod
     def widths(cls, config: Any, asked: Sequence[str]) -> Sequence[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from dfqbench.quantization.protocol import Protocol
 from dfqbench.quantization.ranges import RangeEstimator
 
 Grid = tuple[Tensor, Tensor]  # scale and zero point; where a grid is not uniform, scale and table of levels (level_tables.py)
+
+
+FIXED = ("fixed_scale", "fixed_levels")  # buffers of a grid that moves no more: scale, and zero point or table
 
 
 class Codes(NamedTuple):
@@ -88,6 +91,8 @@ class QuantizedLayer(nn.Module):
 
     @torch.no_grad()
     def _grid(self, weight: Tensor) -> Grid:
+        if self.has_fixed_grid:
+            return self.get_buffer(FIXED[0]), self.get_buffer(FIXED[1])
         if self.protocol.weight_grid != "uniform":
             scale, table = find_table(self._table_rows(weight), self.protocol.weight_grid, self.bits)
             return (scale if self.protocol.weight_granularity == "per-channel" else scale.view(())), table
@@ -95,6 +100,27 @@ class QuantizedLayer(nn.Module):
 
     def _shaped(self, scale: Tensor, zero_point: Tensor) -> Grid:
         return (scale, zero_point) if self.protocol.weight_granularity == "per-channel" else (scale.view(()), zero_point.view(()))
+
+    @torch.no_grad()
+    def fix_grid(self) -> None:
+        """From now on the grid is that of the weight as it is now, whatever becomes of the weight; it is part of the state.
+
+        Raises ValueError for a ternary grid: its threshold is the weight's.
+        """
+        if self.protocol.weight_grid == "ternary":
+            raise ValueError("a ternary grid moves with its weight")
+        for name, value in zip(FIXED, self._grid(self.layer.weight), strict=True):
+            self.register_buffer(name, value.clone())
+
+    @property
+    def has_fixed_grid(self) -> bool:
+        return FIXED[0] in self._buffers
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        for name in FIXED:
+            if prefix + name in state_dict:
+                self.register_buffer(name, state_dict[prefix + name].to(self.layer.weight.device, copy=True))
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _table_rows(self, weight: Tensor) -> Tensor:
         """A row for each scale."""
@@ -190,8 +216,8 @@ def grids_of(layers: Sequence[QuantizedLayer]) -> list[Grid]:
 
     A GPU's host launches the dozen operations of each layer no faster than its convolution.
     """
-    uniform = [layer for layer in layers if layer.protocol.weight_grid == "uniform"]
-    found = {id(layer): layer._grid(layer.layer.weight) for layer in layers if layer.protocol.weight_grid != "uniform"}
+    uniform = [layer for layer in layers if layer.protocol.weight_grid == "uniform" and not layer.has_fixed_grid]
+    found = {id(layer): layer._grid(layer.layer.weight) for layer in layers if layer not in uniform}
     kinds = {id(layer): (layer.bits, layer.layer.weight.dtype) for layer in uniform}
     for kind in dict.fromkeys(kinds.values()):
         alike = [layer for layer in uniform if kinds[id(layer)] == kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -105,12 +106,13 @@ class Protocol(BaseModel):
         if self.weight_grid == "kmeans" and self.weight_granularity != "per-tensor":
             raise UserError(ONE_CODEBOOK)
 
-    def for_method(self, method: str, ranges: RangeEstimatorName | None, batch_norm: BatchNormMode | None, uniform_grid: bool = False) -> Protocol:
+    def check_grid(self, method: str, grids: Collection[WeightGridName]) -> None:
+        """UserError where the method does not work with this weight grid."""
+        if self.weight_grid not in grids:
+            raise UserError(f"method {method}, as it is set, does not work with weight_grid {self.weight_grid!r}: take {' or '.join(grids)}")
+
+    def for_method(self, method: str, ranges: RangeEstimatorName | None, batch_norm: BatchNormMode | None) -> Protocol:
         """This protocol with what the method declares for itself; UserError where the two cannot work together."""
-        if uniform_grid and self.weight_grid != "uniform":
-            raise UserError(
-                f"method {method} rounds weights in even steps of its own choice: it needs weight_grid 'uniform', not {self.weight_grid!r}"
-            )
         if batch_norm is not None and batch_norm != self.batch_norm and "folded" in (batch_norm, self.batch_norm):
             raise UserError(
                 f"method {method} needs batch norm '{batch_norm}', protocol {self.name} has it '{self.batch_norm}': "

@@ -191,7 +191,7 @@ def _variants(
     if method is None:
         return []
     if protocol is not None:
-        problems.catch(key, lambda: protocol.for_method(name, method.ranges, method.batch_norm, method.uniform_grid))
+        problems.catch(key, lambda: protocol.for_method(name, method.ranges, method.batch_norm))
     preset = settings.pop("preset", None)
     if preset is not None and preset not in method.Config.presets:
         problems.add(f"{key}.preset", f"{preset!r}: unknown preset: {nearest(preset, method.Config.presets)}")
@@ -222,6 +222,8 @@ def _variants(
             for line in described(error, key):
                 problems.add(*line)
             continue
+        if protocol is not None:
+            problems.catch(key, partial(protocol.check_grid, name, method.weight_grids(config)))
         required = {k: v for k, v in chosen.items() if k in without_default(method.Config)}
         plain = method.Config(**{**base, **required}).model_dump(mode="json")
         changed = {k: v for k, v in config.model_dump(mode="json").items() if k in chosen and (k in required or v != plain.get(k))}

@@ -210,7 +210,10 @@ def test_bit_widths_are_those_that_a_grid_has() -> None:
     ("changes", "said"),
     [
         ({"bits": ["w2a4", "w3a4"], "protocol": {"weight_grid": "ternary"}}, "bits[1]: w3a4: weight_grid 'ternary' has 2 bits"),
-        ({"methods": ["squant"], "protocol": {"weight_grid": "pow2"}}, "methods[0].squant: method squant rounds weights in even steps"),
+        (
+            {"methods": ["squant"], "protocol": {"weight_grid": "pow2"}},
+            "methods[0].squant: method squant, as it is set, does not work with weight_grid 'pow2': take uniform",
+        ),
         ({"protocol": {"weight_grid": "kmeans"}}, "protocol: weight_grid 'kmeans' has one codebook"),
     ],
 )
