@@ -463,4 +463,4 @@ def test_networks_of_the_zoos_with_random_weights(name: str, tmp_path: Path) -> 
         student = student_of(teacher, protocol, bits)
         found = export(student, tmp_path / "a.onnx", batches=random_images(teacher.task, 16))
         assert all(float(agreement.moved.median()) < 0.05 * agreement.largest for agreement in found)
-        assert export(student, tmp_path / "a.pt2", "torch", random_images(teacher.task, 16))
+    assert export(student, tmp_path / "a.pt2", "torch", random_images(teacher.task, 16))
