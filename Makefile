@@ -1,4 +1,4 @@
-# make install | demo | results | test | test-fast | lint | clean
+# make install | demo | results | test | test-all | test-fast | lint | clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -36,6 +36,11 @@ test: install
 	$(BIN)/pytest --numprocesses auto --ignore tests/slurm
 	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder tests/slurm
 
+# and the cases of long tables of networks and formats that `make test` leaves out
+test-all: install
+	$(BIN)/pytest --numprocesses auto --ignore tests/slurm --thorough
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder tests/slurm
+
 # all but the slow tests and Slurm's: under 90 seconds on two cores
 test-fast: install
 	$(BIN)/pytest --numprocesses auto --ignore tests/slurm -m 'not slow'
@@ -50,4 +55,4 @@ clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .grimp_cache dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: install demo results test test-fast lint clean
+.PHONY: install demo results test test-all test-fast lint clean

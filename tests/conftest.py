@@ -58,6 +58,20 @@ def tiny():
 '''
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="all cases of the tests marked `thorough`, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of a test marked `thorough(NAME, ...)` the cases whose names contain none of these are left for `make test-all`."""
+    if config.getoption("--thorough"):
+        return
+    marked = [(item, item.get_closest_marker("thorough")) for item in items]
+    left = [item for item, mark in marked if mark and not any(kept in item.name for kept in mark.args)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in set(left)]
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache; within a session it is shared."""

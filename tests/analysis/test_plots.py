@@ -39,6 +39,7 @@ MADE = [kind for kind in KINDS if kind not in ("published", "factorial", "budget
 
 
 @pytest.mark.slow
+@pytest.mark.thorough("accuracy", "curves", "size")
 @pytest.mark.parametrize("kind", MADE)
 def test_every_kind_is_drawn_in_every_format_the_same_twice(drawn: Drawn, kind: str) -> None:
     once = {name: hashlib.sha256(content).hexdigest() for name, content in files(drawn, kind, ["png", "pdf", "svg"])}

@@ -151,6 +151,7 @@ def figures_of(drawn: Drawn, kind: str, width: str) -> list[Figure]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough("column")
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_text_can_be_read(drawn: Drawn, kind: str, width: str) -> None:

@@ -85,6 +85,7 @@ def test_a_full_disk_behind_the_output_is_one_line(finished: tuple[Path, Path]) 
 
 
 @pytest.mark.slow
+@pytest.mark.thorough("gbk")
 @pytest.mark.parametrize("name", LOCALES)
 def test_every_letter_is_read_and_written_in_every_locale(sweep_file: SweepFile, tiny_teacher: str, tmp_path: Path, name: str) -> None:
     config = sweep_file()

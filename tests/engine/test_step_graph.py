@@ -20,7 +20,7 @@ from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.engine.method_state import Attributes, streams_of
 from dfqbench.engine.step_graph import WARM_UP, CapturedParts, first_difference
 from dfqbench.method.registry import find_method, register
-from dfqbench.testing import StopAfter, Trial, ends_of
+from dfqbench.testing import StopAfter, Trial, ends_of, small_task
 
 LONG = {"epochs": 3, "iterations": 6, "warmup_epochs": 1}
 
@@ -117,10 +117,10 @@ def test_replayed_steps_end_with_the_bits_of_steps_run_as_they_are(name: str) ->
 
 @pytest.mark.slow
 def test_bf16_opens_autocast_within_the_recording() -> None:
-    trial = Trial(find_method("gdfq"), LONG)
+    trial, task = Trial(find_method("gdfq"), {**LONG, "batch_size": 4}), small_task(size=16)  # a CPU without bf16 is slow
     ends = []
     for replayed in (False, True):
-        lockstep = trial.start()
+        lockstep = trial.start(task=task)
         lockstep.autocast = torch.autocast("cpu", torch.bfloat16)
         if replayed:
             replaying(lockstep, [])

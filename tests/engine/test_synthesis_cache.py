@@ -182,6 +182,7 @@ def flipped(path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough("flipped", "state.pt")
 @pytest.mark.parametrize("name", ["images-0000.safetensors", "images-0001.safetensors", "state.pt", "images.json"])
 @pytest.mark.parametrize("damage", [flipped, Path.unlink, lambda path: path.write_bytes(b"")])
 def test_a_damaged_file_is_named_and_the_images_are_made_again(

@@ -451,6 +451,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
+@pytest.mark.thorough("shared modules", "resnet20", "mobilenetv3_small_050", "deit_tiny")
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "shared modules" else pytest.mark.slow) for name in ZOO])
 def test_networks_of_the_zoos_with_random_weights(name: str, tmp_path: Path) -> None:
     make, size = ZOO[name]

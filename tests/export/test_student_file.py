@@ -74,6 +74,7 @@ def assert_same(student: Student, path: Path) -> StoredStudent:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough("lineage", "hardware-round", "full-round", "hardware-squant", "full-gdfq")
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_the_student_of_every_method_comes_back_to_the_bit(name: str, protocol: str, tmp_path: Path) -> None:
@@ -201,6 +202,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.thorough("efficientnet_lite0", "nf_regnet", "deit_tiny", "densenet40")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_of_the_zoos_come_back_to_the_bit(name: str, tmp_path: Path) -> None:
     build, size, classes = NETWORKS[name]

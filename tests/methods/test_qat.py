@@ -121,6 +121,7 @@ def test_weights_set_out_from_squants_rounding_and_end_in_it() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough("settings0", "settings3")
 @pytest.mark.parametrize(
     "settings",
     [

@@ -69,6 +69,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 @pytest.mark.slow
+@pytest.mark.thorough("resnet", "mobilenet", "deit")
 @pytest.mark.parametrize("name", ZOO)
 def test_with_quantizers_off_a_zoo_network_computes_what_it_did(name: str) -> None:
     build, size = ZOO[name]

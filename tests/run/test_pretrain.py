@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(folder: Path
 def test_digits_are_learnt_by_one_channel_without_flips(tmp_path: Path) -> None:
     """Two epochs only: that twelve reach 97 % is measured, and stands in the module's docstring."""
     said: list[str] = []
-    pretrain("cifar:resnet20", "digits", tmp_path / "w.safetensors", epochs=2, progress=said.append, precision="bf16")
+    pretrain("cifar:resnet20", "digits", tmp_path / "w.safetensors", epochs=2, progress=said.append)
     with safe_open(tmp_path / "w.safetensors", "pt") as file:
         facts = json.loads(file.metadata()["dfqbench"])
         assert file.get_tensor("conv1.weight").shape == (16, 1, 3, 3)

@@ -86,7 +86,15 @@ def test_the_devices_rate_is_that_of_the_faster_of_a_product_and_a_convolution(f
     assert floor.measured_device(torch.device("cpu")).flops == pytest.approx({"fp32": 1e12, "bf16": 2e12})
 
 
+@pytest.fixture
+def small_floor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's rates by small work: where a CPU has no bf16 arithmetic the usual takes minutes."""
+    for name, size in {"MATRIX": 64, "LAYER": (1, 8, 8), "COPIED": 2**12}.items():
+        monkeypatch.setattr(floor, name, size)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_floor")
 def test_speed_prints_and_writes_what_it_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     out = tmp_path / "speed.json"
@@ -106,6 +114,7 @@ def test_speed_prints_and_writes_what_it_measured(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_floor")
 def test_any_network_can_be_measured_with_the_settings_that_methods_have_for_its_kind(
     tiny_teacher: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
