@@ -46,6 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qat, dkd on noise": ("qat", {"student": "dkd", "host": "gaussian", "host_settings": {"calibration_epochs": 1}}),
     "qimera": ("qimera", {"mixed_classes": 4, "mixing": 0.5}),
     "round": ("round", {}),
+    "slq": ("slq", {}),
     "squant": ("squant", {}),
     "tszsq": ("tszsq", {}),
     "zaq": ("zaq", {}),
