@@ -77,7 +77,8 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Lowest and highest value of each grid: one per output channel, or one; of `weight`, which has this layer's shape."""
-        low, high = torch.aminmax(_rows_of(weight), dim=1)
+        rows = _rows_of(weight)
+        low, high = (rows.amin(1), rows.amax(1)) if rows.device.type == "cpu" else torch.aminmax(rows, dim=1)  # which no CPU does in vectors
         return (low, high) if self.protocol.weight_granularity == "per-channel" else (low.amin(0, keepdim=True), high.amax(0, keepdim=True))
 
     @torch.no_grad()
