@@ -19,11 +19,13 @@ class Cost:
     """Mean seconds of a cell, common work of its bundle counted whole.
 
     low, high: the least and the greatest mean of one place (host, device, threads); NaN where the cells have no clock in common (clock is "").
+    chosen: whether somebody chose a width for each layer before, whose seconds are not counted here.
     """
 
     clock: str
     low: float
     high: float
+    chosen: bool = False
 
     def __str__(self) -> str:
         """`352`, or `290-410` where cells ran in several places; `-` where there is no figure."""
@@ -55,7 +57,7 @@ def cost_of(results: list[dict[str, Any]], clock: str | None = None) -> Cost:
     for result in results:
         places[place_of(result)].append(seconds_of(result, clock))
     means = [float(np.mean(seconds)) for seconds in places.values()] if clock else [math.nan]
-    return Cost(clock, min(means), max(means))
+    return Cost(clock, min(means), max(means), any("allocation" in result for result in results))
 
 
 def seconds_of(result: dict[str, Any], clock: str) -> float:
@@ -92,6 +94,8 @@ def in_words(costs: Sequence[Cost], devices: Sequence[str]) -> list[str]:
     notes = [f"{' or '.join(SECONDS[clock] for clock in clocks)} per cell, images included, on {', '.join(devices)}"] * bool(clocks)
     if "wall" in clocks:
         notes[0] += "; wall seconds grow with whatever else the machine did"
+    if clocks and any(cost.chosen for cost in costs):
+        notes.append("seconds do not count the choice of a width for each layer: it is made once, and cells share it")
     if any(cost.several for cost in costs):
         notes.append("seconds a-b: means of several hosts or devices lie between these; they are not averaged")
     if any(not cost.clock for cost in costs):

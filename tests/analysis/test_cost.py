@@ -55,6 +55,12 @@ def test_rows_by_several_clocks_say_theirs_one_by_one() -> None:
     assert note.startswith("GPU-seconds or CPU-seconds or wall seconds per cell, images included, on a CPU, a GPU; wall seconds grow with")
 
 
+def test_that_the_choice_of_widths_is_not_in_the_seconds_is_said() -> None:
+    said = "seconds do not count the choice of a width for each layer: it is made once, and cells share it"
+    plain, chosen = (blocks([result(**more)])[0] for more in (TIMED, {**TIMED, "allocation": {"seconds": 400.0, "allocator": "dnq"}}))
+    assert (said in notes_of(plain), said in notes_of(chosen)) == (False, True)
+
+
 @pytest.mark.parametrize("elsewhere", [{"host": "two"}, {"device_name": "another CPU"}, {"threads": 2}])
 def test_hosts_and_devices_are_never_averaged(elsewhere: dict[str, Any]) -> None:
     here = [result(seed=seed, provenance=CPU, seconds={"own": own, "shared": 0.0}) for seed, own in ((0, 100.0), (1, 120.0))]
