@@ -318,8 +318,8 @@ def test_the_front_is_what_nothing_beats_in_both() -> None:
 
 def test_what_lies_below_the_axis_is_named_at_its_edge() -> None:
     """Also two points of one name and value, and no more than there is room for."""
-    near = [Point(f"row {i}", PLAIN, 10.0 + i, 10.0 + i, 80.0 + i / 10) for i in range(200)]
-    for count in (3, 50):
+    near = [Point(f"row {i}", PLAIN, 10.0 + i, 10.0 + i, 80.0 + i / 6) for i in range(120)]
+    for count in (3, 30):
         far = [Point("far", PLAIN, 1.0 + 4 * i, 1.0 + 4 * i, 12.0) for i in range(count)]
         with settings():
             (figure,) = scatters([Scatter("net", "seconds", [*near, *far], 101.0)], WIDTHS["column"], "top-1 (%)", [])
