@@ -64,12 +64,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of a test marked `thorough(NAME, ...)` the cases whose names contain none of these are left for `make test-all`."""
-    if config.getoption("--thorough"):
+    if config.getoption("--thorough") or any("[" in asked for asked in config.args):
         return
-    marked = [(item, item.get_closest_marker("thorough")) for item in items]
-    left = [item for item, mark in marked if mark and not any(kept in item.name for kept in mark.args)]
-    config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in set(left)]
+    marked = [(item, mark) for item in items if (mark := item.get_closest_marker("thorough"))]
+    left = {item for item, mark in marked if not any(kept in item.name for kept in mark.args)}
+    names = {item.nodeid.partition("[")[0] for item, _ in marked}
+    if lost := names - {item.nodeid.partition("[")[0] for item, _ in marked if item not in left}:
+        raise pytest.UsageError(f"thorough: no case of {min(lost)} has one of the names that it is to keep")
+    config.hook.pytest_deselected(items=list(left))
+    items[:] = [item for item in items if item not in left]
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,6 @@ from dfqbench.quantization.protocol import Protocol
 from dfqbench.quantization.ranges import RangeEstimator
 
 Grid = tuple[Tensor, Tensor]  # scale and zero point; where a grid is not uniform, scale and table of levels (level_tables.py)
-
-
 FIXED = ("fixed_scale", "fixed_levels")  # buffers of a grid that moves no more: scale, and zero point or table
 
 
@@ -77,8 +75,7 @@ class QuantizedLayer(nn.Module):
     @torch.no_grad()
     def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Lowest and highest value of each grid: one per output channel, or one; of `weight`, which has this layer's shape."""
-        rows = _rows_of(weight)
-        low, high = (rows.amin(1), rows.amax(1)) if rows.device.type == "cpu" else torch.aminmax(rows, dim=1)  # which no CPU does in vectors
+        low, high = _extremes(_rows_of(weight))
         return (low, high) if self.protocol.weight_granularity == "per-channel" else (low.amin(0, keepdim=True), high.amax(0, keepdim=True))
 
     @torch.no_grad()
@@ -204,6 +201,11 @@ def _rows_of(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
+def _extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each row: one pass, but on a CPU, where that pass is not done in vectors."""
+    return (rows.amin(1), rows.amax(1)) if rows.device.type == "cpu" else torch.aminmax(rows, dim=1)
+
+
 def _like_rows(rows: Tensor, weight: Tensor) -> Tensor:
     """Back from `_rows_of` (or all of them in one row) to the weight's shape and its order in memory."""
     if weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last):
@@ -217,8 +219,12 @@ def grids_of(layers: Sequence[QuantizedLayer]) -> list[Grid]:
 
     A GPU's host launches the dozen operations of each layer no faster than its convolution.
     """
-    uniform = [layer for layer in layers if layer.protocol.weight_grid == "uniform" and not layer.has_fixed_grid]
-    found = {id(layer): layer._grid(layer.layer.weight) for layer in layers if layer not in uniform}
+    found, uniform = dict[int, Grid](), list[QuantizedLayer]()
+    for layer in layers:
+        if layer.protocol.weight_grid == "uniform" and not layer.has_fixed_grid:
+            uniform.append(layer)
+        else:
+            found[id(layer)] = layer._grid(layer.layer.weight)
     kinds = {id(layer): (layer.bits, layer.layer.weight.dtype) for layer in uniform}
     for kind in dict.fromkeys(kinds.values()):
         alike = [layer for layer in uniform if kinds[id(layer)] == kind]
@@ -252,8 +258,7 @@ class WeightGrid(nn.Module):
             result = on_table(rows, *find_table(rows, p.weight_grid, self.bits), p.weight_grid).view(turned.shape)
             return result if axis is None else result.transpose(0, axis)
         with torch.no_grad():
-            low, high = weight.aminmax() if axis is None else weight.transpose(0, axis).flatten(1).aminmax(dim=1)
-            low, high = (-torch.maximum(low.abs(), high.abs()), torch.maximum(low.abs(), high.abs())) if p.weight_symmetric else (low, high)
+            low, high = weight.aminmax() if axis is None else _extremes(weight.transpose(0, axis).flatten(1))
             scale, zero_point = grid(low, high, self.bits, p.weight_symmetric)
         clipped = p.gradient == "clipped"
         return fake_quantize(weight, scale, zero_point, self.bits, symmetric=p.weight_symmetric, channel_axis=axis, clipped_gradient=clipped)

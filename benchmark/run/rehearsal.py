@@ -39,7 +39,7 @@ def rehearse(bundle: Bundle, teacher: Teacher, device: torch.device, say: Callab
     if device.type != "cuda":
         return
     torch.use_deterministic_algorithms(True)
-    cell, key = bundle.cells[0], _kind(bundle.cells[0])
+    cell, key = bundle.cells[0], _question(bundle.cells[0])
     if key not in _known:
         _known[key] = _refused(cell, teacher, device)
     if found := _known[key]:
@@ -53,7 +53,7 @@ def why_not_replayed(bundle: Bundle, teacher: Teacher, device: torch.device) -> 
 
     "" where the method does not promise steps that are all alike. Raises RuntimeError where the GPU is dead afterwards.
     """
-    cell, key = bundle.cells[0], _kind(bundle.cells[0])
+    cell, key = bundle.cells[0], _question(bundle.cells[0])
     if key not in _replays:
         _replays[key] = _difference(cell, teacher, device)
     return _replays[key]
@@ -70,7 +70,7 @@ def _difference(cell: Cell, teacher: Teacher, device: torch.device) -> str | Non
         plain, replayed = (_steps(quick, teacher, device, REPLAYED, say) for say in (None, said.append))
     except Exception as error:
         if is_lost(error, device):
-            raise
+            raise RuntimeError("a check replayed steps as CUDA graphs: try again with --no-graphs") from error
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     if said:
         return said[0].partition(": ")[2]
@@ -80,8 +80,10 @@ def _difference(cell: Cell, teacher: Teacher, device: torch.device) -> str | Non
     return None if alike else "replayed steps end with other bits than steps that are run as they are"
 
 
-def _kind(cell: Cell) -> str:
-    return canonical_json([cell.method, cell.config, cell.teacher.task.as_dict(), cell.teacher.model, cell.protocol.name, cell.precision])
+def _question(cell: Cell) -> str:
+    """Cells that give the same answer have the same."""
+    teacher = [cell.teacher.task.as_dict(), cell.teacher.model, cell.teacher.weights_sha256]
+    return canonical_json([cell.method, cell.config, teacher, cell.protocol.fingerprint(), cell.precision])
 
 
 def small(cell: Cell, more: dict[str, Any] | None = None) -> Cell | None:

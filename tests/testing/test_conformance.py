@@ -129,6 +129,13 @@ class LearnsNothing(Sound):
         return 0 * super().distill(student, batch)
 
 
+class NeverSteps(Sound):
+    """Finds every gradient, and takes no step."""
+
+    def student_step(self, student: Student, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+
 class HookedStudent(Sound):
     """Changes what a module of the student does, which no file can hold."""
 
@@ -171,6 +178,7 @@ def test_a_sound_method_passes() -> None:
         (LivesOffTheModule, "interrupted_equals_uninterrupted"),
         (LooksAtEvaluation, "a_poisoned_evaluation_set_changes_nothing"),
         (NoRanges, "students_end_evaluated_with_finite_weights"),
+        (NeverSteps, "students_end_evaluated_with_finite_weights"),
         (LearnsNothing, "students_end_evaluated_with_finite_weights"),
         (HookedStudent, "students_end_evaluated_with_finite_weights"),
         (OnlyThreeChannels, "any_task_works"),
