@@ -63,14 +63,17 @@ def _difference(cell: Cell, teacher: Teacher, device: torch.device) -> str | Non
     quick = small(cell, {"iterations": REPLAYED, "synthesis_iterations": REPLAYED})
     if quick is None:
         return "the few steps of a check do not go with its settings"
-    said = list[str]()
+    said, plain = list[str](), None
     try:
         if not Lockstep(Bundle((quick,)), teacher, device, _not_evaluated, yardstick=_noise(quick, teacher)).method.static_step:
             return ""
-        plain, replayed = (_steps(quick, teacher, device, REPLAYED, say) for say in (None, said.append))
+        plain = _steps(quick, teacher, device, REPLAYED)
+        replayed = _steps(quick, teacher, device, REPLAYED, said.append)
     except Exception as error:
+        if is_lost(error, device) and plain is not None:
+            raise RuntimeError("steps were replayed as CUDA graphs, as a check: try again with --no-graphs") from error
         if is_lost(error, device):
-            raise RuntimeError("a check replayed steps as CUDA graphs: try again with --no-graphs") from error
+            raise
         return f"{type(error).__name__}: {' '.join(str(error).split())}"
     if said:
         return said[0].partition(": ")[2]

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from pretended_cuda import PretendedCuda
+from pretended_parts import Graph
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -122,6 +123,20 @@ def test_a_dead_gpu_ends_the_process_and_costs_no_cell(
     assert "the same command goes on from what is saved" in err
     assert failures(tmp_path / "r") == []
     assert dfqbench("plan", sweep_file(seeds=[0, 1]), "--results", tmp_path / "r")[1].count("missing") == 4 + 1, "four cells, and the sum"
+
+
+def test_a_gpu_that_dies_of_replayed_steps_says_how_to_go_without(
+    gpu: PretendedCuda, dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replay(*_: Any) -> None:
+        dead = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        monkeypatch.setattr("torch.cuda.synchronize", raising(dead))
+        raise dead
+
+    monkeypatch.setattr(Graph, "replay", replay)
+    code, _, err = dfqbench("run", sweep_file(), "--results", tmp_path / "r", "--device", "cuda")
+    assert (code, "as a check: try again with --no-graphs" in err) == (2, True)
+    assert failures(tmp_path / "r") == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes do not fit"), torch.AcceleratorError("CUDA error: invalid argument")])
