@@ -110,16 +110,25 @@ class AIT(HostingMethod):
             }
         }
 
+    at_once = True  # whether all students' layers are looked at together
+
+    @property
+    def static_step(self) -> bool:
+        """Layer by layer, each doubling waits for the one before."""
+        return self.host.static_step and self.at_once
+
     def distill(self, student: Student, batch: Batch) -> Tensor:
         """The mean is over all N x C elements, as in GDFQ's code; of segmentation over those of all pixels."""
         return self.answers.divergence(student(batch.images), batch.teacher_logits, self.config.temperature) / self.task.classes
 
     def student_optimizer(self, student: Student) -> Optimizer:
         optimizer = super().student_optimizer(student)
-        optimizer.param_groups[0]["updates"] = 0  # kept with the optimizer, so each student has its own
         layers = list(student.layers.values())
+        device = layers[0].layer.weight.device
+        optimizer.param_groups[0]["updates"] = torch.zeros((), device=device)  # kept with the optimizer, so each student has its own
+        self.at_once = self.at_once and inundation.goes(layers)
         if inundation.goes(layers):  # what no step shall wait for is made now
-            inundation.layout(tuple(layer.layer.weight.shape for layer in layers), layers[0].layer.weight.device)
+            inundation.layout(tuple(layer.layer.weight.shape for layer in layers), device)
         return optimizer
 
     def student_step(self, student: Student, loss: Tensor, optimizer: Optimizer) -> None:
@@ -128,8 +137,11 @@ class AIT(HostingMethod):
         weights = [layer.layer.weight for layer in layers]
         before = [weight.detach().clone() for weight in weights]
         self.minimise(loss, optimizer)
-        limit = self.config.first_limit if group["updates"] < self.config.iterations else math.inf
-        group["updates"] += 1
+        if not isinstance(group["updates"], Tensor) or group["updates"].device != before[0].device:  # a checkpoint is read onto the CPU
+            group["updates"] = torch.as_tensor(group["updates"], dtype=torch.float32, device=before[0].device)
+        updates = group["updates"]
+        limit = torch.where(updates < self.config.iterations, self.config.first_limit, math.inf)
+        updates += 1
         share = self.config.changed_share * group["lr"] / group["initial_lr"]
         if inundation.goes(layers):
             with torch.no_grad():
@@ -147,12 +159,12 @@ class AIT(HostingMethod):
                 changed = [(layers[i].weight_levels(before[i] - a * steps[i]) != levels[i]).float().mean() for i, a in factors.items()]
                 return dict(zip(factors, torch.stack(changed).tolist(), strict=True)) if changed else {}
 
-            factors = step_factors(useful_factors(before, steps), shares, share, limit)
+            factors = step_factors(useful_factors(before, steps), shares, float(share), float(limit))
             for weight, old, step, factor in zip(weights, before, steps, factors, strict=True):
                 weight.copy_(old - factor * step)
         self.log("step_factor", sum(factors) / len(factors))
 
-    def together(self, optimizer: Optimizer, layers: list[Any], before: list[Tensor], share: float, limit: float) -> tuple[Tensor, Tensor]:
+    def together(self, optimizer: Optimizer, layers: list[Any], before: list[Tensor], share: Any, limit: Tensor) -> tuple[Tensor, Tensor]:
         """The same for all layers at once, without waiting for the device: the new weights, one after the other, and the layers' factors."""
         group, weights = optimizer.param_groups[0], [layer.layer.weight for layer in layers]
         gradients, buffers = (

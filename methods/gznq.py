@@ -22,6 +22,7 @@ back. Under a protocol with `gradient: clipped` it reaches 79.83 % (results/refe
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Literal
 
 import torch
@@ -31,7 +32,7 @@ from torch.optim import Adam
 from dfqbench import Batch, Field, Method, Observation, Phase, Student, TrainingConfig, register
 from dfqbench_methods.parts.generators import Generator
 from dfqbench_methods.parts.layouts import at_size, draw_labels, label_loss
-from dfqbench_methods.parts.pixels import clip_to_pixels, drawn_jitter, roughness, same_class_similarity
+from dfqbench_methods.parts.pixels import clip_to_pixels, drawn_jitter, roughness, same_class_similarity, start_anew
 
 
 @register("gznq", paper="arXiv:2101.08430", fidelity="abstract", shares_synthesis=True)
@@ -79,7 +80,7 @@ class GZNQ(Method):
         groups = [{"params": [self.source], "lr": c.image_lr}]
         if self.generator:
             groups.append({"params": list(self.generator.parameters()), "lr": c.image_generator_lr})
-        self.optimizer = Adam(groups, betas=(0.5, 0.9))
+        self.optimizer = Adam(groups, betas=(0.5, 0.9), fused=self.device.type == "cuda")
         self.past: list[Tensor] = []  # statistics of the batches so far: mean and variance of every BN layer in turn
         self.iteration = 0
 
@@ -89,19 +90,36 @@ class GZNQ(Method):
         calibration = Phase("calibration", 1, iterations=math.ceil(c.images / c.batch_size), calibration_epochs=1)
         return [making, calibration] + [Phase("train", c.epochs, distill=True)] * c.finetune
 
+    @property
+    def static_step(self) -> bool:
+        """On a CPU the optimizer of the images is not torch's fused one."""
+        return self.device.type == "cuda"
+
+    def before_step(self, phase: Phase) -> Hashable:
+        """None where a batch is finished: how many images are kept depends on them."""
+        c = self.config
+        if phase.step is None:
+            if not len(self.stored):
+                raise RuntimeError(f"the teacher is sure of none of the {c.images} images: more iterations, or a lower confidence")
+            self.stored.pick(c.batch_size)
+            return 0
+        done = self.iteration % c.synthesis_iterations
+        if done == 0:
+            self.begin_batch()
+        self.set_rate(self.optimizer, c.image_lr * 0.5 * (1 + math.cos(math.pi * done / c.synthesis_iterations)))
+        if self.generator:
+            self.set_rate(self.optimizer, c.image_generator_lr * 0.95 ** (done // 100), group=1)
+        self.iteration = done + 1
+        return None if self.iteration == c.synthesis_iterations else 0
+
     def make(self) -> Tensor:
         return self.generator(self.source) if self.generator else self.source
 
     def optimise(self) -> None:
         """One step on the current batch; its last one stores what the teacher is sure of."""
         c = self.config
-        if self.iteration == 0:
-            self.begin_batch()
-        self.optimizer.param_groups[0]["lr"] = c.image_lr * 0.5 * (1 + math.cos(math.pi * self.iteration / c.synthesis_iterations))
-        for group in self.optimizer.param_groups[1:]:
-            group["lr"] = c.image_generator_lr * 0.95 ** (self.iteration // 100)
         images = self.make()
-        moved = drawn_jitter(c.jitter, self.random("jitter", on_cpu=True))
+        moved = drawn_jitter(c.jitter, self.random("jitter"))
         answer = self.teacher.observe(moved(images))
         asked: Tensor | float = 0.0
         if self.task.kind != "detect":
@@ -116,19 +134,17 @@ class GZNQ(Method):
         self.minimise(self.log("image_loss", loss), self.optimizer)
         if not self.generator:
             clip_to_pixels(self.source, self.task)
-        self.iteration += 1
         if self.iteration == c.synthesis_iterations:
             self.finish_batch()
-            self.iteration = 0
 
     @torch.no_grad()
     def begin_batch(self) -> None:
         self.source.copy_(self.draw_noise(*self.source.shape))
         if self.task.kind == "segment":
-            self.labels = draw_labels(self, len(self.labels))
+            self.labels.copy_(draw_labels(self, len(self.labels)))
         else:
-            self.labels = self.labels[torch.randperm(len(self.labels), generator=self.random("labels"), device=self.device)]
-        self.optimizer.state.clear()
+            self.labels.copy_(self.labels[torch.randperm(len(self.labels), generator=self.random("labels"), device=self.device)])
+        start_anew(self.optimizer)
         for module in self.generator.modules() if self.generator else ():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
@@ -163,9 +179,7 @@ class GZNQ(Method):
 
     def synthesize(self) -> Batch:
         """The stored images in their order, around and around."""
-        if not len(self.stored):
-            raise RuntimeError(f"the teacher is sure of none of the {self.config.images} images: more iterations, or a lower confidence")
-        images, labels = self.stored.next(self.config.batch_size)
+        images, labels = self.stored.picked
         return Batch(images, None if self.task.kind == "detect" else labels.long(), self.teacher(images).detach())
 
     def distill(self, student: Student, batch: Batch) -> Tensor:

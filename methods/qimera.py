@@ -20,6 +20,7 @@ blank at K = 100: `norm_mixing` "mean" is theirs, "sum" repairs it. Deviations: 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
 from torch.optim import Adam
 
-from dfqbench import Batch, Field, Student, register
+from dfqbench import Batch, Field, Phase, Student, register
 from dfqbench_methods.gdfq import GDFQ
 from dfqbench_methods.parts.attention import classifier_weight
 from dfqbench_methods.parts.generators import Generator
@@ -77,10 +78,10 @@ class Qimera(GDFQ):
             "imagenet-resnet50-w5": dict(IMAGENET, mixed_classes=100, embedding="teacher", mixing=0.7),
         }
 
-    @property
-    def static_step(self) -> bool:
-        """Chance decides whether a batch is plain or mixed."""
-        return False
+    def before_step(self, phase: Phase) -> Hashable:
+        """Chance decides whether a batch is plain (0) or mixed (1)."""
+        self.mixes = torch.rand((), generator=self.random("mixing", on_cpu=True)).item() < self.config.mixing
+        return int(self.mixes)
 
     def setup(self) -> None:
         c = self.config
@@ -89,6 +90,7 @@ class Qimera(GDFQ):
             start = torch.randn(self.task.classes, c.latent_dim or start.shape[1])
         self.embedding = nn.Embedding.from_pretrained(start.clone(), freeze=False)
         self.generator = Generator(self.task, start.shape[1], by_class=c.conditioning == "batch-norm")
+        self.mixes = False
         self.optimizer = Adam([*self.embedding.parameters(), *self.generator.parameters()], lr=c.generator_lr, betas=(0.5, 0.999), fused=True)
         self.schedule(self.optimizer, c.milestones, c.lr_decay)
 
@@ -110,8 +112,7 @@ class Qimera(GDFQ):
 
     def synthesize(self) -> SoftBatch:
         c = self.config
-        mixes = torch.rand((), generator=self.random("mixing", on_cpu=True)).item() < c.mixing
-        latents, targets, classes = self.mixed() if mixes else self.plain()
+        latents, targets, classes = self.mixed() if self.mixes else self.plain()
         images = self.generator(latents, classes)
         answer = self.teacher.observe(images)
         label_loss, statistics_loss = cross_entropy(answer.logits, targets), batch_norm_loss(answer)

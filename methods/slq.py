@@ -21,6 +21,7 @@ SLQ, with `pow2` and `magnitude` INQ. Weights that no layer holds train as they 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any, Literal, Self
 
 import torch
@@ -28,7 +29,7 @@ from pydantic import model_validator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dfqbench import Batch, Field, HostingConfig, HostingMethod, Student, register
+from dfqbench import Batch, Field, HostingConfig, HostingMethod, Phase, Student, register
 
 
 @register("slq", paper="arXiv:1803.03289", fidelity="abstract", shares_synthesis=True)
@@ -57,21 +58,29 @@ class SLQ(HostingMethod):
         """A ternary threshold moves with the weight: there, what is fixed could still change its level."""
         return [grid for grid in super().weight_grids(config) if grid != "ternary"]
 
+    updates, round, begins = 0, -1, False  # of every student alike: steps begun, the round, and whether this step begins it
+
+    @property
+    def static_step(self) -> bool:
+        return self.host.static_step
+
+    def before_step(self, phase: Phase) -> Hashable:
+        """None where a round begins."""
+        kind = super().before_step(phase)
+        if not phase.distill:
+            return kind
+        steps = sum(phase.epochs * (phase.iterations or self.config.iterations) for phase in self.phases() if phase.distill)
+        now = self.updates * len(self.config.shares) // steps
+        self.begins, self.round, self.updates = now > self.round, now, self.updates + 1
+        return None if self.begins else kind
+
     def distill(self, student: Student, batch: Batch) -> Tensor:
         return self.host.distill(student, batch)
 
-    def student_optimizer(self, student: Student) -> Optimizer:
-        optimizer = super().student_optimizer(student)
-        optimizer.param_groups[0] |= {"updates": 0, "round": 0}  # kept with the optimizer, so each student has its own
-        return optimizer
-
     def student_step(self, student: Student, loss: Tensor, optimizer: Optimizer) -> None:
-        group, layers = optimizer.param_groups[0], list(student.layers.values())
-        steps = sum(phase.epochs * (phase.iterations or self.config.iterations) for phase in self.phases() if phase.distill)
-        begun = group["updates"] * len(self.config.shares) // steps + 1
-        if begun > group["round"]:
-            self.begin_round(layers, optimizer, self.config.shares[begun - 1])
-        group["round"], group["updates"] = begun, group["updates"] + 1
+        layers = list(student.layers.values())
+        if self.begins:
+            self.begin_round(layers, optimizer, self.config.shares[self.round])
         weights = [layer.layer.weight for layer in layers]
         before = [weight.detach().clone() for weight in weights]
         self.minimise(loss, optimizer)

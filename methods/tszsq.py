@@ -20,6 +20,7 @@ and classes of all positions in one distribution: `divergence: choices` compares
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from torch.optim import Adam, Optimizer
 
 from dfqbench import Batch, Field, Method, Observation, Phase, Student, TrainingConfig, UserError, register
 from dfqbench_methods.parts.boxes import assigned, detection_loss, draw_boxes, relabelled
-from dfqbench_methods.parts.pixels import roughness
+from dfqbench_methods.parts.pixels import roughness, start_anew
 
 OF_CLASSES, OF_BOXES = 0.5, 0.05  # in the detection loss
 
@@ -100,6 +101,29 @@ class TSZSQ(Method):
             Phase("train", c.epochs - calibration, distill=True),
         ]
 
+    @property
+    def static_step(self) -> bool:
+        """On a CPU the optimizer of the pixels is not torch's fused one."""
+        return self.device.type == "cuda"
+
+    def before_step(self, phase: Phase) -> Hashable:
+        """None where boxes are corrected by what the detector sees, and where a batch is finished."""
+        c = self.config
+        if phase.step is None:
+            self.stored.pick(c.batch_size, shuffle=self.random("order"))
+            return 0
+        done = self.iteration % c.synthesis_iterations
+        if done == 0:
+            self.begin_batch()
+        self.set_rate(self.optimizer, c.image_lr * 0.5 * (1 + math.cos(math.pi * done / c.synthesis_iterations)))
+        self.iteration = done + 1
+        return None if self.corrects_boxes or self.iteration == c.synthesis_iterations else 0
+
+    @property
+    def corrects_boxes(self) -> bool:
+        since = self.iteration - self.config.relabel_from
+        return bool(since >= 0 and since % self.config.relabel_every == 0)
+
     # --- images -------------------------------------------------------------------------------------------------------
 
     def normalised(self) -> Tensor:
@@ -108,9 +132,6 @@ class TSZSQ(Method):
     def optimise(self) -> None:
         """One step on the pixels of the current batch; its last one stores the batch."""
         c = self.config
-        if self.iteration == 0:
-            self.begin_batch()
-        self.optimizer.param_groups[0]["lr"] = c.image_lr * 0.5 * (1 + math.cos(math.pi * self.iteration / c.synthesis_iterations))
         answer = self.teacher.observe(self.with_erased_parts(self.normalised()))
         asked = self.log("image_detection", self.detection_loss(answer.logits, answer.logits, self.wanted))
         layers = self.layer_distances(answer)
@@ -119,18 +140,16 @@ class TSZSQ(Method):
         self.minimise(self.log("image_loss", c.label_weight * asked + statistics + smooth), self.optimizer)
         with torch.no_grad():
             self.pixels.clamp_(0, 1)
-        self.iteration += 1
-        if self.iteration >= c.relabel_from and (self.iteration - c.relabel_from) % c.relabel_every == 0:
+        if self.corrects_boxes:
             self.relabel()
         if self.iteration == c.synthesis_iterations:
             self.stored.add(self.normalised(), self.wanted.clone())
-            self.iteration = 0
 
     @torch.no_grad()
     def begin_batch(self) -> None:
         self.pixels.copy_(torch.rand(self.pixels.shape, generator=self.random("noise"), device=self.device))
-        self.wanted = draw_boxes(len(self.pixels), self.config.most_boxes, self.task, self.random("labels"))
-        self.optimizer.state.clear()
+        self.wanted.copy_(draw_boxes(len(self.pixels), self.config.most_boxes, self.task, self.random("labels")))
+        start_anew(self.optimizer)
 
     @torch.no_grad()
     def relabel(self) -> None:
@@ -178,7 +197,7 @@ class TSZSQ(Method):
 
     @torch.no_grad()
     def synthesize(self) -> DetectionBatch:
-        images, boxes = self.stored.next(self.config.batch_size, shuffle=self.random("order"))
+        images, boxes = self.stored.picked
         answer = self.teacher.observe(images)
         return DetectionBatch(images, boxes, answer.logits, answer.features)
 

@@ -19,6 +19,7 @@ theirs learns no more than this does. One iteration here is one student step, so
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,19 @@ class ZAQ(Method):
         self.schedule(self.optimizer, c.milestones, c.lr_decay)
         self.steps = 0
 
+    @property
+    def static_step(self) -> bool:
+        return True
+
+    def before_step(self, phase: Phase) -> Hashable:
+        """1 where the generator has its turn."""
+        self.steps += 1
+        return int(self.generators_turn)
+
+    @property
+    def generators_turn(self) -> bool:
+        return bool(self.steps % self.config.student_steps == 0)
+
     def phases(self) -> list[Phase]:
         """Ranges are tracked to the end: a running minimum and maximum."""
         return [Phase("train", self.config.epochs, distill=True, calibration_epochs=self.config.epochs)]
@@ -104,8 +118,7 @@ class ZAQ(Method):
         return self.disagreement(student.observe(batch.images), batch.teacher_logits, batch.features)
 
     def adversary(self, student: Student) -> None:
-        self.steps += 1
-        if self.steps % self.config.student_steps:
+        if not self.generators_turn:
             return
         student.requires_grad_(False)
         images = self.generate()

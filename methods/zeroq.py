@@ -52,6 +52,11 @@ class ZeroQ(Method):
         self.optimizer = Adam([self.images], lr=self.config.image_lr, fused=self.device.type == "cuda")
         self.plateau = Plateau(self.optimizer, patience=self.config.patience, min_lr=1e-4)
 
+    @property
+    def static_step(self) -> bool:
+        """On a CPU its optimizer is not torch's fused one."""
+        return self.device.type == "cuda"
+
     def phases(self) -> list[Phase]:
         return [
             Phase("synthesis", 1, iterations=self.config.synthesis_iterations, step=self.optimise),

@@ -133,7 +133,7 @@ class Graph:
 
     @torch.no_grad()
     def end(self) -> None:
-        for tensor, value in self.before.values():
+        for tensor, value in reversed(self.before.values()):  # a view was kept after what it looks at
             tensor.copy_(value)
         for stream, state in self.streams.items():
             stream.set_state(state)

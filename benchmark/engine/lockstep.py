@@ -18,10 +18,10 @@ from torch import Tensor
 from dfqbench.engine.device import Stopwatch, autocast_of
 from dfqbench.engine.diagnosis import agreements, look, range_change, widths
 from dfqbench.engine.evaluate import Evaluated
-from dfqbench.engine.learning_rate import is_fused, learning_rate, place_rates, rate_of, set_rate
 from dfqbench.engine.method_state import optimizers_of, restorable_of, restore_state, set_up, state_of
 from dfqbench.engine.step_graph import CapturedParts, CudaRecorder, Eager, Parts, Recorder
 from dfqbench.method.contract import Batch, Phase
+from dfqbench.method.learning_rate import is_fused, learning_rate, place_rates, rate_of, set_rate
 from dfqbench.method.log import Log
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student
@@ -217,6 +217,7 @@ class Lockstep:
 
     def step(self, phase: Phase, calibrating: bool) -> None:
         """One step of a phase: images, then every student."""
+        self.parts.next(self.method.before_step(phase))
         with self.watch.of(self.SHARED):
             batch = self.parts.run(self.SHARED, lambda: self._synthesize(phase))
         if phase.step is not None:

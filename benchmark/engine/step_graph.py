@@ -6,13 +6,16 @@ A part is what the stopwatch tells apart: the making of the images, and each stu
 memory, replayed in the order in which they were recorded: so each part's seconds are measured, and a student that diverges leaves without the others
 being recorded anew. The first steps of a kind run as they are, as steps of the training: they create optimizer states, random streams and sums of
 logged values. Recording executes nothing, so the step that is recorded is then replayed, and counts once.
+
+Steps of an epoch may be of several kinds (`Method.before_step`), each recorded for itself, its students' parts too: they read the images where that
+kind's making left them. A step of no kind runs as it is, and may leave other tensors behind: after it, all is recorded anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar, cast
 
@@ -31,11 +34,14 @@ class Parts(Protocol):
 
     replayed: int
 
-    def begin(self, kind: object) -> None:
-        """The steps from here on are of this kind: equal kinds do the same operations."""
+    def begin(self, epoch: object) -> None:
+        """The steps from here on are of an epoch of this kind: between equal ones, nothing is recorded anew."""
+
+    def next(self, kind: Hashable) -> None:
+        """A step begins, of this kind: in one epoch, equal kinds do the same operations. None: like no other."""
 
     def run(self, name: str, work: Callable[[], T]) -> T:
-        """One part of a step. In steps of one kind, a name stands for the same work."""
+        """One part of the step. In steps of one kind, a name stands for the same work."""
 
     def forget(self) -> None:
         """Tensors were replaced: what was recorded holds no more."""
@@ -46,7 +52,9 @@ class Eager:
 
     replayed = 0
 
-    def begin(self, kind: object) -> None: ...
+    def begin(self, epoch: object) -> None: ...
+
+    def next(self, kind: Hashable) -> None: ...
 
     def run(self, name: str, work: Callable[[], T]) -> T:
         return work()
@@ -93,24 +101,32 @@ class CapturedParts:
         self.method, self.students, self.make_recorder, self.say = method, students, make_recorder, say
         self.replayed = 0
         self.refused = False
-        self._kind: object = None
+        self._epoch: object = None
+        self._kind: Hashable = 0
         self.forget()
 
-    def begin(self, kind: object) -> None:
-        if kind != self._kind:
-            self._kind = kind
+    def begin(self, epoch: object) -> None:
+        if epoch != self._epoch:
+            self._epoch = epoch
+            self.forget()
+
+    def next(self, kind: Hashable) -> None:
+        self._kind = kind
+        if kind is None:
             self.forget()
 
     def forget(self) -> None:
-        self._parts: dict[str, _Part] = {}
-        self._recorder: Recorder | None = None  # a pool of memory is done with when its last graph is gone: the next kind gets a new one
+        self._parts: dict[tuple[str, Hashable], _Part] = {}
+        self._recorder: Recorder | None = None  # a pool of memory is done with when its last graph is gone: the next one is new
 
     def run(self, name: str, work: Callable[[], T]) -> T:
         if self.refused:
             return work()
-        part = self._parts.setdefault(name, _Part())
+        part = self._parts.setdefault((name, self._kind), _Part())
         if part.replay is None:
             self._recorder = self._recorder or self.make_recorder()
+            if self._kind is None:
+                return self._recorder.eagerly(work)
             if part.warm < WARM_UP:
                 part.warm += 1
                 return self._recorder.eagerly(work)

@@ -8,7 +8,7 @@ teacher, a description of the task, and random streams.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dfqbench.method.image_set import ImageSet
 from dfqbench.method.info import MethodInfo, Needs
+from dfqbench.method.learning_rate import set_rate
 from dfqbench.method.log import Log, Value
 from dfqbench.method.settings import MethodConfig
 from dfqbench.quantization.protocol import GRID_WIDTHS, BatchNormMode, RangeEstimatorName, WeightGridName
@@ -98,10 +99,11 @@ class Method:
 
     @property
     def static_step(self) -> bool:
-        """Whether every step of a phase, as configured, is the same operations on the same tensors, so that a GPU can replay a captured one.
+        """Whether steps of one kind, as configured, are the same operations on the same tensors, so that a GPU can replay a captured one.
 
         Then `synthesize`, `distill` and whatever else runs in a step wait for nothing (`.item()`, masks as indices, `torch.tensor(...)`), branch on
-        nothing that moves, keep no number and bind no new tensor in `self`, and use torch's fused optimizers. A conformance check holds it.
+        nothing that moves, keep no number and bind no new tensor in `self`, and use torch's fused optimizers. A conformance check holds it. Of a
+        phase all steps are of one kind, unless `before_step` tells several apart.
         """
         return False
 
@@ -125,6 +127,14 @@ class Method:
     def phases(self) -> list[Phase]:
         """The training plan; none means that `finish` does it all. Asked before `setup` too, to tell how long a run will take."""
         return []
+
+    def before_step(self, phase: Phase) -> Hashable:
+        """Called before every step of a phase; returns of which kind that step is, or None where it is like no other.
+
+        The place for what a replayed step cannot do: counting, drawing what Python decides by, setting a rate, filling tensors (in place) that the
+        step reads, picking the next images of a set. A kind is a small number or text; a step of kind None is never replayed.
+        """
+        return 0
 
     def synthesize(self) -> Batch:
         """One batch, and whatever is learned in making it. It sees no student: with `shares_synthesis` it serves all bit widths."""
@@ -224,6 +234,10 @@ class Method:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._schedules.append((optimizer, list(milestones), decay))
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, rate: float, group: int = 0) -> None:
+        """Gives a parameter group of an optimizer another learning rate from here on; where steps are replayed, in `before_step`."""
+        set_rate(optimizer.param_groups[group], rate)
 
     def log(self, name: str, value: Value) -> Value:
         """Averages a scalar over the epoch into history.csv, and hands it back. Within `distill` and `student_step` it belongs to that student."""

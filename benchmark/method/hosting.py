@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -120,6 +121,9 @@ class HostingMethod(Method):
 
     def phases(self) -> list[Phase]:
         return self.host.phases()
+
+    def before_step(self, phase: Phase) -> Hashable:
+        return self.host.before_step(phase)
 
     def synthesize(self) -> Batch:
         return self.host.synthesize()

@@ -25,6 +25,7 @@ class ImageSet:
         self._parts: list[tuple[Tensor, Tensor]] = []
         self._files: list[list[str]] = []
         self._order, self._position = torch.zeros(0, dtype=torch.long), 0
+        self._picked = torch.zeros(0, dtype=torch.long, device=device)
 
     @property
     def files(self) -> list[tuple[str, str]]:
@@ -35,8 +36,8 @@ class ImageSet:
         return sum(len(labels) for _, labels in self._parts)
 
     def add(self, images: Tensor, labels: Tensor) -> None:
-        """Takes in n images (n x C x H x W) and n labels; n may be 0. Images are kept in torch's default type, float32, whatever made them."""
-        part = (images.detach().to(self.device, torch.get_default_dtype()).contiguous(), labels.to(self.device).contiguous())
+        """Takes in copies of n images (n x C x H x W) and n labels; n may be 0. Images are kept in torch's default type, whatever made them."""
+        part = images.detach().to(self.device, torch.get_default_dtype(), copy=True).contiguous(), labels.to(self.device, copy=True).contiguous()
         if self.folder is not None:
             content = safetensors.torch.save({"images": part[0].cpu(), "labels": part[1].cpu()})
             file = f"{self.name}-{len(self._files):04d}.safetensors"
@@ -55,7 +56,17 @@ class ImageSet:
         return self._joined(1)
 
     def next(self, count: int, shuffle: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """The next images with their labels, around and around.
+        """The next images with their labels, around and around: `pick`, then `picked`."""
+        self.pick(count, shuffle)
+        return self.picked
+
+    @property
+    def picked(self) -> tuple[Tensor, Tensor]:
+        """The images that were picked last, with their labels: the same operations on the same tensors every time."""
+        return self.images[self._picked], self.labels[self._picked]
+
+    def pick(self, count: int, shuffle: torch.Generator | None = None) -> None:
+        """Chooses the next images, around and around; in `before_step`, where the step is to be replayed.
 
         Without `shuffle` always `count` of them, in the order in which they came. With it, in a random order that is drawn from that stream and
         drawn anew where fewer than `count` are left of it; then never more than there are. Raises RuntimeError where there is none.
@@ -72,7 +83,10 @@ class ImageSet:
                 self._order, self._position = torch.randperm(size, generator=shuffle, device=self.device), 0
             chosen = self._order[self._position : self._position + count]
             self._position += count
-        return self.images[chosen], self.labels[chosen]
+        if len(self._picked) == len(chosen):
+            self._picked.copy_(chosen)
+        else:
+            self._picked = chosen.clone()
 
     def _joined(self, index: int) -> Tensor:
         if len(self._parts) > 1:

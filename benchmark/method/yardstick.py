@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,14 @@ class YardstickImages(Method):
             Phase("train", self.config.epochs - calibration, distill=True),
         ]
 
+    @property
+    def static_step(self) -> bool:
+        return True
+
+    def before_step(self, phase: Phase) -> Hashable:
+        self.stored.pick(self.config.batch_size, shuffle=self.random("order"))
+        return 0
+
     def synthesize(self) -> Batch:
-        images, _ = self.stored.next(self.config.batch_size, shuffle=self.random("order"))
+        images, _ = self.stored.picked
         return Batch(images, None, self.teacher(images).detach())

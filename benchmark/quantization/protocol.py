@@ -35,7 +35,8 @@ class Bits(NamedTuple):
         """Raises UserError for anything but w<2-8>a<2-8>; `average`: weights may have decimals, as they have in a finished cell's record."""
         match = re.fullmatch(r"w([2-8](?:\.\d+)?)a([2-8])" if average else r"w([2-8])a([2-8])", str(text))
         if match is None:
-            raise UserError(f"{text!r} is not a bit width: write weights and activations, 2 to 8 each, like 'w4a4'")
+            means = "" if average or not re.fullmatch(r"w\d\.\d+a\d", str(text)) else "; an average of weight bits needs an allocator (`allocate`)"
+            raise UserError(f"{text!r} is not a bit width: write weights and activations, 2 to 8 each, like 'w4a4'{means}")
         return cls(float(match[1]) if "." in match[1] else int(match[1]), int(match[2]))
 
     def __str__(self) -> str:

@@ -20,6 +20,7 @@ from dfqbench.engine.lockstep import Interrupted
 from dfqbench.engine.method_state import set_up
 from dfqbench.errors import UserError
 from dfqbench.files import kept_once
+from dfqbench.method.contract import Phase
 from dfqbench.method.registry import find_method
 from dfqbench.network import Network, Teacher
 from dfqbench.quantization.student import Student
@@ -57,17 +58,18 @@ def made_images(cell: Cell, teacher: Teacher, device: torch.device, count: int, 
     Raises Interrupted at the next step after a signal; nothing is saved.
     """
     method = set_up(cell, teacher, device, None)
+    phases, last = method.phases(), Phase("more", 1)
     with autocast_of(cell, device):
-        for phase in method.phases():
+        for phase in phases:
             for _ in range(phase.epochs * (phase.iterations if phase.iterations is not None else int(method.config.iterations))):
                 if stop.signal is not None:
                     raise Interrupted
-                if phase.step is not None:
-                    phase.step()
-                elif phase.batch is None:
-                    method.synthesize()
+                if phase.step is not None or phase.batch is None:
+                    method.before_step(phase)
+                    (phase.step or method.synthesize)()
         made: list[Tensor] = []
         while sum(map(len, made)) < count:
+            method.before_step(last)
             made.append(method.synthesize().images.detach().float())
     images = torch.cat(made)[:count]
     low, high = (images.new_tensor(limit).view(1, -1, 1, 1) for limit in zip(*teacher.task.pixel_range(), strict=True))

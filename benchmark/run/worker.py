@@ -16,7 +16,6 @@ from dfqbench.analysis.warning_signs import signs
 from dfqbench.engine.checkpoint import load_checkpoint
 from dfqbench.engine.device import DeviceLost, is_lost, out_of_memory
 from dfqbench.engine.evaluate import Evaluated, state_hash
-from dfqbench.engine.learning_rate import unreached_milestones
 from dfqbench.engine.lockstep import Interrupted, Lockstep, Trainee
 from dfqbench.engine.synthesis_cache import SynthesisCache
 from dfqbench.errors import UserError
@@ -24,6 +23,7 @@ from dfqbench.export.find import NAME as STUDENT
 from dfqbench.export.size import size_of
 from dfqbench.export.student_file import save_student
 from dfqbench.files import read_json, write_atomically
+from dfqbench.method.learning_rate import unreached_milestones
 from dfqbench.metrics import METRICS, metric_of
 from dfqbench.network import Teacher
 from dfqbench.quantization.student import Student

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -105,44 +105,54 @@ def _place(tensor: Tensor) -> int:
 class ComparedParts:
     """Runs the parts of a lockstep's steps as they are, and raises AssertionError where one is not what it was in the step before.
 
-    The first steps of a kind are left out, as they are where steps are recorded. steps: the operations of all others, without addresses.
+    The first steps of a kind are left out, as they are where steps are recorded, and those of no kind. operations: of the others, without addresses,
+    by the number of the kind of epoch, the kind of step and the part; None where all steps were left out. compared: how many were not.
     """
 
     def __init__(self, lockstep: Lockstep):
         self.method, self.students = lockstep.method, {t.name: (t.student, t.optimizer) for t in lockstep.trainees}
-        self.steps: list[tuple[str, list[Operation]]] = []
-        self.replayed = 0
-        self._kind: object = None
+        self.operations: dict[tuple[int, Hashable, str], list[Operation] | None] = {}
+        self.compared = self.replayed = self._number = 0
+        self._epoch: object = None
+        self._kind: Hashable = 0
+        self._made: set[int] = {0}
         self.forget()
 
-    def begin(self, kind: object) -> None:
-        if kind != self._kind:
-            self._kind = kind
+    def begin(self, epoch: object) -> None:
+        if epoch != self._epoch:
+            self._epoch, self._number = epoch, self._number + 1
+            self.forget()
+
+    def next(self, kind: Hashable) -> None:
+        self._kind, self._made = kind, {0}
+        if kind is None:
             self.forget()
 
     def forget(self) -> None:
-        self._seen: dict[str, int] = {}
-        self._before: dict[str, list[Operation]] = {}
-        self._made: set[int] = {0}
+        self._seen: dict[tuple[str, Hashable], int] = {}
+        self._before: dict[tuple[str, Hashable], list[Operation]] = {}
 
     def run(self, name: str, work: Callable[[], T]) -> T:
-        if name == Lockstep.SHARED:
-            self._made = {0}
+        if self._kind is None:
+            return work()
+        part_of_kind, place = (name, self._kind), (self._number, self._kind, name)
+        self.operations.setdefault(place, None)
         operations, before = Operations(self._made), self._held()
         with operations, _Calls(operations):
             result = work()
-        self._seen[name] = self._seen.get(name, 0) + 1
-        if self._seen[name] <= WARM_UP:
+        self._seen[part_of_kind] = self._seen.get(part_of_kind, 0) + 1
+        if self._seen[part_of_kind] <= WARM_UP:
             return result
         part = "the making of images" if name == Lockstep.SHARED else "a student's step"
         assert not operations.faults, f"{part} {operations.faults[0]}"
         moved = first_difference(before, self._held())
         assert moved is None, f"{part} replaces or changes {moved}"
-        first = self._before.setdefault(name, operations.done)
+        first = self._before.setdefault(part_of_kind, operations.done)
         unlike = next((pair for pair in zip(first, operations.done, strict=False) if pair[0] != pair[1]), None)
         assert unlike is None, f"{part} does other operations than in the step before: {unlike and unlike[1][0]} on {unlike and unlike[1][1:]}"
         assert len(first) == len(operations.done), f"{part} does {len(operations.done)} operations, and {len(first)} in the step before"
-        self.steps.append((name, [_without_addresses(operation) for operation in operations.done]))
+        self.operations[place] = [_without_addresses(operation) for operation in operations.done]
+        self.compared += 1
         return result
 
     def _held(self) -> dict[str, Any]:

@@ -57,11 +57,11 @@ def goes(layers: list[Any]) -> bool:
     return bool(on_gpu and alike and rows and size <= ENTRIES)
 
 
-def lengthened(layers: list[Any], before: Tensor, step: Tensor, wanted: float, limit: float, bisections: int, close: float) -> tuple[Tensor, Tensor]:
+def lengthened(layers: list[Any], before: Tensor, step: Tensor, wanted: Any, limit: Any, bisections: int, close: float) -> tuple[Tensor, Tensor]:
     """The new weights, one after the other, and the factor of each layer: what `ait.step_factors` finds, by the same rules.
 
     before, step: all weights and their steps, one after the other. wanted: the share of integers that a step is to change; limit, bisections and
-    close (a share of `wanted`): where doubling and bisection end.
+    close (a share of `wanted`): where doubling and bisection end. wanted and limit are numbers, or scalars on the device.
     """
     at = layout(tuple(layer.layer.weight.shape for layer in layers), before.device)
     weights, steps = before[at.place], step[at.place]

@@ -3,28 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from dfqbench import Task
 
 
 def jitter(images: Tensor, pixels: int, stream: torch.Generator) -> Tensor:
-    """The whole batch shifted by up to `pixels` each way, wrapped around, and flipped half of the time; by a stream of the CPU, nothing waits."""
+    """The whole batch shifted by up to `pixels` each way, wrapped around, and flipped half of the time. Nothing waits for the device."""
     return drawn_jitter(pixels, stream)(images)
 
 
 def drawn_jitter(pixels: int, stream: torch.Generator) -> Callable[[Tensor], Tensor]:
-    """One such shift and flip, for all that is to go the same way (N x ... x H x W)."""
-    draw = torch.rand(3, generator=stream, device=stream.device).tolist()
-    down, right = (int((2 * pixels + 1) * d) - pixels for d in draw[:2])
+    """One such shift and flip, for all that is to go the same way (N x ... x H x W).
+
+    A stream of a GPU is left there: shift and flip are indices, and the same operations every time.
+    """
+    draw = torch.rand(3, generator=stream, device=stream.device)
+    if stream.device.type == "cuda":
+        return lambda maps: _Moved.apply(maps, ((2 * pixels + 1) * draw[:2]).long() - pixels, draw[2] < 0.5)  # type: ignore[no-any-return]
+    (down, right), flips = (int((2 * pixels + 1) * d) - pixels for d in draw[:2].tolist()), draw[2].item() < 0.5
 
     def moved(maps: Tensor) -> Tensor:
         shifted = torch.roll(maps, (down, right), (-2, -1))
-        return shifted.flip(-1) if draw[2] < 0.5 else shifted
+        return shifted.flip(-1) if flips else shifted
 
     return moved
+
+
+class _Moved(torch.autograd.Function):
+    """Rolled by a shift (down, right) and, where `flips`, mirrored: by indices, and the gradient by those that go back."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: Tensor, shift: Tensor, flips: Tensor) -> Tensor:
+        height, width = maps.shape[-2:]
+        rows, columns = torch.arange(height, device=maps.device), torch.arange(width, device=maps.device)
+        seen = torch.where(flips, width - 1 - columns, columns)
+        back = (columns + shift[1]) % width
+        ctx.back = (rows + shift[0]) % height, torch.where(flips, width - 1 - back, back)
+        return _laid(maps[..., ((rows - shift[0]) % height)[:, None], (seen - shift[1]) % width])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        rows, columns = ctx.back
+        return _laid(gradient[..., rows[:, None], columns]), None, None
+
+
+def _laid(maps: Tensor) -> Tensor:
+    return maps.contiguous(memory_format=torch.channels_last) if maps.dim() == 4 else maps
+
+
+@torch.no_grad()
+def start_anew(optimizer: Optimizer) -> None:
+    """As if the optimizer had made no step: what it remembers is zero, in place."""
+    for state in optimizer.state.values():
+        for remembered in state.values():
+            remembered.zero_()
 
 
 def roughness(images: Tensor) -> Tensor:

@@ -23,15 +23,18 @@ class Plateau:
         self.begin(optimizer.param_groups[0]["lr"])
 
     def begin(self, rate: float) -> None:
-        """As if no step had been made, at this rate."""
+        """As if no step had been made, at this rate. On a GPU in place."""
         (group,) = self.optimizer.param_groups
         if self.device.type == "cpu":
             group["lr"] = rate
             self.scheduler = ReduceLROnPlateau(self.optimizer, factor=FACTOR, patience=self.patience, threshold=THRESHOLD, min_lr=self.min_lr)
             return
-        group["lr"] = torch.full((), rate, dtype=torch.float32, device=self.device)
-        self.best = torch.full((), float("inf"), device=self.device)
-        self.idle = torch.zeros((), device=self.device)
+        if not isinstance(group["lr"], Tensor):
+            group["lr"] = torch.zeros((), device=self.device)
+            self.best, self.idle = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        group["lr"].fill_(rate)
+        self.best.fill_(float("inf"))
+        self.idle.zero_()
 
     @torch.no_grad()
     def step(self, loss: Tensor) -> None:

@@ -9,6 +9,7 @@ for each batch: y ~ uniform, X ~ N(0, 1), t = 1 or ~ U(eps_t, 1) with equal odds
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import ClassVar, Literal
 
 import torch
@@ -20,6 +21,7 @@ from dfqbench import Batch, Field, Method, Phase, TrainingConfig
 from dfqbench_methods.parts.augment import crop_and_flip
 from dfqbench_methods.parts.centers import ClassCenters
 from dfqbench_methods.parts.losses import batch_norm_loss
+from dfqbench_methods.parts.pixels import start_anew
 from dfqbench_methods.parts.plateau import Plateau
 
 
@@ -65,7 +67,25 @@ class StoredImages(Method):
         self.pixel_optimizer = Adam([self.pixels], lr=c.image_lr, fused=self.device.type == "cuda")
         self.plateau = Plateau(self.pixel_optimizer, patience=50, min_lr=1e-4)
         self.centers = ClassCenters(self.task.classes, self.features(self.pixels[:1]).shape[1])
-        self.iteration = 0
+        self.iteration, self.augments = 0, False
+
+    @property
+    def static_step(self) -> bool:
+        """On a CPU the optimizer of the pixels is not torch's fused one."""
+        return self.device.type == "cuda"
+
+    def before_step(self, phase: Phase) -> Hashable:
+        """Of a batch of images: 1 where they are cropped and flipped, None where they are finished."""
+        c = self.config
+        if phase.step is None:
+            if phase.batch is None:
+                self.stored.pick(c.batch_size, shuffle=self.random("order"))
+            return 0
+        if self.iteration % c.synthesis_iterations == 0:
+            self.begin_batch()
+        self.iteration = self.iteration % c.synthesis_iterations + 1
+        self.augments = torch.rand((), generator=self.random("augment", on_cpu=True)).item() < 0.5
+        return None if self.iteration == c.synthesis_iterations else int(self.augments)
 
     def generate(self) -> tuple[Tensor, Tensor]:
         """Images with gradients to the generator, and their labels."""
@@ -88,10 +108,7 @@ class StoredImages(Method):
     def optimise(self) -> None:
         """One step on the pixels of the current batch; its last one stores the batch and moves the centres."""
         c = self.config
-        if self.iteration == 0:
-            self.begin_batch()
-        augmented = torch.rand((), generator=self.random("augment", on_cpu=True)).item() < 0.5
-        seen = crop_and_flip(self.pixels, self.random("crops"), c.smallest_crop) if augmented else self.pixels
+        seen = crop_and_flip(self.pixels, self.random("crops"), c.smallest_crop) if self.augments else self.pixels
         answer = self.teacher.observe(seen)
         probability = answer.logits.softmax(1).gather(1, self.labels[:, None])[:, 0]
         bounds = self.centers.bound_loss(answer.features[-1].mean((2, 3)), self.labels, c.closest, c.farthest, self.margin)
@@ -100,19 +117,17 @@ class StoredImages(Method):
         self.plateau.step(loss)
         self.log("image_loss", loss)
         self.log("bound_loss", bounds)
-        self.iteration += 1
         if self.iteration == c.synthesis_iterations:
             self.finish_batch()
-            self.iteration = 0
 
     def begin_batch(self) -> None:
         c = self.config
         with torch.no_grad():
             self.pixels.copy_(self.draw_noise(*self.pixels.shape))
             uniform = torch.rand(2, c.synthesis_batch, generator=self.random("targets"), device=self.device)
-            self.targets = torch.where(uniform[0] < 0.5, 1.0, c.target_low + (1 - c.target_low) * uniform[1])
-        self.labels = self.draw_labels(c.synthesis_batch)
-        self.pixel_optimizer.state.clear()
+            self.targets.copy_(torch.where(uniform[0] < 0.5, 1.0, c.target_low + (1 - c.target_low) * uniform[1]))
+        self.labels.copy_(self.draw_labels(c.synthesis_batch))
+        start_anew(self.pixel_optimizer)
         self.plateau.begin(c.image_lr)
 
     @torch.no_grad()
@@ -131,8 +146,8 @@ class StoredImages(Method):
         return Batch(images.detach(), labels, answer.logits.detach())
 
     def stored_batch(self) -> tuple[Tensor, Tensor]:
-        """Crops and flips of the next stored images, and their labels."""
-        images, labels = self.stored.next(self.config.batch_size, shuffle=self.random("order"))
+        """Crops and flips of the stored images that were picked, and their labels."""
+        images, labels = self.stored.picked
         return crop_and_flip(images, self.random("crops"), self.config.smallest_crop), labels
 
     def synthesize(self) -> Batch:

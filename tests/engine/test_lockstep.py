@@ -19,9 +19,9 @@ import torch
 
 from dfqbench import Batch, Method, TrainingConfig, stream_seed
 from dfqbench.engine.evaluate import Evaluation, state_hash
-from dfqbench.engine.learning_rate import learning_rate
 from dfqbench.engine.lockstep import Interrupted, Lockstep
 from dfqbench.engine.method_state import restore_state, state_of
+from dfqbench.method.learning_rate import learning_rate
 from dfqbench.method.log import Log
 from dfqbench.network import Teacher
 from dfqbench.store.cache import cache_folder

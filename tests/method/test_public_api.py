@@ -31,8 +31,8 @@ API = {
 MEMBERS = {
     ("dfqbench", "Method"): (
         "Config version ranges batch_norm uses_seed tasks tasks_with needs quick expected_failures "
-        "setup phases synthesize distill student_optimizer student_step adversary finish pictures widths "
-        "answers random draw_labels draw_noise image_set minimise schedule log"
+        "setup phases before_step synthesize distill student_optimizer student_step adversary finish pictures widths "
+        "answers random draw_labels draw_noise image_set minimise schedule set_rate log"
     ),
     ("dfqbench", "Student"): "observe quantizers quantized_modules layers set_ranges_from_bn correct_biases full_precision track_ranges",
     ("dfqbench", "Teacher"): "observe batch_statistics batch_norms",

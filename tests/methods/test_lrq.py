@@ -168,6 +168,19 @@ def test_an_image_set_gives_every_image_once_before_any_comes_again() -> None:
     assert len(twice.next(99, stream)[1]) == 4
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_set_keeps_what_it_was_given_whatever_becomes_of_that(channels: int) -> None:
+    """Grey images in channels_last are contiguous as well: they were kept without a copy once, and overwritten by the next batch."""
+    stored = ImageSet("images", None, torch.device("cpu"))
+    images, labels = torch.ones(4, channels, 8, 8).contiguous(memory_format=torch.channels_last).requires_grad_(), torch.ones(4, dtype=torch.long)
+    stored.add(images, labels)
+    with torch.no_grad():
+        images.zero_()
+        labels.zero_()
+    assert bool((stored.images == 1).all())
+    assert stored.labels.tolist() == [1] * 4
+
+
 def test_an_image_set_is_written_once_and_its_state_is_names_and_hashes(tmp_path: Path) -> None:
     first = ImageSet("images", tmp_path, torch.device("cpu"))
     parts = [(torch.randn(3, 1, 4, 4), torch.tensor([1, 2, 3])), (torch.randn(2, 1, 4, 4), torch.tensor([4, 5]))]

@@ -97,6 +97,7 @@ def test_embeddings_start_as_the_classifier_and_learn() -> None:
     embedding = lockstep.method.embedding.weight  # type: ignore[attr-defined]
     assert torch.equal(embedding, classifier_weight(lockstep.teacher))
     before = embedding.detach().clone()
+    lockstep.method.before_step(lockstep.phases[0])
     batch = lockstep.method.synthesize()
     assert isinstance(batch, SoftBatch)
     assert not torch.equal(embedding, before)
@@ -113,5 +114,8 @@ def test_a_convolution_can_be_the_classifier() -> None:
 @pytest.mark.parametrize(("mixing", "share"), [(0.0, 0.0), (1.0, 1.0)])
 def test_so_many_batches_are_mixed(mixing: float, share: float) -> None:
     made = method(mixing=mixing, batch_size=4)
-    mixed = [bool((made.synthesize().targets.max(1).values < 1).any()) for _ in range(3)]
+    mixed = []
+    for _ in range(3):
+        made.before_step(made.phases()[0])
+        mixed.append(bool((made.synthesize().targets.max(1).values < 1).any()))
     assert sum(mixed) / 3 == share

@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dfqbench.engine.method_state import restore_state, state_of
 from dfqbench.method.registry import find_method
 from dfqbench.quantization import Bits, find_protocol
 from dfqbench.quantization.student import Student
@@ -35,6 +36,7 @@ def started(grid: str, **settings: Any) -> tuple[SLQ, Student, torch.optim.Optim
 
 def step(method: SLQ, student: Student, optimizer: torch.optim.Optimizer, seed: int) -> None:
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    method.before_step(next(phase for phase in method.phases() if phase.distill))
     method.student_step(student, student(images).square().mean(), optimizer)
 
 
@@ -68,6 +70,7 @@ def test_a_student_goes_on_from_its_state_to_the_bit(grid: str) -> None:
     for update in range(3):
         step(method, student, optimizer, update)
     other_method, other, other_optimizer = started(grid)
+    restore_state(other_method, state_of(method))
     other.load_state_dict(copy.deepcopy(student.state_dict()))
     other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for update in range(3, 8):

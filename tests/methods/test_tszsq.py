@@ -125,7 +125,8 @@ def method(settings: dict[str, Any]) -> Any:
 def test_images_come_to_show_what_they_were_asked_for() -> None:
     making = {"synthesis_iterations": 200, "relabel_from": 200, "images": 4, "bn_weight": 0.0, "first_bn_weight": 0.0, "erased": 0.0}
     tszsq = method(making)
-    tszsq.begin_batch()
+    images = tszsq.phases()[0]
+    tszsq.before_step(images)
     wanted = tszsq.wanted.clone()
 
     def loss() -> float:
@@ -134,8 +135,9 @@ def test_images_come_to_show_what_they_were_asked_for() -> None:
             return float(tszsq.detection_loss(answer, answer, wanted))
 
     before, pixels = loss(), tszsq.pixels.detach().clone()
-    tszsq.iteration = 1  # the batch has begun
-    while tszsq.iteration:
+    tszsq.optimise()
+    for _ in range(199):
+        tszsq.before_step(images)
         tszsq.optimise()
     assert loss() < 0.85 * before  # of a network that never learned to see anything
     assert not torch.equal(tszsq.pixels, pixels)
