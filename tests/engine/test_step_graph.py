@@ -34,6 +34,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple):
         for part in value.values() if isinstance(value, dict) else value:
             yield from tensors_in(part)
+    elif isinstance(value, Method):  # a host
+        yield from tensors_in(list(vars(value).values()))
     elif hasattr(value, "state_dict"):
         yield from tensors_in(value.state_dict())
 
