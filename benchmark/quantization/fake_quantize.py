@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dfqbench.quantization.kernels import along, elementwise, on_grid, scaled
+
 SMALLEST_RANGE = 1e-8  # of the lineage's code: a range never counts as narrower
 
 
@@ -48,9 +50,13 @@ class _FakeQuantize(torch.autograd.Function):
         if clipped:
             ctx.save_for_backward(reached(x, scale, zero_point, lowest, highest, channel_axis))
         ctx.clipped = clipped
+        zero = None if from_zero else zero_point
         if x.is_cuda and x.dtype != torch.float64:
-            return fused_kernel(x.float(), scale, zero_point, lowest, highest, channel_axis).to(x.dtype)
-        return elementwise(x, scale, None if from_zero else zero_point, lowest, highest, channel_axis)
+            if channel_axis is None:
+                return on_grid(x, scale, zero, lowest, highest)
+            # of weights, one grid for each channel: torch's kernel; its other one wants zero points that an int32 can hold
+            return torch.fake_quantize_per_channel_affine(x.float(), scale, zero_point, channel_axis, lowest, highest).to(x.dtype)
+        return elementwise(x, scale, zero, lowest, highest, channel_axis)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None, None, None]:  # type: ignore[override]
@@ -60,44 +66,10 @@ class _FakeQuantize(torch.autograd.Function):
         return gradient, None, None, None, None, None, None, None
 
 
-def _along(axis: int | None, values: Tensor, x: Tensor) -> Tensor:
-    """`values` (one per channel) shaped to broadcast along `axis` of x."""
-    return values if axis is None else values.view([-1 if d == axis else 1 for d in range(x.dim())])
-
-
-def scaled(x: Tensor, scale: Tensor, channel_axis: int | None) -> Tensor:
-    """x / scale as a new tensor: float64 where x is, else float32."""
-    factor = _along(channel_axis, 1.0 / scale, x)
-    return x * factor if x.dtype in (torch.float32, torch.float64) else x.float().mul_(factor)
-
-
 def reached(x: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int, channel_axis: int | None = None) -> Tensor:
     """Which entries of x round to a level of the grid (bool); the others are clipped, and so is what is not a number."""
-    level = scaled(x, scale, channel_axis).add_(_along(channel_axis, zero_point, x)).round_()
+    level = scaled(x, scale, channel_axis).add_(along(channel_axis, zero_point, x)).round_()
     return (level >= lowest) & (level <= highest)
-
-
-def elementwise(x: Tensor, scale: Tensor, zero_point: Tensor | None, lowest: int, highest: int, channel_axis: int | None) -> Tensor:
-    """The formula in six passes, four where the zero point is 0 (None), as behind a ReLU; in x's dtype, rounded in no less than float32.
-
-    On a CPU this is six times faster than torch's fake-quantize kernel, which is not vectorised there.
-    """
-    along, level = _along(channel_axis, scale, x), scaled(x, scale, channel_axis)
-    if zero_point is None:
-        return level.round_().clamp_(lowest, highest).mul_(along).to(x.dtype)
-    zero = _along(channel_axis, zero_point, x)
-    return level.add_(zero).round_().clamp_(lowest, highest).sub_(zero).mul_(along).to(x.dtype)
-
-
-def fused_kernel(x: Tensor, scale: Tensor, zero_point: Tensor, lowest: int, highest: int, channel_axis: int | None) -> Tensor:
-    """torch's fake-quantize kernel: one pass over the memory of a GPU.
-
-    A whole tensor goes through the per-channel kernel, as one channel: the per-tensor one wants its zero point as an int32, which
-    cannot hold that of a narrow range far from zero, and breaks ties by another rule.
-    """
-    if channel_axis is None:
-        return torch.fake_quantize_per_channel_affine(x.unsqueeze(0), scale.view(1), zero_point.view(1), 0, lowest, highest).squeeze(0)
-    return torch.fake_quantize_per_channel_affine(x, scale, zero_point, channel_axis, lowest, highest)
 
 
 class _RectifyAndQuantize(torch.autograd.Function):
@@ -106,7 +78,7 @@ class _RectifyAndQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, highest: int) -> Tensor:
         ctx.save_for_backward(x)
-        return elementwise(x, scale, None, 0, highest, None)
+        return (on_grid if x.is_cuda and x.dtype != torch.float64 else elementwise)(x, scale, None, 0, highest)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]

@@ -121,7 +121,9 @@ def test_replayed_steps_end_with_the_bits_of_steps_run_as_they_are(name: str) ->
 @pytest.mark.parametrize("name", ["zaq", "qimera", "slq"])
 def test_kinds_of_steps_that_take_turns_are_recorded_each_for_itself(name: str) -> None:
     method, said = find_method(name), list[str]()
-    given = {"zaq": {"epochs": 2, "iterations": 12}, "qimera": LONG | {"mixing": 0.5}, "slq": {"epochs": 3, "iterations": 6, "shares": [0.5, 1.0]}}[name]
+    given = {"zaq": {"epochs": 2, "iterations": 12}, "qimera": LONG | {"mixing": 0.5}, "slq": {"epochs": 3, "iterations": 6, "shares": [0.5, 1.0]}}[
+        name
+    ]
     trial, bits = Trial(method, {**given, "batch_size": 4}), ("w4a4", "w3a3")[: 1 + method.info.shares_synthesis]
     plain, lockstep = trial.end(bits=bits), trial.start(bits=bits)
     made = replaying(lockstep, said)
