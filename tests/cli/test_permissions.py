@@ -194,6 +194,7 @@ def test_what_is_closed_is_named_in_one_line(answers: dict[str, Answers], what: 
         assert said[name][0] == 0, (name, said[name])
 
 
+@pytest.mark.thorough("448")
 @pytest.mark.parametrize("mode", [0o700, 0o755])
 def test_a_closed_cache_only_costs_time(made: Place, colleague: Colleague, tmp_path: Path, mode: int) -> None:
     cache = tmp_path / "cache"
