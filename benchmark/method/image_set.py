@@ -62,7 +62,12 @@ class ImageSet:
 
     @property
     def picked(self) -> tuple[Tensor, Tensor]:
-        """The images that were picked last, with their labels: the same operations on the same tensors every time."""
+        """The images that were picked last, with their labels: the same operations on the same tensors every time.
+
+        Raises RuntimeError where none were.
+        """
+        if not len(self._picked):
+            raise RuntimeError(f"of the image set {self.name!r} nothing was picked: `pick` in `before_step` chooses the next images")
         return self.images[self._picked], self.labels[self._picked]
 
     def pick(self, count: int, shuffle: torch.Generator | None = None) -> None:

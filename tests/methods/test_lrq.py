@@ -153,6 +153,8 @@ def test_an_image_set_gives_every_image_once_before_any_comes_again() -> None:
     stored = ImageSet("images", None, torch.device("cpu"))
     with pytest.raises(RuntimeError, match="empty"):
         stored.next(1)
+    with pytest.raises(RuntimeError, match="nothing was picked"):
+        _ = stored.picked
     stored.add(torch.arange(5.0).view(5, 1, 1, 1), torch.arange(5))
     assert [stored.next(3)[1].tolist() for _ in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
     stream = torch.Generator().manual_seed(0)

@@ -88,7 +88,7 @@ def started(case: str, precision: str, gpu: PretendedCuda | None = None) -> Lock
     name, settings = CASES[case]
     fields, method = find_method(name).Config.model_fields, find_method(name)
     kind = "segment" if "pixels" in case else "detect" if "boxes" in case else method.info.tasks[0]
-    budget = BUDGET | ({"batch_size": 3} if precision == "bf16" else {})  # of which a CPU without bf16 makes a long time
+    budget = BUDGET | ({"batch_size": 4} if precision == "bf16" else {})  # of which a CPU without bf16 makes a long time
     trial = Trial(method, {k: v for k, v in budget.items() if k in fields} | settings, kind)
     task = small_task(size=16) if kind == "classify" else small_task_of(kind)
     several = method.info.shares_synthesis and precision == "fp32"

@@ -142,6 +142,7 @@ def test_a_batch_is_of_these_images_alone_every_one_is_seen_and_the_label_is_the
     method = set_up(cell_of(sweep_file), small_teacher(small_task()), torch.device("cpu"), None, images())
     seen: set[int] = set()
     for _ in range(3):
+        method.before_step(method.phases()[0])
         batch = method.synthesize()
         same = (batch.images[:, None] == images()[None]).flatten(2).all(2)
         assert same.any(1).all()
