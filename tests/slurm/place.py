@@ -178,7 +178,7 @@ def runs_through(place: Place, reference: Callable[[str], tuple[dict[Any, Any], 
         return not place.left()
 
     place.wait("all jobs are through", through)
-    assert 1 <= max(running) <= 2
+    assert max(running) <= 2, running  # on a busy machine short jobs can pass between two looks
     expected, table = reference("grid")
     assert numbers(place.results()) == expected, place.logs()
     assert len(expected) == 24
