@@ -29,14 +29,14 @@ import torch
 from torch import Tensor
 from torch.optim import Adam
 
-from dfqbench import Batch, Field, Method, Observation, Phase, Student, TrainingConfig, register
+from dfqbench import Batch, Field, Observation, Phase, Student, TrainingConfig, register
 from dfqbench_methods.parts.generators import Generator
 from dfqbench_methods.parts.layouts import at_size, draw_labels, label_loss
-from dfqbench_methods.parts.pixels import clip_to_pixels, drawn_jitter, roughness, same_class_similarity, start_anew
+from dfqbench_methods.parts.pixels import OptimisesBatches, clip_to_pixels, drawn_jitter, roughness, same_class_similarity, start_anew
 
 
 @register("gznq", paper="arXiv:2101.08430", fidelity="abstract", shares_synthesis=True)
-class GZNQ(Method):
+class GZNQ(OptimisesBatches):
     """Images reconstructed from BN statistics, for calibration or fine-tuning (He et al., CVPRW 2021)."""
 
     ranges = "mse"
@@ -82,18 +82,12 @@ class GZNQ(Method):
             groups.append({"params": list(self.generator.parameters()), "lr": c.image_generator_lr})
         self.optimizer = Adam(groups, betas=(0.5, 0.9), fused=self.device.type == "cuda")
         self.past: list[Tensor] = []  # statistics of the batches so far: mean and variance of every BN layer in turn
-        self.iteration = 0
 
     def phases(self) -> list[Phase]:
         c = self.config
         making = Phase("images", math.ceil(c.images / c.synthesis_batch), iterations=c.synthesis_iterations, step=self.optimise)
         calibration = Phase("calibration", 1, iterations=math.ceil(c.images / c.batch_size), calibration_epochs=1)
         return [making, calibration] + [Phase("train", c.epochs, distill=True)] * c.finetune
-
-    @property
-    def static_step(self) -> bool:
-        """On a CPU the optimizer of the images is not torch's fused one."""
-        return self.device.type == "cuda"
 
     def before_step(self, phase: Phase) -> Hashable:
         """None where a batch is finished: how many images are kept depends on them."""
@@ -103,14 +97,11 @@ class GZNQ(Method):
                 raise RuntimeError(f"the teacher is sure of none of the {c.images} images: more iterations, or a lower confidence")
             self.stored.pick(c.batch_size)
             return 0
-        done = self.iteration % c.synthesis_iterations
-        if done == 0:
-            self.begin_batch()
+        done = self.next_iteration()
         self.set_rate(self.optimizer, c.image_lr * 0.5 * (1 + math.cos(math.pi * done / c.synthesis_iterations)))
         if self.generator:
             self.set_rate(self.optimizer, c.image_generator_lr * 0.95 ** (done // 100), group=1)
-        self.iteration = done + 1
-        return None if self.iteration == c.synthesis_iterations else 0
+        return None if self.finishes_batch else 0
 
     def make(self) -> Tensor:
         return self.generator(self.source) if self.generator else self.source
@@ -134,7 +125,7 @@ class GZNQ(Method):
         self.minimise(self.log("image_loss", loss), self.optimizer)
         if not self.generator:
             clip_to_pixels(self.source, self.task)
-        if self.iteration == c.synthesis_iterations:
+        if self.finishes_batch:
             self.finish_batch()
 
     @torch.no_grad()

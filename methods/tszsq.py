@@ -29,9 +29,9 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, mse_loss
 from torch.optim import Adam, Optimizer
 
-from dfqbench import Batch, Field, Method, Observation, Phase, Student, TrainingConfig, UserError, register
+from dfqbench import Batch, Field, Observation, Phase, Student, TrainingConfig, UserError, register
 from dfqbench_methods.parts.boxes import assigned, detection_loss, draw_boxes, relabelled
-from dfqbench_methods.parts.pixels import roughness, start_anew
+from dfqbench_methods.parts.pixels import OptimisesBatches, roughness, start_anew
 
 OF_CLASSES, OF_BOXES = 0.5, 0.05  # in the detection loss
 
@@ -44,7 +44,7 @@ class DetectionBatch(Batch):
 
 
 @register("tszsq", paper="arXiv:2507.16782", fidelity="paper", shares_synthesis=True)
-class TSZSQ(Method):
+class TSZSQ(OptimisesBatches):
     """Images made to show sampled boxes, and a student that learns detection on them (Li et al., ICCV 2025)."""
 
     tasks = {"detect"}
@@ -90,7 +90,6 @@ class TSZSQ(Method):
         self.mean, self.std = (torch.tensor(values).view(1, -1, 1, 1) for values in (self.task.mean, self.task.std))
         self.wanted = torch.zeros(c.synthesis_batch, c.most_boxes, 6)
         self.optimizer = Adam([self.pixels], lr=c.image_lr, fused=self.device.type == "cuda")
-        self.iteration = 0
 
     def phases(self) -> list[Phase]:
         c = self.config
@@ -101,23 +100,15 @@ class TSZSQ(Method):
             Phase("train", c.epochs - calibration, distill=True),
         ]
 
-    @property
-    def static_step(self) -> bool:
-        """On a CPU the optimizer of the pixels is not torch's fused one."""
-        return self.device.type == "cuda"
-
     def before_step(self, phase: Phase) -> Hashable:
         """None where boxes are corrected by what the detector sees, and where a batch is finished."""
         c = self.config
         if phase.step is None:
             self.stored.pick(c.batch_size, shuffle=self.random("order"))
             return 0
-        done = self.iteration % c.synthesis_iterations
-        if done == 0:
-            self.begin_batch()
+        done = self.next_iteration()
         self.set_rate(self.optimizer, c.image_lr * 0.5 * (1 + math.cos(math.pi * done / c.synthesis_iterations)))
-        self.iteration = done + 1
-        return None if self.corrects_boxes or self.iteration == c.synthesis_iterations else 0
+        return None if self.corrects_boxes or self.finishes_batch else 0
 
     @property
     def corrects_boxes(self) -> bool:
@@ -142,7 +133,7 @@ class TSZSQ(Method):
             self.pixels.clamp_(0, 1)
         if self.corrects_boxes:
             self.relabel()
-        if self.iteration == c.synthesis_iterations:
+        if self.finishes_batch:
             self.stored.add(self.normalised(), self.wanted.clone())
 
     @torch.no_grad()

@@ -217,8 +217,8 @@ class Lockstep:
 
     def step(self, phase: Phase, calibrating: bool) -> None:
         """One step of a phase: images, then every student."""
-        self.parts.next(self.method.before_step(phase))
         with self.watch.of(self.SHARED):
+            self.parts.next(self.method.before_step(phase))
             batch = self.parts.run(self.SHARED, lambda: self._synthesize(phase))
         if phase.step is not None:
             return

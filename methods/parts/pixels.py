@@ -9,7 +9,35 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dfqbench import Task
+from dfqbench import Method, Task
+
+
+class OptimisesBatches(Method):
+    """Makes batches of images one after the other, by `synthesis_iterations` steps on each. A subclass writes `begin_batch`."""
+
+    iteration = 0  # of the step on the batch in hand, from 1 on
+
+    @property
+    def static_step(self) -> bool:
+        """On a CPU the optimizer of the images is not torch's fused one."""
+        return self.device.type == "cuda"
+
+    @property
+    def finishes_batch(self) -> bool:
+        """Whether the step in hand is the last on its batch."""
+        return bool(self.iteration == self.config.synthesis_iterations)
+
+    def next_iteration(self) -> int:
+        """For `before_step`: begins a batch where the last one is finished; how many steps were done on it."""
+        done: int = self.iteration % self.config.synthesis_iterations
+        if done == 0:
+            self.begin_batch()
+        self.iteration = done + 1
+        return done
+
+    def begin_batch(self) -> None:
+        """Fills what the steps start from, in place."""
+        raise NotImplementedError
 
 
 def jitter(images: Tensor, pixels: int, stream: torch.Generator) -> Tensor:

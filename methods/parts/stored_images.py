@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import Adam, Optimizer
 
-from dfqbench import Batch, Field, Method, Phase, TrainingConfig
+from dfqbench import Batch, Field, Phase, TrainingConfig
 from dfqbench_methods.parts.augment import crop_and_flip
 from dfqbench_methods.parts.centers import ClassCenters
 from dfqbench_methods.parts.losses import batch_norm_loss
-from dfqbench_methods.parts.pixels import start_anew
+from dfqbench_methods.parts.pixels import OptimisesBatches, start_anew
 from dfqbench_methods.parts.plateau import Plateau
 
 
@@ -49,7 +49,7 @@ class StoredImagesConfig(TrainingConfig):
     generator_lr: float = Field(1e-3, gt=0, description="learning rate of the generator's Adam")
 
 
-class StoredImages(Method):
+class StoredImages(OptimisesBatches):
     """Makes and stores the images, and calibrates. A subclass builds a generator with its `optimizer`, and writes `generate` and `distill`."""
 
     needs = {"statistics", "features", "labels"}
@@ -67,12 +67,7 @@ class StoredImages(Method):
         self.pixel_optimizer = Adam([self.pixels], lr=c.image_lr, fused=self.device.type == "cuda")
         self.plateau = Plateau(self.pixel_optimizer, patience=50, min_lr=1e-4)
         self.centers = ClassCenters(self.task.classes, self.features(self.pixels[:1]).shape[1])
-        self.iteration, self.augments = 0, False
-
-    @property
-    def static_step(self) -> bool:
-        """On a CPU the optimizer of the pixels is not torch's fused one."""
-        return self.device.type == "cuda"
+        self.augments = False
 
     def before_step(self, phase: Phase) -> Hashable:
         """Of a batch of images: 1 where they are cropped and flipped, None where they are finished."""
@@ -81,11 +76,9 @@ class StoredImages(Method):
             if phase.batch is None:
                 self.stored.pick(c.batch_size, shuffle=self.random("order"))
             return 0
-        if self.iteration % c.synthesis_iterations == 0:
-            self.begin_batch()
-        self.iteration = self.iteration % c.synthesis_iterations + 1
+        self.next_iteration()
         self.augments = torch.rand((), generator=self.random("augment", on_cpu=True)).item() < 0.5
-        return None if self.iteration == c.synthesis_iterations else int(self.augments)
+        return None if self.finishes_batch else int(self.augments)
 
     def generate(self) -> tuple[Tensor, Tensor]:
         """Images with gradients to the generator, and their labels."""
@@ -117,7 +110,7 @@ class StoredImages(Method):
         self.plateau.step(loss)
         self.log("image_loss", loss)
         self.log("bound_loss", bounds)
-        if self.iteration == c.synthesis_iterations:
+        if self.finishes_batch:
             self.finish_batch()
 
     def begin_batch(self) -> None:
