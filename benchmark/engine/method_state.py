@@ -198,10 +198,11 @@ def modules_of(method: Method) -> Iterator[nn.Module]:
     return (value for _, value in parts_of(method) if isinstance(value, nn.Module))
 
 
-def anchors_of(value: Any, name: str) -> dict[str, Any]:
+def anchors_of(value: Any, name: str, numbers: bool = True) -> dict[str, Any]:
     """What a replayed step relies on to stay where and as it is: of everything in `value`, tensors by address, numbers and strings by value.
 
-    value: a method, something with a `state_dict`, or lists, tuples and dicts of such. Random streams are left out: they move by themselves.
+    value: a method, something with a `state_dict`, or lists, tuples and dicts of such. Random streams are left out: they move by themselves. numbers:
+    False leaves out all but tensors.
     """
     if isinstance(value, Tensor):
         return {name: value.data_ptr()}
@@ -216,8 +217,8 @@ def anchors_of(value: Any, name: str) -> dict[str, Any]:
     elif isinstance(value, list | tuple):
         parts = [(f"{name}[{index}]", part) for index, part in enumerate(value)]
     else:
-        return {name: value}
-    return {anchor: place for part_name, part in parts for anchor, place in anchors_of(part, part_name).items()}
+        return {name: value} if numbers else {}
+    return {anchor: place for part_name, part in parts for anchor, place in anchors_of(part, part_name, numbers).items()}
 
 
 class Attributes:

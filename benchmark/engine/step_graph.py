@@ -89,6 +89,7 @@ class _Part:
     replay: Replay | None = None
     result: Any = None
     logged: dict[tuple[str, str], int] = field(default_factory=dict)  # values that each replay adds to the log's sums
+    places: dict[str, Any] = field(default_factory=dict)  # of the method's tensors when it was recorded; empty when they were looked at once more
 
 
 class CapturedParts:
@@ -137,6 +138,11 @@ class CapturedParts:
             except Exception as error:  # whatever it is: run as it is, the step does what it is meant to do, or raises that again
                 self._refuse(error)
                 return work()
+        elif part.places and (moved := first_difference(part.places, anchors_of(self.method, "self", numbers=False))):
+            self._refuse(NotRecorded(f"before_step replaces {moved}: fill the tensor that is there, in place"))
+            return work()
+        else:
+            part.places = {}
         assert part.replay is not None
         part.replay()
         self.method._log.count(part.logged)
@@ -160,7 +166,7 @@ class CapturedParts:
             raise
         finally:
             log.recount(counts)
-        part.replay, part.result = replay, result
+        part.replay, part.result, part.places = replay, result, anchors_of(self.method, "self", numbers=False)
         part.logged = {name: more for name, more in logged.items() if more}
 
     def _anchors(self) -> dict[str, Any]:

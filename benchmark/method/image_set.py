@@ -85,7 +85,8 @@ class ImageSet:
         else:
             count = min(count, size)
             if self._position + count > len(self._order):
-                self._order, self._position = torch.randperm(size, generator=shuffle, device=self.device), 0
+                order = torch.randperm(size, generator=shuffle, device=self.device)
+                self._order, self._position = self._order.copy_(order) if len(self._order) == size else order, 0
             chosen = self._order[self._position : self._position + count]
             self._position += count
         if len(self._picked) == len(chosen):
@@ -107,7 +108,7 @@ class ImageSet:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises ValueError if a file is not the one that was written."""
         self._parts, self._files = [], []
-        self._order, self._position = state["order"].to(self.device), state["position"]
+        self._order, self._position = state["order"].to(self.device, copy=True), state["position"]
         if "images" in state:
             self._parts = [(state["images"].to(self.device), state["labels"].to(self.device))]
         for file, digest in state.get("files", []):

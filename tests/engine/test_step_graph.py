@@ -258,6 +258,15 @@ class BindsATensor(Plain):
         images.sub_(self.mean)
 
 
+class BindsBefore(Plain):
+    def before_step(self, phase: Phase) -> int:
+        self.mean = torch.rand((), generator=self.random("mean"))
+        return 0
+
+    def once_more(self, images: Tensor) -> None:
+        images.sub_(self.mean)
+
+
 class DrawsLater(Plain):
     def once_more(self, images: Tensor) -> None:
         if self.random("noise").get_state().sum() % 2 == 0:  # now and then
@@ -284,6 +293,7 @@ class HidesAnAttribute(Plain):
         (Counts, "changes self.steps outside of its arithmetic"),
         (CountsInAList, "changes self.seen[0] outside of its arithmetic"),
         (BindsATensor, "changes self.mean outside of its arithmetic"),
+        (BindsBefore, "before_step replaces self.mean"),
         (LogsLater, "'late' is first logged in the recorded step"),
         (HidesAnAttribute, "changes self.scale outside of its arithmetic"),
     ],

@@ -161,6 +161,9 @@ def test_an_image_set_gives_every_image_once_before_any_comes_again() -> None:
     twice = ImageSet("images", None, torch.device("cpu"))
     twice.add(torch.arange(4.0).view(4, 1, 1, 1), torch.arange(4))
     first, second = twice.next(2, stream), twice.next(2, stream)
+    lies = [t.data_ptr() for t in (twice._order, twice._picked)]
+    twice.pick(2, stream)
+    assert [t.data_ptr() for t in (twice._order, twice._picked)] == lies, "drawn anew where it lies: a replayed step may read it"
     assert sorted(first[1].tolist() + second[1].tolist()) == [0, 1, 2, 3]
     again = ImageSet("images", None, torch.device("cpu"))
     again.load_state_dict(twice.state_dict())

@@ -82,6 +82,12 @@ class BindsATensor(Same):
         self.mean = images.mean()
 
 
+class BindsBefore(Same):
+    def before_step(self, phase: Phase) -> int:
+        self.mean = torch.rand((), generator=self.random("mean"))
+        return 0
+
+
 class TakesTurns(Same):
     """Without a word to `self`: which tensor it reads depends on a count that the log keeps."""
 
@@ -132,6 +138,7 @@ def test_what_is_the_same_every_time_passes() -> None:
         (LogsANumber, "makes a tensor of Python numbers"),
         (KeepsCount, "replaces or changes self.steps"),
         (BindsATensor, "replaces or changes self.mean"),
+        (BindsBefore, "other operations than in the step before: aten::mul_"),
         (TakesTurns, "other operations than in the step before: aten::sum"),
         (OtherNumbers, "other operations than in the step before: aten::mul_"),
         (OtherShapes, "other operations than in the step before: aten::slice"),
