@@ -1,7 +1,7 @@
 """A GPU's kernel of fake quantization with one grid for the whole tensor: values are read and written once, in their own type.
 
 Imported where there is a GPU: Triton comes with torch's builds for CUDA. No GPU was there when this was written: it was run by Triton's interpreter
-(tests/quantization/test_kernels.py), and `kernels.on_grid` compares it with torch's own operations on the GPU that there is before it is used.
+(tests/quantization/test_triton_kernel.py), and `kernels.on_grid` compares it with torch's own operations on the GPU that there is before it is used.
 """
 
 from __future__ import annotations
