@@ -19,7 +19,7 @@ def speed(
     preset: Annotated[str | None, typer.Option(help="The methods' own set of settings, like imagenet; no default budget.")] = None,
     device: Device = "auto",
     threads: Threads = None,
-    precisions: Annotated[str, typer.Option(help="fp32, bf16, and on a GPU tf32, which cells do not have; with commas between.")] = "fp32,bf16",
+    precisions: Annotated[str, typer.Option(help="fp32, bf16, and on a GPU tf32; with commas between.")] = "fp32,bf16",
     rounds: Annotated[int, typer.Option(min=1, help="How often all contenders take their turn.")] = 3,
     seconds: Annotated[float, typer.Option(min=0, help="About how long a turn is.")] = 5.0,
     out: Annotated[Path | None, typer.Option(readable=False, help="Write the figures here too; `auto`: results/speed/DEVICE.json.")] = None,

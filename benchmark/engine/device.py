@@ -109,6 +109,20 @@ def autocast_of(cell: Cell, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=cell.precision == "bf16")
 
 
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """`tf32`: inside, a GPU's convolutions and products of float32 round what enters them to 10 bits of mantissa; otherwise they do not."""
+    places: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    for place in places:
+        place.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        for place, allowed in zip(places, before, strict=True):
+            place.allow_tf32 = allowed
+
+
 class Stopwatch:
     """Seconds by name, by two clocks.
 

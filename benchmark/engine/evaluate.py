@@ -23,7 +23,7 @@ from dfqbench.tasks.detect import Boxes, Detections, average_precision, average_
 from dfqbench.tasks.segment import intersections_over_unions, mean_iou, pixel_accuracy, pixel_counts
 from dfqbench.teachers.weights import hash_tensors
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 T = TypeVar("T")
 DENSE_BATCH = 16  # images
 
@@ -122,8 +122,8 @@ def evaluate(
 ) -> Evaluation:
     """Run every image through the network in eval mode; training flags are as before afterwards.
 
-    The network is moved to `device` and stays there. An answer that is not finite counts as wrong. `bf16` is autocast; `fp32` leaves TF32, where a
-    GPU has it, to the caller's global settings. smaller: is told the size of the batches that are tried next, where a GPU's memory does not suffice.
+    The network is moved to `device` and stays there. An answer that is not finite counts as wrong. `bf16` is autocast; `fp32` and `tf32` are
+    the caller's to tell apart (`products_in`). smaller: is told the size of the batches that are tried next, where a GPU's memory does not suffice.
     Raises UserError where the network does not answer with one logit per class of the set.
     """
     return in_batches_that_fit(lambda size: _evaluated(network, images, task, torch.device(device), precision, size), batch_size, smaller)

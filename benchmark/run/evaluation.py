@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dfqbench.analysis.records import read_correct
 from dfqbench.data import find_set
-from dfqbench.engine.device import use_device
+from dfqbench.engine.device import products_in, use_device
 from dfqbench.engine.evaluate import Evaluation, evaluate_task
 from dfqbench.engine.exits import early_exits
 from dfqbench.errors import Notice, UserError
@@ -63,7 +63,11 @@ def measure(given: str, set_name: str, results: Path, device_name: str = "auto",
     def smaller(size: int) -> None:
         warnings.warn(f"out of memory: tried again with batches of {size}", Notice)
 
-    evaluation = evaluate_task(student, images, student.task, device, precision, batch_size, smaller)
+    if precision == "tf32" and device.type != "cuda":
+        warnings.warn(f"trained in tf32, which only a GPU has: on {device} it computes in fp32", Notice)
+    with products_in(precision):
+        evaluation = evaluate_task(student, images, student.task, device, precision, batch_size, smaller)
+        exits = early_exits(student, images, student.task, device, precision, batch_size) if student.task.exits > 1 else None
     packed = np.packbits(evaluation.correct) if isinstance(evaluation, Evaluation) else None
     digest = found.digest(cache_folder())
     identity = {**cell.get("identity", {}), "evaluation": digest}
@@ -72,7 +76,7 @@ def measure(given: str, set_name: str, results: Path, device_name: str = "auto",
         "id": cell.get("id", path.name),
         "cell": {**_unknown(path, student), **cell, "identity": identity, "evaluation": named},
         **evaluation.scores(),
-        **({"exits": early_exits(student, images, student.task, device, precision, batch_size)} if student.task.exits > 1 else {}),
+        **({"exits": exits} if exits else {}),
         "steps": student.about.get("steps"),
         "last_epoch": student.about.get("last_epoch"),
         "teacher": {evaluation.metric: None},

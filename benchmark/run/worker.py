@@ -14,7 +14,7 @@ import torch
 
 from dfqbench.analysis.warning_signs import signs
 from dfqbench.engine.checkpoint import load_checkpoint
-from dfqbench.engine.device import DeviceLost, is_lost, out_of_memory
+from dfqbench.engine.device import DeviceLost, is_lost, out_of_memory, products_in
 from dfqbench.engine.evaluate import Evaluated, state_hash
 from dfqbench.engine.lockstep import Interrupted, Lockstep, Trainee
 from dfqbench.engine.synthesis_cache import SynthesisCache
@@ -63,7 +63,8 @@ class Worker:
 
     def run(self, bundle: Bundle, summary: Summary) -> None:
         try:
-            self._run(bundle, summary)
+            with products_in(bundle.cells[0].precision):
+                self._run(bundle, summary)
         except OSError as error:
             if error.errno not in DISK_TROUBLE:
                 raise
@@ -112,7 +113,9 @@ class Worker:
         first = bundle.cells[0]
         card = first.teacher
         teacher = self._load_teacher(card)
-        score = self._scoring.of(bundle, teacher, lambda line: self._log(bundle, line))
+        with products_in("fp32"):  # what cells of other precisions share
+            score = self._scoring.of(bundle, teacher, lambda line: self._log(bundle, line))
+            widths = self._allocations.of(bundle, teacher, lambda line: self._log(bundle, line))
 
         def evaluate_student(student: Student) -> Evaluated:
             self.progress.evaluating()
@@ -128,7 +131,6 @@ class Worker:
         work = self.store.bundle_folder(bundle.id)
         watcher = Watcher(self.store, work / "checkpoint.pt", self.options, self.progress, self.stop, self.watching)
         every = self.loaded.sweep.evaluate_every
-        widths = self._allocations.of(bundle, teacher, lambda line: self._log(bundle, line))
         plain, real = lambda cell: rounded(cell, teacher, self.device, widths.get(cell.id)), yardstick_of(first, self.loaded, self.device)
         lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, every, work, plain, real, widths)
         if replays:

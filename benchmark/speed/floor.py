@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,23 +12,11 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dfqbench.engine.device import products_in
+
 MATRIX = 2048  # side of the matrices whose product the device's rate is measured with
 LAYER = (64, 128, 32)  # images, channels and pixels of a side of the convolution that it is measured with, too
 COPIED = 64 * 2**20  # floats copied to measure its bandwidth
-
-
-@contextlib.contextmanager
-def products_in(precision: str) -> Iterator[None]:
-    """`tf32`: inside, a GPU's products of float32 round what enters them to 10 bits of mantissa, which is no `fp32` that a cell may have."""
-    places: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [place.allow_tf32 for place in places]
-    for place in places:
-        place.allow_tf32 = precision == "tf32"
-    try:
-        yield
-    finally:
-        for place, allowed in zip(places, before, strict=True):
-            place.allow_tf32 = allowed
 
 
 class Bytes(TorchDispatchMode):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from dfqbench.engine.device import keep_freed_memory
+from dfqbench.engine.device import keep_freed_memory, products_in
 from dfqbench.engine.evaluate import Evaluation
 from dfqbench.engine.lockstep import Lockstep
 from dfqbench.engine.step_graph import WARM_UP
@@ -30,7 +30,7 @@ from dfqbench.method.registry import find_method
 from dfqbench.method.settings import preset_of
 from dfqbench.network import Teacher
 from dfqbench.quantization import PROTOCOLS, Bits
-from dfqbench.speed.floor import Bytes, Device, measured_device, products_in, timed
+from dfqbench.speed.floor import Bytes, Device, measured_device, timed
 from dfqbench.sweep.cell import Bundle, Cell, EvaluationCard
 from dfqbench.task import Task
 from dfqbench.teachers import TeacherCard
@@ -152,7 +152,7 @@ def contenders(
     several = [widths] if method.info.shares_synthesis and phase == "train" else []
     for precision in precisions:
         for chosen, replayed in itertools.product([("w4a4",), *several], [False, True] if stand.device.type == "cuda" else [False]):
-            lockstep, planned = stand.lockstep(method, phase, chosen, "fp32" if precision == "tf32" else precision)
+            lockstep, planned = stand.lockstep(method, phase, chosen, precision)
 
             def run(lockstep: Lockstep = lockstep, planned: Phase = planned, precision: str = precision) -> None:
                 with products_in(precision):

@@ -17,7 +17,7 @@ from dfqbench.teachers import TeacherCard
 # Raise the first wherever the engine gives other numbers than before for the same settings: what was run before are other cells.
 # Raise the second where only rounding differs: to a cell that means as much as another version of torch, its results are replicates.
 ENGINE_VERSION, ROUNDING_VERSION = 2, 5
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def canonical_json(value: Any) -> str:

@@ -152,7 +152,7 @@ class Sweep(BaseModel):
     protocol: str | dict[str, Any] = "lineage"
     preset: str | None = Field(None, description="the methods' own set of defaults, where a method has one of that name: imagenet")
     budget: Budget = Budget()
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     evaluate_every: int | None = Field(None, ge=1, description="epochs between evaluations; null: only at the end")
     selection: Selection | None = Field(None, description="for `dfqbench select`; no part of any cell")
     allocation: Selection = Field(

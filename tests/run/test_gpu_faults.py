@@ -26,6 +26,7 @@ from dfqbench.engine.evaluate import evaluate
 from dfqbench.engine.lockstep import Lockstep
 from dfqbench.errors import UserError
 from dfqbench.method.registry import find_method, register
+from dfqbench.run import scoring
 from dfqbench.run.agreement import agreement
 from dfqbench.run.rehearsal import small
 from dfqbench.store.provenance import provenance
@@ -68,6 +69,37 @@ def test_on_a_gpu_fp32_is_fp32_and_the_same_work_gives_the_same_bits(gpu: Preten
     assert (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()) == (True, False)
     assert not torch.utils.deterministic.fill_uninitialized_memory, "which would cost a kernel for each new tensor"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_tf32_is_a_precision_of_its_own(
+    gpu: PretendedCuda, dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training and in what scores a student; not in what is shared with cells of other precisions, nor afterwards."""
+    seen = set[tuple[str, bool]]()
+
+    def told(name: str, of: Any) -> Any:
+        def run(*given: Any, **more: Any) -> Any:
+            seen.add((f"{name} {getattr(given[0], 'bits', '')}".strip(), torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32))
+            return of(*given, **more)
+
+        return run
+
+    monkeypatch.setattr(Lockstep, "step", told("step", Lockstep.step))
+    monkeypatch.setattr(scoring, "evaluate_task", told("evaluation", scoring.evaluate_task))
+    file = sweep_file(bits=["w4a4"], precision="tf32")
+    code, out, _ = dfqbench("run", file, "--results", tmp_path / "r", "--device", "cuda", "--no-graphs")
+    assert (code, seen) == (0, {("step", True), ("evaluation", False), ("evaluation w4a4", True)})
+    assert not torch.backends.cudnn.allow_tf32
+    code, out, _ = dfqbench("table", file, "--results", tmp_path / "r")
+    assert "protocol lineage, tf32" in out
+    student = next((tmp_path / "r").glob("runs/*/student.safetensors"))
+    code, out, err = dfqbench("evaluate", student, "--on", "digits", "--device", "cpu")
+    assert (code, "trained in tf32, which only a GPU has: on cpu it computes in fp32" in out + err) == (0, True)
+
+
+def test_tf32_without_a_gpu_is_told(dfqbench: Run, sweep_file: SweepFile, tmp_path: Path) -> None:
+    code, _, err = dfqbench("run", sweep_file(precision="tf32"), "--results", tmp_path / "r", "--device", "cpu")
+    assert (code, err) == (2, "dfqbench: precision: tf32: only a GPU has it, and the device is cpu\n")
 
 
 class Reached(Exception):
