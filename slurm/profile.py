@@ -42,6 +42,7 @@ class Profile(BaseModel):
         None,
         description="replay steps as CUDA graphs where a method allows it, or run them as they are; null: replay if a short check passes",
     )
+    streams: bool = Field(False, description="replay the students of a bundle at the same time; takes more of a GPU's memory")
     requeue: bool = Field(True, description="whether a job at its time limit is put back into the queue; else the next submit goes on")
     array_size: int | None = Field(None, ge=1, description="tasks per job array; null: as the cluster says")
     max_queued: int | None = Field(None, ge=1, description="jobs of yours that may be in the queue at once; the next submit adds more")

@@ -212,7 +212,7 @@ class Crew:
             "--threads",
             str(p.threads),
         ]
-        graphs = {None: [], True: ["--graphs"], False: ["--no-graphs"]}[p.graphs]
+        graphs = {None: [], True: ["--graphs"], False: ["--no-graphs"]}[p.graphs] + ["--streams"] * p.streams
         words += ["--checkpoint-every", str(p.checkpoint_every), *graphs, "--name", name, *cells]
         environment = environment_without(PYTHON) | ({"CUDA_VISIBLE_DEVICES": self.gpus[slot % len(self.gpus)]} if self.gpus else {})
         lane.process, lane.slot, lane.waiting_since = subprocess.Popen(words, cwd=self.submission.cwd, env=environment), slot, None

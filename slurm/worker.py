@@ -17,7 +17,16 @@ from dfqbench.errors import UserError
 FAILED, REFUSED, LOST, STOPPED = 1, 2, 3, 143
 
 
-def work(folder: Path, cell_ids: list[str], device: str, threads: int, checkpoint_every: float, name: str, graphs: bool | None = None) -> int:
+def work(
+    folder: Path,
+    cell_ids: list[str],
+    device: str,
+    threads: int,
+    checkpoint_every: float,
+    name: str,
+    graphs: bool | None = None,
+    streams: bool = False,
+) -> int:
     """Raises UserError where the snapshot does not stand for the submitted cells any more."""
     from dfqbench_slurm.submission import read_submission, sha256
 
@@ -45,7 +54,7 @@ def work(folder: Path, cell_ids: list[str], device: str, threads: int, checkpoin
         if missing:
             raise UserError(f"cells {', '.join(missing)}: weights, evaluation set or code are not those that were submitted: submit again")
         progress = Progress(Console(soft_wrap=True), name)
-        options = Options(device, checkpoint_every, retry_failed=True, stop_at_failure=True, graphs=graphs)
+        options = Options(device, checkpoint_every, retry_failed=True, stop_at_failure=True, graphs=graphs, streams=streams)
         store = Store(submission.results, writable=True)
         try:
             summary = run_cells(loaded, [known[cell_id] for cell_id in cell_ids], store, options, progress, stop)
@@ -65,10 +74,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--checkpoint-every", type=float, default=300.0)
     parser.add_argument("--graphs", action=argparse.BooleanOptionalAction, help="replay steps as CUDA graphs, or do not")
+    parser.add_argument("--streams", action="store_true", help="replay the students of a bundle at the same time")
     parser.add_argument("--name", default="", help="what its lines begin with")
     given = parser.parse_args()
     try:
-        sys.exit(work(given.folder, given.cells, given.device, given.threads, given.checkpoint_every, given.name, given.graphs))
+        sys.exit(work(given.folder, given.cells, given.device, given.threads, given.checkpoint_every, given.name, given.graphs, given.streams))
     except UserError as error:
         for line in str(error).splitlines():
             print(f"dfqbench: {line}", file=sys.stderr)

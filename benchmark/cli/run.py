@@ -24,6 +24,9 @@ def run(
         bool | None,
         typer.Option("--graphs/--no-graphs", help="Replay steps as CUDA graphs, or do not. Unsaid: on a GPU, if a short check passes."),
     ] = None,
+    streams: Annotated[
+        bool, typer.Option("--streams", help="Replay the students of a bundle at the same time. Takes more of a GPU's memory.")
+    ] = False,
     plugin: Plugins = None,
 ) -> None:
     """Run every cell of a sweep that is not done yet; Ctrl-C saves, the same command goes on."""
@@ -42,7 +45,8 @@ def run(
     progress = make_progress(console)
     try:
         with StopFlag().installed() as stop:
-            summary = run_sweep(loaded, store, Options(device, checkpoint_every, retry_failed, wandb=wandb, graphs=graphs), progress, stop)
+            options = Options(device, checkpoint_every, retry_failed, wandb=wandb, graphs=graphs, streams=streams)
+            summary = run_sweep(loaded, store, options, progress, stop)
     finally:
         progress.stop()
     counts = {"done": summary.done, "failed": summary.failed, "failed earlier": summary.failed_earlier, "left": summary.left}

@@ -134,10 +134,11 @@ class Stopwatch:
         self.device = device
         self.totals: dict[str, float] = {}
         self.cpu: dict[str, float] = {}
-        self._events: list[tuple[str, Any, Any]] = []
+        self._events: list[tuple[tuple[str, ...], Any, Any]] = []
 
     @contextmanager
-    def of(self, name: str) -> Iterator[None]:
+    def of(self, *names: str) -> Iterator[None]:
+        """names: who share the seconds in equal parts."""
         used = time.process_time()
         if self.device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -145,19 +146,19 @@ class Stopwatch:
             start.record(stream)
             yield
             end.record(stream)
-            self._events.append((name, start, end))
+            self._events.append((names, start, end))
         else:
             started = time.perf_counter()
             yield
-            self.totals[name] = self.totals.get(name, 0.0) + time.perf_counter() - started
-        self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - used
+            _share(self.totals, names, time.perf_counter() - started)
+        _share(self.cpu, names, time.process_time() - used)
 
     def read(self) -> dict[str, float]:
         """All totals so far; on a GPU this waits for the work that was measured."""
         if self._events:
             torch.cuda.synchronize(self.device)
-            for name, start, end in self._events:
-                self.totals[name] = self.totals.get(name, 0.0) + start.elapsed_time(end) / 1000
+            for names, start, end in self._events:
+                _share(self.totals, names, start.elapsed_time(end) / 1000)
             self._events.clear()
         return self.totals
 
@@ -165,6 +166,11 @@ class Stopwatch:
         """From what was measured before an interruption; cpu: None where an earlier version did not measure it."""
         self._events.clear()
         self.totals, self.cpu = dict(totals), dict.fromkeys(totals, math.nan) if cpu is None else dict(cpu)
+
+
+def _share(totals: dict[str, float], names: tuple[str, ...], seconds: float) -> None:
+    for name in names:
+        totals[name] = totals.get(name, 0.0) + seconds / len(names)
 
 
 def keep_freed_memory() -> None:

@@ -123,8 +123,11 @@ class Lockstep:
             for optimizer in self.optimizers:
                 place_rates(optimizer, self.device)
 
-    def replay_steps(self, say: Callable[[str], None], make_recorder: Callable[[], Recorder] | None = None) -> None:
-        """From here on, steps are recorded and replayed (as CUDA graphs): see `step_graph`. Where that cannot be, `say` gets a line that says why."""
+    def replay_steps(self, say: Callable[[str], None], make_recorder: Callable[[], Recorder] | None = None, streams: bool = False) -> None:
+        """From here on, steps are recorded and replayed (as CUDA graphs): see `step_graph`. Where that cannot be, `say` gets a line that says why.
+
+        streams: students are replayed at the same time; each gets an equal share of the seconds that they take together.
+        """
         name, loose = self.method.info.name, [type(optimizer).__name__ for optimizer in self.optimizers if not is_fused(optimizer)]
         if not self.method.static_step:
             say(f"steps of {name} are not replayed but run as they are: they are not the same operations every time (static_step)")
@@ -133,7 +136,7 @@ class Lockstep:
         else:
             students = {t.name: (t.student, t.optimizer) for t in self.trainees}
             device = self.device  # not the lockstep itself: it would keep itself alive
-            self.parts = CapturedParts(self.method, students, make_recorder or (lambda: CudaRecorder(device)), say)
+            self.parts = CapturedParts(self.method, students, make_recorder or (lambda: CudaRecorder(device)), say, streams)
 
     @property
     def active(self) -> list[Trainee]:
@@ -224,9 +227,12 @@ class Lockstep:
             return
         assert batch is not None
         self.last_batch = batch
-        for trainee in self.active if phase.distill or calibrating else ():
-            with self.watch.of(trainee.name):
-                self.parts.run(trainee.name, lambda trainee=trainee: self._train(trainee, batch, phase.distill))  # type: ignore[misc]
+        students = self.active if phase.distill or calibrating else []
+        for at_once in [students] if self.parts.streams and students else [[trainee] for trainee in students]:
+            with self.watch.of(*(trainee.name for trainee in at_once)):
+                for trainee in at_once:
+                    self.parts.run(trainee.name, lambda trainee=trainee: self._train(trainee, batch, phase.distill))  # type: ignore[misc]
+                self.parts.join()
 
     def _synthesize(self, phase: Phase) -> Batch | None:
         with self.autocast:

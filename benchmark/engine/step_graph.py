@@ -7,6 +7,10 @@ memory, replayed in the order in which they were recorded: so each part's second
 being recorded anew. The first steps of a kind run as they are, as steps of the training: they create optimizer states, random streams and sums of
 logged values. Recording executes nothing, so the step that is recorded is then replayed, and counts once.
 
+With `streams`, each student's graphs have a pool and a stream of their own, so that a GPU may work on several students at once: they share the
+images, which nobody writes to in the meantime, and nothing else. Students that draw random numbers are replayed one after the other: where a graph
+goes on drawing from lies in one place on the device, which every replay writes to.
+
 Steps of an epoch may be of several kinds (`Method.before_step`), each recorded for itself, its students' parts too: they read the images where that
 kind's making left them. A step of no kind runs as it is, and may leave other tensors behind: after it, all is recorded anew.
 """
@@ -30,9 +34,10 @@ Replay = Callable[[], None]
 
 
 class Parts(Protocol):
-    """How the engine runs the parts of a step. replayed: how many were not run but replayed."""
+    """How the engine runs the parts of a step. replayed: how many were not run but replayed. streams: whether students may be at work at once."""
 
     replayed: int
+    streams: bool
 
     def begin(self, epoch: object) -> None:
         """The steps from here on are of an epoch of this kind: between equal ones, nothing is recorded anew."""
@@ -43,6 +48,9 @@ class Parts(Protocol):
     def run(self, name: str, work: Callable[[], T]) -> T:
         """One part of the step. In steps of one kind, a name stands for the same work."""
 
+    def join(self) -> None:
+        """Whatever comes now may read and write what the parts that were run have left."""
+
     def forget(self) -> None:
         """Tensors were replaced: what was recorded holds no more."""
 
@@ -50,7 +58,7 @@ class Parts(Protocol):
 class Eager:
     """Every part is run as it is."""
 
-    replayed = 0
+    replayed, streams = 0, False
 
     def begin(self, epoch: object) -> None: ...
 
@@ -59,11 +67,13 @@ class Eager:
     def run(self, name: str, work: Callable[[], T]) -> T:
         return work()
 
+    def join(self) -> None: ...
+
     def forget(self) -> None: ...
 
 
 class Recorder(Protocol):
-    """What records work and gives it back to be replayed. Everything recorded by one of these shares one pool of memory."""
+    """What records work and gives it back to be replayed. Everything recorded by one of these shares one pool of memory, and takes turns."""
 
     def eagerly(self, work: Callable[[], T]) -> T:
         """Runs work as it is, under the conditions under which it will be recorded."""
@@ -73,6 +83,12 @@ class Recorder(Protocol):
 
         streams: what the work draws from; a replay draws on from them. Raises whatever the work raises, or NotRecorded.
         """
+
+    def aside(self, replay: Replay) -> None:
+        """Replays beside whatever else is under way, once all that was begun before is done."""
+
+    def join(self) -> None:
+        """Whatever is begun from here on waits for what was replayed aside."""
 
 
 class NotRecorded(Exception):
@@ -98,12 +114,22 @@ class CapturedParts:
     students: their state, by name: whatever a step may write to in place, and must not replace. say: takes the line for the user.
     """
 
-    def __init__(self, method: Method, students: dict[str, Any], make_recorder: Callable[[], Recorder], say: Callable[[str], None]):
+    def __init__(
+        self,
+        method: Method,
+        students: dict[str, Any],
+        make_recorder: Callable[[], Recorder],
+        say: Callable[[str], None],
+        streams: bool = False,
+    ):
         self.method, self.students, self.make_recorder, self.say = method, students, make_recorder, say
         self.replayed = 0
         self.refused = False
+        self.streams = streams and len(students) > 1
         self._epoch: object = None
         self._kind: Hashable = 0
+        self._recorders: dict[str, Recorder] = {}
+        self._aside = list[Recorder]()  # with work under way
         self.forget()
 
     def begin(self, epoch: object) -> None:
@@ -117,22 +143,33 @@ class CapturedParts:
             self.forget()
 
     def forget(self) -> None:
+        self.join()
         self._parts: dict[tuple[str, Hashable], _Part] = {}
-        self._recorder: Recorder | None = None  # a pool of memory is done with when its last graph is gone: the next one is new
+        self._recorders = {}  # a pool of memory is done with when its last graph is gone: the next one is new
+
+    def join(self) -> None:
+        while self._aside:
+            self._aside.pop().join()
+
+    def _recorder_of(self, name: str) -> Recorder:
+        """That of all parts, or of a student's own."""
+        owner = name if self.streams and name in self.students else ""
+        if owner not in self._recorders:
+            self._recorders[owner] = self.make_recorder()
+        return self._recorders[owner]
 
     def run(self, name: str, work: Callable[[], T]) -> T:
         if self.refused:
             return work()
         part = self._parts.setdefault((name, self._kind), _Part())
         if part.replay is None:
-            self._recorder = self._recorder or self.make_recorder()
             if self._kind is None:
-                return self._recorder.eagerly(work)
+                return self._recorder_of(name).eagerly(work)
             if part.warm < WARM_UP:
                 part.warm += 1
-                return self._recorder.eagerly(work)
+                return self._warm_up(name, work)
             try:
-                self._record(part, work, self._recorder)
+                self._record(part, work, self._recorder_of(name), aside=self.streams and name in self.students)
             except NotUndone:
                 raise
             except Exception as error:  # whatever it is: run as it is, the step does what it is meant to do, or raises that again
@@ -144,17 +181,39 @@ class CapturedParts:
         else:
             part.places = {}
         assert part.replay is not None
-        part.replay()
+        if self.streams and name in self.students:
+            self._aside.append(self._recorder_of(name))
+            self._aside[-1].aside(part.replay)
+        else:
+            part.replay()
         self.method._log.count(part.logged)
         self.replayed += 1
         return cast(T, part.result)
 
-    def _record(self, part: _Part, work: Callable[[], T], recorder: Recorder) -> None:
-        """Raises what the work raises, or NotRecorded where a replay would not do what the step does. Then all is as it was before, or NotUndone."""
+    def _warm_up(self, name: str, work: Callable[[], T]) -> T:
+        """A step as it is; a student that draws random numbers in it has all of them replayed one after the other."""
+        before = self._drawn() if self.streams and name in self.students else None
+        result = self._recorder_of(name).eagerly(work)
+        if before is not None and any(stream not in before or not torch.equal(before[stream], state) for stream, state in self._drawn().items()):
+            self.streams = False
+            self.say(f"students of {self.method.info.name} are replayed one after the other: they draw random numbers")
+        return result
+
+    def _drawn(self) -> dict[str, torch.Tensor]:
+        """How far each random stream is, torch's own included."""
+        device = self.method.device
+        own = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+        return {name: stream.get_state() for name, stream in streams_of(self.method).items()} | {"torch's own": own}
+
+    def _record(self, part: _Part, work: Callable[[], T], recorder: Recorder, aside: bool = False) -> None:
+        """aside: the work draws from no stream.
+
+        Raises what the work raises, or NotRecorded where a replay would not do what the step does. Then all is as it was before, or NotUndone.
+        """
         log, counts = self.method._log, self.method._log.counts()
         streams, attributes, anchors = streams_of(self.method), Attributes(self.method), self._anchors()
         try:
-            result, replay = recorder.record(work, list(streams.values()))
+            result, replay = recorder.record(work, [] if aside else list(streams.values()))
             logged = {name: count - counts.get(name, 0) for name, count in log.counts().items()}
             self._check_streams(set(streams_of(self.method)) - set(streams))
             self._check_log({name for name, more in logged.items() if more}, set(counts))
@@ -251,6 +310,14 @@ class CudaRecorder:
                     self._clear_up(graph, own)
                 raise cause or error from None
         return result, graph.replay
+
+    def aside(self, replay: Replay) -> None:
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            replay()
+
+    def join(self) -> None:
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def _clear_up(self, graph: torch.cuda.CUDAGraph, streams: Sequence[torch.Generator]) -> None:
         """A capture that CUDA broke off leaves random streams that refuse to draw, and an allocator that believes the capture goes on."""

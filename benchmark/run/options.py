@@ -21,6 +21,7 @@ class Options:
     evaluation_batch: int = 500
     wandb: str | None = None  # online, offline or off instead of what the config says
     graphs: bool | None = None  # replay training steps as CUDA graphs, where the method allows it; None: on a GPU, where a check of it passes
+    streams: bool = False  # students of a bundle are replayed on streams of their own, at the same time
 
 
 class StopFlag:

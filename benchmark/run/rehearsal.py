@@ -9,7 +9,7 @@ And steps are replayed as CUDA graphs only where, here and now, replayed steps e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -48,27 +48,31 @@ def rehearse(bundle: Bundle, teacher: Teacher, device: torch.device, say: Callab
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def why_not_replayed(bundle: Bundle, teacher: Teacher, device: torch.device) -> str | None:
+def why_not_replayed(bundle: Bundle, teacher: Teacher, device: torch.device, streams: bool = False) -> str | None:
     """Runs each kind of step of the bundle in small, as it is and replayed. None where both end with the same bits, or why not to replay them.
 
-    "" where the method does not promise steps that are all alike. Raises RuntimeError where the GPU is dead afterwards.
+    streams: with all students, replayed at once; else with one. "" where the method does not promise steps that are all alike. Raises RuntimeError
+    where the GPU is dead afterwards.
     """
-    cell, key = bundle.cells[0], _question(bundle.cells[0])
+    cells = bundle.cells if streams else bundle.cells[:1]
+    key = " ".join([_question(cells[0]), *(str(cell.bits) for cell in cells)] if streams else [_question(cells[0])])
     if key not in _replays:
-        _replays[key] = _difference(cell, teacher, device)
+        _replays[key] = _difference(cells, teacher, device, streams)
     return _replays[key]
 
 
-def _difference(cell: Cell, teacher: Teacher, device: torch.device) -> str | None:
-    quick = small(cell, {"iterations": REPLAYED, "synthesis_iterations": REPLAYED})
-    if quick is None:
+def _difference(cells: Sequence[Cell], teacher: Teacher, device: torch.device, streams: bool) -> str | None:
+    found = [small(cell, {"iterations": REPLAYED, "synthesis_iterations": REPLAYED}) for cell in cells]
+    quick = {cell.width: cell for cell in found if cell is not None}  # without their allocations, two may be alike
+    if not quick:
         return "the few steps of a check do not go with its settings"
     said, plain = list[str](), None
     try:
-        if not Lockstep(Bundle((quick,)), teacher, device, _not_evaluated, yardstick=_noise(quick, teacher)).method.static_step:
+        small_bundle = Bundle(tuple(quick.values()))
+        if not _lockstep(small_bundle, teacher, device).method.static_step:
             return ""
-        plain = _steps(quick, teacher, device, REPLAYED)
-        replayed = _steps(quick, teacher, device, REPLAYED, said.append)
+        plain = _steps(small_bundle, teacher, device, REPLAYED)
+        replayed = _steps(small_bundle, teacher, device, REPLAYED, said.append, streams)
     except Exception as error:
         if is_lost(error, device) and plain is not None:
             raise RuntimeError("steps were replayed as CUDA graphs, as a check: try again with --no-graphs") from error
@@ -110,18 +114,24 @@ def _refused(cell: Cell, teacher: Teacher, device: torch.device) -> str | None:
         return None
     with suppress(Exception):
         try:
-            _steps(quick, teacher, device, STEPS)
+            _steps(Bundle((quick,)), teacher, device, STEPS)
         except RuntimeError as error:
             if REFUSED in str(error):
                 return str(error).partition(REFUSED)[0].split()[-1]
     return None
 
 
-def _steps(cell: Cell, teacher: Teacher, device: torch.device, most: int, replayed: Callable[[str], None] | None = None) -> Lockstep:
+def _lockstep(bundle: Bundle, teacher: Teacher, device: torch.device) -> Lockstep:
+    return Lockstep(bundle, teacher, device, _not_evaluated, yardstick=_noise(bundle.cells[0], teacher))
+
+
+def _steps(
+    bundle: Bundle, teacher: Teacher, device: torch.device, most: int, replayed: Callable[[str], None] | None = None, streams: bool = False
+) -> Lockstep:
     """The plan with so many steps of an epoch at most. replayed: steps are, and this takes the line where they cannot be."""
-    lockstep = Lockstep(Bundle((cell,)), teacher, device, _not_evaluated, yardstick=_noise(cell, teacher))
+    lockstep = _lockstep(bundle, teacher, device)
     if replayed is not None:
-        lockstep.replay_steps(replayed)
+        lockstep.replay_steps(replayed, streams=streams)
     for index, (phase, number) in enumerate(lockstep.epochs):
         calibrating = number < phase.calibration_epochs
         lockstep.begin_epoch(phase, calibrating)

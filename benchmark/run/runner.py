@@ -37,6 +37,8 @@ def run_cells(loaded: LoadedSweep, cells: list[Cell], store: Store, options: Opt
     device = use_device(options.device)
     if options.graphs and device.type != "cuda":
         raise UserError(f"--graphs: CUDA graphs need a GPU, and the device is {device}")
+    if options.streams and device.type != "cuda":
+        raise UserError(f"--streams: several students at once need a GPU, and the device is {device}")
     if device.type != "cuda" and any(cell.precision == "tf32" for cell in cells):
         raise UserError(f"precision: tf32: only a GPU has it, and the device is {device}")
     keep_freed_memory()

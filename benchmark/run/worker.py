@@ -134,7 +134,7 @@ class Worker:
         plain, real = lambda cell: rounded(cell, teacher, self.device, widths.get(cell.id)), yardstick_of(first, self.loaded, self.device)
         lockstep = Lockstep(bundle, teacher, self.device, evaluate_student, every, work, plain, real, widths)
         if replays:
-            lockstep.replay_steps(lambda line: self._log(bundle, line))
+            lockstep.replay_steps(lambda line: self._log(bundle, line), streams=self.options.streams)
         made = SynthesisCache(self.store.images_folder, work, lockstep)
         state, why_not = load_checkpoint(watcher.path, lockstep.members)
         if state is not None:
@@ -160,7 +160,7 @@ class Worker:
         """Steps as CUDA graphs: where that is asked for; where nothing is said, on a GPU, for a method that allows it, if a check of it passes."""
         if self.options.graphs is not None or self.device.type != "cuda":
             return bool(self.options.graphs)
-        why = why_not_replayed(bundle, teacher, self.device)
+        why = why_not_replayed(bundle, teacher, self.device, self.options.streams)
         if why:
             self._log(bundle, f"steps of {bundle.cells[0].method} are not replayed but run as they are: {why}")
         return why is None
@@ -282,8 +282,8 @@ class Worker:
             return {"not_kept": str(error)}
 
     def _provenance(self, lockstep: Lockstep) -> dict[str, Any]:
-        """On what, and, where it was so: that steps were replayed, and which cell made the images in how many seconds."""
-        graphs = {"graphs": True} if lockstep.parts.replayed else {}
+        """On what, and, where it was so: that steps were replayed (at once), and which cell made the images in how many seconds."""
+        graphs = ({"graphs": True} | ({"streams": True} if lockstep.parts.streams else {})) if lockstep.parts.replayed else {}
         return provenance(self.device) | graphs | ({"images": lockstep.images_from} if lockstep.images_from else {})
 
     def _failed(self, cell: Cell, kind: str, message: str, trace: str, **known: Any) -> None:

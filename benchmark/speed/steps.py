@@ -36,6 +36,8 @@ from dfqbench.task import Task
 from dfqbench.teachers import TeacherCard
 
 WIDTHS = ("w5a5", "w4a4", "w3a3", "w2a2")
+AT_ONCE = "replayed at once"  # students on streams of their own
+WAYS = ("engine", "replayed", AT_ONCE)
 Progress = Callable[[str], None]
 
 
@@ -151,7 +153,9 @@ def contenders(
     steps = int(getattr(stand.config(method, phase), "student_steps", 1))  # a whole turn, where students and generator take turns
     several = [widths] if method.info.shares_synthesis and phase == "train" else []
     for precision in precisions:
-        for chosen, replayed in itertools.product([("w4a4",), *several], [False, True] if stand.device.type == "cuda" else [False]):
+        for chosen, way in itertools.product([("w4a4",), *several], WAYS if stand.device.type == "cuda" else WAYS[:1]):
+            if way == AT_ONCE and len(chosen) == 1:
+                continue
             lockstep, planned = stand.lockstep(method, phase, chosen, precision)
 
             def run(lockstep: Lockstep = lockstep, planned: Phase = planned, precision: str = precision) -> None:
@@ -159,9 +163,9 @@ def contenders(
                     for _ in range(steps):
                         lockstep.step(planned, calibrating=planned.calibration_epochs > 0)
 
-            if replayed and not _replays(lockstep, run, say):
+            if way != "engine" and not _replays(lockstep, run, say, way == AT_ONCE):
                 continue
-            found.append(Contender("replayed" if replayed else "engine", precision, len(chosen), steps, run, []))
+            found.append(Contender(way, precision, len(chosen), steps, run, []))
     if textbook is None:
         return found
     for label in ("competent", "textbook"):
@@ -181,10 +185,10 @@ def contenders(
     return found
 
 
-def _replays(lockstep: Lockstep, run: Callable[[], None], say: Progress) -> bool:
+def _replays(lockstep: Lockstep, run: Callable[[], None], say: Progress, streams: bool) -> bool:
     """Has a lockstep record its steps, and says why where it does not."""
     why_not: list[str] = []
-    lockstep.replay_steps(why_not.append)
+    lockstep.replay_steps(why_not.append, streams=streams)
     for _ in range(0 if why_not else WARM_UP + 1):
         run()
     for line in why_not:

@@ -113,6 +113,7 @@ class ComparedParts:
         self.method, self.students = lockstep.method, {t.name: (t.student, t.optimizer) for t in lockstep.trainees}
         self.operations: dict[tuple[int, Hashable, str], list[Operation] | None] = {}
         self.compared = self.replayed = self._number = 0
+        self.streams = False
         self._epoch: object = None
         self._kind: Hashable = 0
         self._made: set[int] = {0}
@@ -127,6 +128,8 @@ class ComparedParts:
         self._kind, self._made = kind, {0}
         if kind is None:
             self.forget()
+
+    def join(self) -> None: ...
 
     def forget(self) -> None:
         self._seen: dict[tuple[str, Hashable], int] = {}

@@ -46,6 +46,15 @@ class StandIn:
     def __init__(self, lockstep: Lockstep, fails: Callable[[], None] = lambda: None):
         self.lockstep, self.fails = lockstep, fails
         self.recorded = self.warmed = self.replays = 0
+        self.waiting: list[Callable[[], None]] = []
+
+    def aside(self, replay: Callable[[], None]) -> None:
+        """As late as may be."""
+        self.waiting.append(replay)
+
+    def join(self) -> None:
+        while self.waiting:
+            self.waiting.pop(0)()
 
     def eagerly(self, work: Callable[[], Any]) -> Any:
         self.warmed += 1
@@ -87,7 +96,7 @@ def history(lockstep: Lockstep) -> list[list[dict[str, Any]]]:
     return [[{k: v for k, v in row.items() if k != "seconds"} for row in t.history] for t in lockstep.trainees]
 
 
-def replaying(lockstep: Lockstep, said: list[str], **options: Any) -> list[StandIn]:
+def replaying(lockstep: Lockstep, said: list[str], streams: bool = False, **options: Any) -> list[StandIn]:
     """Has the lockstep replay its steps; the stand-ins come into the list as they are made."""
     made: list[StandIn] = []
 
@@ -95,7 +104,7 @@ def replaying(lockstep: Lockstep, said: list[str], **options: Any) -> list[Stand
         made.append(StandIn(lockstep, **options))
         return made[-1]
 
-    lockstep.replay_steps(said.append, make)
+    lockstep.replay_steps(said.append, make, streams)
     return made
 
 
@@ -210,6 +219,39 @@ def test_a_recording_that_fails_is_told_once_and_the_steps_run_as_they_are(faili
     assert len(attempts) == failing_part, "nothing is tried again"
     assert ends_of(lockstep) == ends_of(plain)
     assert history(lockstep) == history(plain)
+
+
+@pytest.mark.slow
+def test_students_that_are_replayed_at_once_end_with_the_same_bits_and_share_the_seconds() -> None:
+    """Each with a recorder of its own, and not a step further before all are done: the stand-ins do nothing before they have to."""
+    trial, bits, said = Trial(find_method("gdfq"), LONG), ("w4a4", "w3a3", "w5a5"), list[str]()
+    plain, lockstep = trial.end(bits=bits), trial.start(bits=bits)
+    made = replaying(lockstep, said, streams=True)
+    lockstep.run(StopAfter())
+    assert said == []
+    assert ends_of(lockstep) == ends_of(plain)
+    assert history(lockstep) == history(plain)
+    assert [(m.recorded, m.replays) for m in made] == [(1, 6 - WARM_UP)] * 4 + [(1, 12 - WARM_UP)] * 4, "images and three students, twice"
+    assert not any(m.waiting for m in made)
+    assert len({t.history[-1]["seconds"] for t in lockstep.trainees}) == 1
+
+
+class DrawsForStudents(find_method("gdfq")):  # type: ignore[misc]
+    def distill(self, student: Student, batch: Batch) -> Tensor:
+        return super().distill(student, batch) + 0.01 * self.draw_noise(()).abs()
+
+
+@pytest.mark.slow
+def test_students_that_draw_random_numbers_are_replayed_one_after_the_other() -> None:
+    method = register("draws-for-students", paper="x", fidelity="paper", shares_synthesis=True)(DrawsForStudents)
+    trial, bits, said = Trial(method, LONG), ("w4a4", "w3a3"), list[str]()
+    plain, lockstep = trial.end(bits=bits), trial.start(bits=bits)
+    made = replaying(lockstep, said, streams=True)
+    lockstep.run(StopAfter())
+    assert said == ["students of draws-for-students are replayed one after the other: they draw random numbers"]
+    assert ends_of(lockstep) == ends_of(plain)
+    assert sum(m.replays for m in made) > 0
+    assert not lockstep.parts.streams
 
 
 class Plain(Method):
@@ -339,15 +381,16 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is 
 
 @needs_gpu
 @pytest.mark.parametrize("name", ["gdfq", "acq"])
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_cuda_graphs_end_with_the_bits_of_steps_run_as_they_are(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graphs_end_with_the_bits_of_steps_run_as_they_are(name: str, precision: str, streams: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     trial, said, ends = Trial(find_method(name), LONG | {"milestones": [2]}), [], []
     for replayed in (False, True):
         lockstep = trial.start(bits=("w4a4", "w3a3"), device=torch.device("cuda"))
         lockstep.autocast = torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16")
         if replayed:
-            lockstep.replay_steps(said.append)
+            lockstep.replay_steps(said.append, streams=streams)
         lockstep.run(StopAfter())
         ends.append((ends_of(lockstep), history(lockstep)))
     assert said == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -26,7 +27,7 @@ from dfqbench.engine.evaluate import evaluate
 from dfqbench.engine.lockstep import Lockstep
 from dfqbench.errors import Notice, UserError
 from dfqbench.method.registry import find_method, register
-from dfqbench.run import scoring
+from dfqbench.run import rehearsal, scoring
 from dfqbench.run.agreement import agreement
 from dfqbench.run.rehearsal import small
 from dfqbench.store.provenance import provenance
@@ -261,6 +262,58 @@ def test_steps_are_replayed_unless_that_is_refused_or_a_check_of_it_fails(
     }
     assert len({of["gdfq"][1] for of in found.values()}) == 1
     assert found["unsaid"]["counts"] == found["--no-graphs"]["counts"] != found["--graphs"]["counts"]
+
+
+@pytest.mark.slow
+def test_students_on_streams_of_their_own(
+    gpu: PretendedCuda, dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student's graph waits for the images, and nothing goes on before all students are done."""
+    order = list[str]()
+
+    class Stream(torch.cuda.Stream):  # type: ignore[misc]
+        number = 0
+
+        def __init__(self, *_: Any) -> None:
+            Stream.number += 1
+            self.name = f"stream {Stream.number}"
+
+        def wait_stream(self, other: Any) -> None:
+            order.append(f"{self.name} waits for {getattr(other, 'name', 'the main stream')}")
+
+    class Main(torch.cuda.Stream):  # type: ignore[misc]
+        name = "the main stream"
+        wait_stream = Stream.wait_stream
+
+    @contextlib.contextmanager
+    def on(stream: Stream) -> Iterator[None]:
+        order.append(f"on {stream.name}")
+        yield
+        order.append("back")
+
+    real = Graph.replay
+    monkeypatch.setattr(rehearsal, "REPLAYED", 5)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Main)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(Graph, "replay", lambda graph: (order.append("replay"), real(graph))[1])
+    file = sweep_file(budget={"epochs": 2, "iterations": 5, "batch_size": 8})
+    found = {}
+    for words in ("--graphs", "--streams"):
+        code, _, err = dfqbench("run", file, "--results", tmp_path / words, "--device", "cuda", words)
+        assert (code, err) == (0, "")
+        results = [json.loads(path.read_text()) for path in (tmp_path / words).glob("runs/*/result.json")]
+        found[words] = {r["student_state"] for r in results}
+        assert [(r["provenance"]["graphs"], r["provenance"].get("streams", False)) for r in results] == [(True, words == "--streams")] * 2
+    assert found["--graphs"] == found["--streams"]
+    number = Stream.number
+    one, two = f"stream {number - 1}", f"stream {number}"
+    step = ["replay"]
+    for student in (one, two):
+        step += [f"{student} waits for the main stream", f"on {student}", "replay", "back"]
+    assert order[-len(step) - 2 :] == [*step, f"the main stream waits for {two}", f"the main stream waits for {one}"]
+    code, _, err = dfqbench("run", file, "--results", tmp_path / "r", "--device", "cpu", "--streams")
+    assert (code, err) == (2, "dfqbench: --streams: several students at once need a GPU, and the device is cpu\n")
 
 
 @pytest.mark.parametrize("name", ["gdfq", "ait", "gznq", "lrq", "zeroq", "zaq", "round"])

@@ -324,7 +324,7 @@ def test_workers_are_spread_over_the_gpus_of_their_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str | None, settings: dict[str, object], gpus: list[str]
 ) -> None:
     made = submission_of(Store(tmp_path / "r", writable=True), ["aa", "bb"])
-    made.settings = Profile(**{"side_by_side": 1, "graphs": True, **settings}).model_dump(mode="json")  # type: ignore[arg-type]
+    made.settings = Profile(**{"side_by_side": 1, "graphs": True, "streams": True, **settings}).model_dump(mode="json")  # type: ignore[arg-type]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if said is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", said)
@@ -343,7 +343,7 @@ def test_workers_are_spread_over_the_gpus_of_their_job(
     for slot, lane in enumerate(crew.lanes):
         crew._start(lane, lane.cells, slot)
     assert [visible for _, visible in started] == (gpus or [None, None])
-    assert all("--graphs" in words for words, _ in started)
+    assert all({"--graphs", "--streams"} <= {*words} for words, _ in started)
 
 
 def test_a_worker_whose_gpu_is_dead_is_replaced_and_counts_against_its_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

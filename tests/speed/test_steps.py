@@ -56,7 +56,7 @@ def test_an_adversarial_method_is_measured_in_whole_turns() -> None:
 def test_what_cannot_be_replayed_is_told_and_not_measured_as_if_it_were() -> None:
     said: list[str] = []
     lockstep, planned = stand().lockstep(find_method("lrq"), "images", ("w4a4",), "fp32")
-    assert not _replays(lockstep, lambda: lockstep.step(planned, calibrating=True), said.append)
+    assert not _replays(lockstep, lambda: lockstep.step(planned, calibrating=True), said.append, False)
     assert said
     assert "steps of lrq are not replayed" in said[0]
 
