@@ -177,7 +177,7 @@ class PretendedCuda(TorchDispatchMode):
         captured = self.capturing if ours or made_here else None
         if captured is not None:
             captured.will_run(function, bare_args, bare_kwargs)
-        result = function(*bare_args, **bare_kwargs)
+        result = parts.computed(function, bare_args, bare_kwargs)
         if captured is not None:
             captured.has_run(function, bare_args, bare_kwargs, result)
         if not (ours or made_here) or name == "_local_scalar_dense":

@@ -16,6 +16,7 @@ CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 SIZED_BY_VALUES = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount", "equal", "is_nonzero"}
 INDEXES = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "lift_fresh", "_local_scalar_dense", "set_"}
+PRODUCTS = {"convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm"}
 # torch.use_deterministic_algorithms lists them; NLLLoss is meant for images only (nll_loss2d)
 WITHOUT_DETERMINISTIC_KERNEL = {
     *("grid_sampler_2d_backward", "grid_sampler_3d_backward", "_adaptive_avg_pool2d_backward", "_adaptive_avg_pool3d_backward"),
@@ -145,9 +146,17 @@ class Graph:
         with torch._C._DisableTorchDispatch():
             for function, args, kwargs, fresh in self.tape:
                 if not function.is_view:
-                    for old, new in zip(fresh, tensors_in(function(*args, **kwargs)), strict=True):
+                    for old, new in zip(fresh, tensors_in(computed(function, args, kwargs)), strict=True):
                         if old is not None:
                             old.copy_(new)
+
+
+def computed(function: Any, args: Any, kwargs: Any) -> Any:
+    """The operation on the CPU: products of bfloat16 in float32, rounded at their end, as a GPU sums them; some CPUs take ten times as long."""
+    if function.overloadpacket.__name__ not in PRODUCTS or all(t.dtype != torch.bfloat16 for t in tensors_in(args)):
+        return function(*args, **kwargs)
+    wide = mapped(lambda v: v.float() if isinstance(v, Tensor) and v.dtype == torch.bfloat16 else v, args)
+    return mapped(lambda v: v.to(torch.bfloat16) if isinstance(v, Tensor) else v, function(*wide, **kwargs))
 
 
 def leaves(value: Any) -> Iterator[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dfqbench.engine.device import products_in
 
-MATRIX = 2048  # side of the matrices whose product the device's rate is measured with
+MATRIX = (256, 2048)  # sides of the matrices whose product the device's rate is measured with; the large one where that takes no ENOUGH
 LAYER = (64, 128, 32)  # images, channels and pixels of a side of the convolution that it is measured with, too
+ENOUGH = 2.0  # seconds for what is measured once; a CPU without bf16 takes minutes for what another does in a blink
 COPIED = 64 * 2**20  # floats copied to measure its bandwidth
 
 
@@ -49,21 +50,21 @@ class Device:
         return max(flops / self.flops[precision], moved / self.bandwidth)
 
 
-def measured_device(device: torch.device) -> Device:
-    """About two seconds. The arithmetic is that of a large matrix product or of a 3x3 convolution, whichever is faster: on a CPU they are
+def measured_device(device: torch.device, precisions: Collection[str]) -> Device:
+    """A few seconds. The arithmetic is that of a large matrix product or of a 3x3 convolution, whichever is faster: on a CPU they are
     different libraries' work, and one of these may not be at home there.
     """
     rates = {}
     images, channels, side = LAYER
     dtypes = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
-    for precision, dtype in dtypes.items():
-        if precision == "tf32" and device.type == "cpu":
-            continue
-        a, b = (torch.randn(MATRIX, MATRIX, device=device).to(dtype) for _ in range(2))
+    for precision in precisions:
+        dtype = dtypes[precision]
         x = torch.randn(images, channels, side, side, device=device).to(dtype, memory_format=torch.channels_last)
         weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
         with products_in(precision):
-            product = 2 * MATRIX**3 / _best(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
+            product = _product(MATRIX[0], dtype, device)
+            if 2 * MATRIX[1] ** 3 / product < ENOUGH:
+                product = _product(MATRIX[1], dtype, device)
             layer = 2 * 9 * channels**2 * images * side**2 / _best(lambda x=x, w=weight: conv2d(x, w, padding=1), device)  # type: ignore[misc]
         rates[precision] = max(product, layer)
     source = torch.ones(COPIED, device=device)
@@ -71,9 +72,15 @@ def measured_device(device: torch.device) -> Device:
     return Device(rates, 2 * 4 * COPIED / _best(lambda: target.copy_(source), device))
 
 
+def _product(side: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / _best(lambda: a @ b, device)
+
+
 def _best(call: Callable[[], Any], device: torch.device, times: int = 5) -> float:
-    call()
-    return min(timed(call, device) for _ in range(times))
+    first = timed(call, device)  # not counted, but where it took too long for others
+    return min(timed(call, device) for _ in range(times)) if first < ENOUGH else first
 
 
 def timed(call: Callable[[], Any], device: torch.device) -> float:

@@ -215,11 +215,12 @@ def measure(
 ) -> Iterator[Row]:
     """Rows, method after method. Every contender runs about `seconds` in each round."""
     keep_freed_memory()  # for all contenders alike
-    device = measured_device(stand.device)
+    planned = {name: phases_of(find_method(name), stand) for name in names}
+    device = measured_device(stand.device, precisions)
     rates = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {precision}" for precision, rate in device.flops.items())
     say(f"this device: {rates}, {device.bandwidth / 1e9:.1f} GB/s")
-    for name in names:
-        for phase in phases_of(find_method(name), stand):
+    for name, phases in planned.items():
+        for phase in phases:
             found = contenders(name, phase, stand, textbooks.get(name), precisions, widths, say)
             repeats = []
             for contender in found:

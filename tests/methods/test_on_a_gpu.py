@@ -72,8 +72,11 @@ WAITS = {
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedCuda]:
-    """Under deterministic algorithms, as a run has it. Python's collector rests: a pretended capture cannot be broken off by what is freed in it."""
+    """Under deterministic algorithms, as a run has it. Python's collector rests: a pretended capture cannot be broken off by what is freed in it.
+    And a step is recorded after one of its kind, not after three, for the sake of time."""
     monkeypatch.setattr(step_graph, "gc", SimpleNamespace(collect=lambda: 0))
+    monkeypatch.setattr(step_graph, "WARM_UP", 1)
+    monkeypatch.setitem(BUDGET, "iterations", 3)
     fills, deterministic = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False

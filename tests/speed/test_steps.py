@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,19 +78,44 @@ def test_the_floor_is_the_larger_of_arithmetic_and_bytes() -> None:
 
 @pytest.mark.parametrize("faster", ["product", "convolution"])
 def test_the_devices_rate_is_that_of_the_faster_of_a_product_and_a_convolution(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 1 TFLOP/s in float32, and of 2 in bfloat16, the other gets a quarter."""
+    """Of 1 TFLOP/s in float32, and of 2 in bfloat16, the other gets a quarter; and small matrices a tenth of that."""
     images, channels, side = floor.LAYER
-    work = {"product": 2 * floor.MATRIX**3, "convolution": 2 * 9 * channels**2 * images * side**2}
-    seconds = [work[kind] / rate * (1 if kind == faster else 4) for rate in (1e12, 2e12) for kind in ("product", "convolution")]
+    small, large = (2 * side**3 for side in floor.MATRIX)
+    seconds = list[float]()
+    for rate in (1e12, 2e12):
+        product, layer = (rate if kind == faster else rate / 4 for kind in ("product", "convolution"))
+        seconds += [small / product * 10, large / product, 2 * 9 * channels**2 * images * side**2 / layer]
     answers = iter([*seconds, 1.0])  # the last one is the copy's
     monkeypatch.setattr(floor, "_best", lambda *_: next(answers))
-    assert floor.measured_device(torch.device("cpu")).flops == pytest.approx({"fp32": 1e12, "bf16": 2e12})
+    assert floor.measured_device(torch.device("cpu"), ["fp32", "bf16"]).flops == pytest.approx({"fp32": 1e12, "bf16": 2e12})
+
+
+def test_where_a_product_would_take_minutes_that_of_small_matrices_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some CPUs have no bfloat16: a billion operations per second."""
+    sides = list[int]()
+
+    def product(side: int, *_: Any) -> float:
+        sides.append(side)
+        return 1e9
+
+    monkeypatch.setattr(floor, "_product", product)
+    monkeypatch.setattr(floor, "_best", lambda *_: 1e3)
+    assert floor.measured_device(torch.device("cpu"), ["bf16"]).flops == {"bf16": 1e9}
+    assert sides == [floor.MATRIX[0]]
+
+
+def test_what_takes_long_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([3.0])
+    monkeypatch.setattr(floor, "timed", lambda *_: next(times))
+    assert floor._best(lambda: None, torch.device("cpu")) == 3.0
+    times = iter([1.0, 0.5, 0.4, 0.6, 0.5, 0.5])
+    assert floor._best(lambda: None, torch.device("cpu")) == 0.4
 
 
 @pytest.fixture
 def small_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     """The device's rates by small work: where a CPU has no bf16 arithmetic the usual takes minutes."""
-    for name, size in {"MATRIX": 64, "LAYER": (1, 8, 8), "COPIED": 2**12}.items():
+    for name, size in {"MATRIX": (32, 64), "LAYER": (1, 8, 8), "COPIED": 2**12}.items():
         monkeypatch.setattr(floor, name, size)
 
 
