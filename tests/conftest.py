@@ -18,6 +18,7 @@ import torch
 import yaml
 
 torch.set_num_threads(1)  # the tests run side by side; results do not depend on it within one run
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # nor do what they start have more
 
 EXAMPLE = Path(__file__).parent / "example_package"
 TINY = '''

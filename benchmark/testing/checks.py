@@ -173,7 +173,9 @@ def any_task_works(trial: Trial) -> None:
     Mend: take channels, classes and size from self.task, never as constants.
     """
     fields = trial.method.Config.model_fields
-    short = Trial(trial.method, trial.settings | {k: v for k, v in {"epochs": 2, "iterations": 2}.items() if k in fields}, trial.kind)
+    short = Trial(
+        trial.method, trial.settings | {k: v for k, v in {"epochs": 2, "iterations": 2, "batch_size": 4}.items() if k in fields}, trial.kind
+    )
     for channels, classes, size in ((1, 10, 32), (3, 1000, 32), (3, 10, 64)) if trial.kind == "classify" else ((1, 2, 18),):
         try:
             short.end(task=small_task(channels, classes, size, trial.kind))

@@ -36,7 +36,7 @@ def small_task(channels: int = 3, classes: int = 10, size: int = 32, kind: Kind 
 
 def small_task_of(kind: Kind) -> Task:
     """The task on which a method is tried for this kind; images of the dense ones are not square."""
-    return small_task() if kind == "classify" else small_task(classes=5, size=16, kind=kind, width=24)
+    return small_task(size=16) if kind == "classify" else small_task(classes=5, size=16, kind=kind, width=24)
 
 
 def small_teacher(task: Task, kind: type[Teacher] = Teacher) -> Teacher:

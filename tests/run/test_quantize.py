@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import dfqbench
-from dfqbench import UserError, load_student
+from dfqbench import Phase, UserError, load_student
+from dfqbench.engine.lockstep import Lockstep
 from dfqbench.testing.networks import SmallNetwork
 from dfqbench.testing.trial import small_task
 
@@ -169,19 +168,23 @@ def test_a_wrapped_network_is_unwrapped_and_attributes_are_known(network: nn.Mod
 
 
 @pytest.mark.slow
-def test_an_interrupted_call_goes_on_from_its_folder(network: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupted_call_goes_on_from_its_folder(
+    network: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def call() -> Any:
         return quantize(network, method="gdfq", protocol="lineage", folder=tmp_path, epochs=6, iterations=20, batch_size=8, progress=True)
 
-    def interrupt() -> None:
-        while not list(tmp_path.glob("runs/*/cell.json")):
-            time.sleep(0.05)
-        time.sleep(0.8)
-        os.kill(os.getpid(), signal.SIGINT)
+    step = Lockstep.step
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        call()
+    def interrupted(lockstep: Lockstep, phase: Phase, calibrating: bool) -> None:
+        step(lockstep, phase, calibrating)
+        if lockstep.steps_done == 30:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Lockstep, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            call()
     capsys.readouterr()
     student = call()
     assert "resumed at step" in capsys.readouterr().out
