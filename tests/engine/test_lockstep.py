@@ -308,7 +308,7 @@ def finished(results: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_killed_three_times_at_random_moments_a_cell_ends_with_the_same_bits(sweep_file: SweepFile, tmp_path: Path) -> None:
-    config = sweep_file(budget={"epochs": 12, "iterations": 20, "batch_size": 16}, evaluate_every=3)
+    config = sweep_file(budget={"epochs": 12, "iterations": 20, "batch_size": 8}, evaluate_every=4)
     whole = run_cli(config, tmp_path / "whole")
     killed_after = []
     moments = random.Random(int.from_bytes(os.urandom(4), "big"))

@@ -242,8 +242,9 @@ class CountsElsewhere(find_method("gdfq")):  # type: ignore[misc]
 
 @pytest.mark.slow
 def test_steps_are_replayed_unless_that_is_refused_or_a_check_of_it_fails(
-    gpu: PretendedCuda, dfqbench: Run, sweep_file: SweepFile, tmp_path: Path
+    gpu: PretendedCuda, dfqbench: Run, sweep_file: SweepFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(rehearsal, "REPLAYED", 6)
     register("counts", paper="x", fidelity="paper", shares_synthesis=True)(CountsElsewhere)
     file = sweep_file(methods=[{name: {"warmup_epochs": 1, "calibration_epochs": 1, "iterations": 6}} for name in ("gdfq", "counts")], bits=["w4a4"])
     found = {}

@@ -47,6 +47,7 @@ def test_two_stage_detectors_are_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough("lraspp", "ssdlite", "fcos")
 @pytest.mark.parametrize("name", ["lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "fcn_resnet50", *DETECTORS])
 def test_they_are_quantized_as_a_whole_and_rounded_by_their_batch_norms(name: str) -> None:
     built = untrained(name, size=list(DETECTORS.get(name, (96, 128))))
@@ -72,6 +73,7 @@ def test_they_are_quantized_as_a_whole_and_rounded_by_their_batch_norms(name: st
 
 
 @pytest.mark.slow
+@pytest.mark.thorough("ssdlite", "retinanet")
 @pytest.mark.parametrize("name", [*DETECTORS, "ssd300_vgg16"])
 def test_boxes_are_those_of_the_whole_model(name: str) -> None:
     height, width = DETECTORS.get(name, (300, 300))
