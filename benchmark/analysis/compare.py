@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfqbench.analysis.records import Reading, read_store, said_of, score_of
+from dfqbench.analysis.records import Counts, Reading, read_store, said_of, score_of, scored
 from dfqbench.analysis.stats import RESAMPLES, Bootstrap, Column, DenseBootstrap, Estimate, McNemar, mcnemar
 from dfqbench.errors import UserError, counted
 from dfqbench.metrics import DENSE, metric_of
@@ -17,7 +17,7 @@ from dfqbench.store import Store
 from dfqbench.sweep.cell import leaves, without_data
 
 OF_THE_PLACE = ("host", "slurm_job", "images.seconds")  # of provenance: where it happened to run, and how long that took
-Side = tuple[dict[str, Any], NDArray[np.uint8]]  # a result, and packed bits of the images that it got right
+Side = tuple[dict[str, Any], NDArray[np.uint8] | Counts]  # a result, and packed bits of the images that it got right, or counts of dense tasks
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def compare(store: Store, first: str, second: str, measured: Mapping[str, Side] 
 
     UserError where that is no two finished cells with results on the same images.
     """
-    known = dict(measured or {})
+    known: dict[str, Any] = {given: (scored(result), images) for given, (result, images) in (measured or {}).items()}
     ids = {given: store.find(given) for given in (first, second) if given not in known}
     if first == second or len(set(ids.values())) < len(ids):
         raise UserError(f"{first} and {second} are the same{f' cell, {ids[first]}' if first in ids else ''}: give two")

@@ -9,6 +9,7 @@ import os
 import re
 import time
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -61,7 +62,7 @@ REQUIRED: dict[str, type | tuple[type, ...]] = {
     "cell.identity.config": dict,
 }
 OF_ACCURACY: dict[str, type | tuple[type, ...]] = {"correct": int, "top1": (int, float), "best.top1": (int, float), "teacher.top1": (int, float)}
-OF_DENSE: dict[str, type | tuple[type, ...]] = {"top1": (int, float), "best.top1": (int, float), "teacher.top1": (int, float)}  # see `_scored`
+OF_DENSE: dict[str, type | tuple[type, ...]] = {"top1": (int, float), "best.top1": (int, float), "teacher.top1": (int, float)}  # see `scored`
 OF_AGREEMENT: dict[str, type | tuple[type, ...]] = {"correct": int, "agreement": (int, float), "kl": (int, float), "best.agreement": (int, float)}
 _OF_THE_CELL = {path: kind for path, kind in REQUIRED.items() if path.startswith("cell.")}
 
@@ -96,7 +97,7 @@ class Reading:
         for path in sorted(folder.glob("*/*/result.json")) if folder.is_dir() else []:
             if path.parent.parent.name in wanted:
                 with contextlib.suppress(ValueError, OSError):
-                    result = _scored(read_json(path))
+                    result = scored(read_json(path))
                     if not problem_of(result, path.parent.parent.name):
                         found.setdefault(result["id"], []).append(result)
         return found
@@ -153,7 +154,7 @@ def read_store(store: Store, wanted: set[str] | None = None) -> Reading:
             unreadable[cell_id] = f"{folder}: {closed}"
         elif "result.json" in names:
             result, why = _read(folder / "result.json")
-            result = _scored(result)
+            result = scored(result)
             why = why or problem_of(result, cell_id)
             if why:
                 unreadable[cell_id] = f"{folder / 'result.json'}: {why}"
@@ -239,16 +240,16 @@ def problem_of(result: Any, cell_id: str) -> str:
     return ""
 
 
-def _scored(result: Any) -> Any:
+def scored(result: Any) -> Any:
     """A result of a dense task with its metric under the name by which everything here asks for the score of a network: `top1`."""
     if not isinstance(result, dict) or result.get("metric") not in DENSE:
         return result
     key = result["metric"]
 
-    def scored(part: Any) -> Any:
+    def with_score(part: Any) -> Any:
         return {**part, "top1": part[key]} if isinstance(part, dict) and key in part else part
 
-    return scored({**result, **{name: scored(result[name]) for name in ("best", "teacher") if name in result}})
+    return with_score({**result, **{name: with_score(result[name]) for name in ("best", "teacher") if name in result}})
 
 
 def _lacking(record: dict[str, Any], wanted: dict[str, type | tuple[type, ...]]) -> str:
@@ -274,7 +275,7 @@ def _as_result(failure: dict[str, Any], store: Store) -> dict[str, Any] | None:
     if _lacking({"cell": cell}, _OF_THE_CELL) or fingerprint(cell["identity"]) != failure["id"]:
         return None
     teacher, _ = _read(store.root / "teachers" / f"{fingerprint([cell['identity'].get('teacher'), cell['identity']['evaluation']])}.json")
-    teacher = _scored(teacher) if isinstance(teacher, dict) else {}
+    teacher = scored(teacher) if isinstance(teacher, dict) else {}
     top1, images = teacher.get("top1"), cell["evaluation"].get("images")
     scores: dict[str, Any] = {"top1": math.nan, "best": {"top1": math.nan}}
     if without_data(cell):
@@ -317,12 +318,16 @@ def read_counts(path: Path, result: dict[str, Any]) -> Counts | None:
     """What a per_image.npz says, where it gives the result's own score; None otherwise."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        found = Matches(**arrays) if result["metric"] == "ap" else arrays["confusion"].astype(np.int64)
+            found = counts_of(result["metric"], {name: file[name] for name in file.files})
         images, score = len(found.boxes if isinstance(found, Matches) else found), score_of(found)
     except (OSError, ValueError, EOFError, KeyError, TypeError, IndexError, zipfile.BadZipFile):
         return None
     return found if images == result["images"] and abs(score - result["top1"]) < 1e-6 else None
+
+
+def counts_of(metric: str, arrays: Mapping[str, NDArray[Any]]) -> Counts:
+    """What an evaluation of a dense task keeps of every image, as comparisons take it."""
+    return Matches(**arrays) if metric == "ap" else arrays["confusion"].astype(np.int64)
 
 
 def score_of(counts: Counts, times: NDArray[np.int64] | None = None) -> float:

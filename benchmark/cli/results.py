@@ -188,6 +188,7 @@ def compare(
     second: Annotated[str, typer.Argument(metavar="CELL_OR_FILE", help="Another one, on the same evaluation set; or a student's file.")],
     results: Results = DEFAULT_RESULTS,
     on: Annotated[str | None, typer.Option("--on", help="For files: the evaluation set to measure them on, as in a config.")] = None,
+    decode: Annotated[str | None, typer.Option(help="For files of detectors: the function that makes boxes, FILE.py:NAME.")] = None,
 ) -> None:
     """Compare two finished cells image by image: difference with interval, McNemar's exact test, and what else they differ in."""
     from dfqbench.analysis.compare import compare as compared
@@ -202,10 +203,8 @@ def compare(
         from dfqbench.run.evaluation import measure
 
         for given in files:
-            found = measure(given, on, results)
-            if found.correct is None:
-                raise UserError(f"{given}: only files of classifiers are compared image by image; `dfqbench evaluate` measures it")
-            measured[given] = found.result, found.correct
+            found = measure(given, on, results, decode=decode)
+            measured[given] = found.result, found.per_image
     for line in in_words(compared(Store(results), first, second, measured)):
         print(line)
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dfqbench.analysis.records import read_correct
+from dfqbench.analysis.records import Counts, counts_of, read_correct
 from dfqbench.data import find_set
 from dfqbench.engine.device import products_in, use_device
-from dfqbench.engine.evaluate import Evaluation, evaluate_task
+from dfqbench.engine.evaluate import DenseEvaluation, Evaluation, evaluate_task
 from dfqbench.engine.exits import early_exits
 from dfqbench.errors import Notice, UserError
 from dfqbench.export.find import load_student, student_path
@@ -32,14 +32,14 @@ OF_ROUNDING = ("device_name", "torch", "cpu_capability", "threads")  # of proven
 class Measured:
     """A student's file on an evaluation set.
 
-    result: as a cell's result.json, of what a file knows. correct: of a classifier, packed bits, one per image in the set's order. against_cell:
-    what its cell's own result says beside it, a line; "" where no such result is at hand.
+    result: as a cell's result.json, of what a file knows. per_image: packed bits of right images, in the set's order; of dense tasks their counts.
+    against_cell: what its cell's own result says beside it, a line; "" where no such result is at hand.
     """
 
     path: Path
     set_name: str
     result: dict[str, Any]
-    correct: NDArray[np.uint8] | None
+    per_image: NDArray[np.uint8] | Counts
     against_cell: str
 
 
@@ -69,6 +69,7 @@ def measure(given: str, set_name: str, results: Path, device_name: str = "auto",
         evaluation = evaluate_task(student, images, student.task, device, precision, batch_size, smaller)
         exits = early_exits(student, images, student.task, device, precision, batch_size) if student.task.exits > 1 else None
     packed = np.packbits(evaluation.correct) if isinstance(evaluation, Evaluation) else None
+    per_image = counts_of(evaluation.metric, evaluation.per_image) if isinstance(evaluation, DenseEvaluation) else np.packbits(evaluation.correct)
     digest = found.digest(cache_folder())
     identity = {**cell.get("identity", {}), "evaluation": digest}
     named = {"name": found.name, "classes": found.classes, "images": len(found)}
@@ -82,7 +83,7 @@ def measure(given: str, set_name: str, results: Path, device_name: str = "auto",
         "teacher": {evaluation.metric: None},
         "provenance": provenance(device),
     }
-    return Measured(path, found.name, result, packed, _against(path, cell, results, digest, result, packed, provenance(device)))
+    return Measured(path, found.name, result, per_image, _against(path, cell, results, digest, result, packed, provenance(device)))
 
 
 def _unknown(path: Path, student: Any) -> dict[str, Any]:

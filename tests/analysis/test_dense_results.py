@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Net(nn.Module):
 
 def segmenter(): return Net("segment")
 def detector(): return Net("detect")
+decoded = Net("detect").decode
 """
 
 
@@ -107,6 +109,12 @@ def test_all_speak_the_metric_of_the_task(
     ids = [result["id"] for result in results]
     code, out, _ = dfqbench("compare", *ids, "--results", store)
     assert (code, "paired bootstrap" in out, "McNemar" in out, f"({name}, 6 images)" in out) == (0, True, False, True)
+    shutil.copy(store / "runs" / ids[1] / "student.safetensors", tmp_path / "other.safetensors")
+    on = ["--on", data.format(place), *(["--decode", f"{place}/net.py:decoded"] if kind == "detect" else [])]
+    code, of_files, err = dfqbench("compare", ids[0], tmp_path / "other.safetensors", "--results", store, *on)
+    assert (code, err) == (0, "")
+    (line,) = [line for line in out.splitlines() if line.startswith("first - second")]
+    assert line in of_files.splitlines()
     assert dfqbench("plot", "--results", store)[0] == 0
     assert f"{name} (%)" in (store / "figures/accuracy.svg").read_text() or (store / "figures/accuracy.png").exists()
     assert dfqbench("report", "--results", store)[0] == 0
