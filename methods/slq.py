@@ -5,36 +5,37 @@ Weights go to their levels a part at a time, on any host's images; those that ar
 
     before the first step     each layer's grid (the protocol's: `weight_grid`) is found, and moves no more
     round r of R begins       of each weight tensor the share s_r is fixed, in the order that `order` says; momentum is cleared
-    every step                minimise the host's loss; what is fixed stays as it is, to the bit
+    every step                minimise the host's loss with the others in full precision; what is fixed stays as it is, to the bit
 
     order: magnitude   the largest |w| first (INQ)
            cluster     by level: the one next to zero, then from the largest |level| down; within one the nearest first (SLQ)
            distance    the farthest from its level first (DNQ, by SLQ's code); nearest: the control
 
-In the last round all weights are fixed, and only biases and BN parameters train.
+In the last round all weights are fixed, and only biases and BN parameters train. A student that is measured has all its weights on their levels.
 
 Fidelity: abstract. Shares are INQ's, and a fifth; in SLQ's code they follow from the sizes of clusters, codewords of free weights are found anew in
 each round, and there are 2^(k-1) + 1 of them. The rate is not started again in each round. With `weight_grid: kmeans` and `order: cluster` it is
-SLQ, with `pow2` and `magnitude` INQ. Weights that no layer holds train as they do with the host.
+SLQ, with `pow2` and `magnitude` INQ. Weights that no layer holds train as they do with the host. In version 1 free weights were on the grid, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import model_validator
 from torch import Tensor
-from torch.optim import Optimizer
 
-from dfqbench import Batch, Field, HostingConfig, HostingMethod, Phase, Student, register
+from dfqbench import Batch, Field, HostingConfig, Student, register
+from dfqbench_methods.parts.rounds import InRounds
 
 
 @register("slq", paper="arXiv:1803.03289", fidelity="abstract", shares_synthesis=True)
-class SLQ(HostingMethod):
+class SLQ(InRounds):
     """Weights are fixed at their levels in rounds while the others train, on the images of a host (Xu et al., AAAI 2018)."""
+
+    version = 2
 
     tasks = {"classify", "segment", "detect"}
     needs = {"statistics", "labels"}  # with the host gdfq
@@ -58,56 +59,21 @@ class SLQ(HostingMethod):
         """A ternary threshold moves with the weight: there, what is fixed could still change its level."""
         return [grid for grid in super().weight_grids(config) if grid != "ternary"]
 
-    updates, round, begins = 0, -1, False  # of every student alike: steps begun, the round, and whether this step begins it
-
     @property
-    def static_step(self) -> bool:
-        return self.host.static_step
+    def rounds(self) -> int:
+        return len(self.config.shares)
 
-    def before_step(self, phase: Phase) -> Hashable:
-        """None where a round begins."""
-        kind = super().before_step(phase)
-        if not phase.distill:
-            return kind
-        steps = sum(phase.epochs * (phase.iterations or self.config.iterations) for phase in self.phases() if phase.distill)
-        now = self.updates * len(self.config.shares) // steps
-        self.begins, self.round, self.updates = now > self.round, now, self.updates + 1
-        return None if self.begins else kind
-
-    def distill(self, student: Student, batch: Batch) -> Tensor:
-        return self.host.distill(student, batch)
-
-    def student_step(self, student: Student, loss: Tensor, optimizer: Optimizer) -> None:
-        layers = list(student.layers.values())
-        if self.begins:
-            self.begin_round(layers, optimizer, self.config.shares[self.round])
-        weights = [layer.layer.weight for layer in layers]
-        before = [weight.detach().clone() for weight in weights]
-        self.minimise(loss, optimizer)
-        with torch.no_grad():
-            for weight, old in zip(weights, before, strict=True):
-                weight.copy_(torch.where(optimizer.state[weight]["free"] > 0, weight, old))
-
-    @torch.no_grad()
-    def begin_round(self, layers: list[Any], optimizer: Optimizer, share: float) -> None:
-        """Fixes the share of each weight tensor, what is fixed already included, and clears momentum."""
-        for layer in layers:
+    def fix(self, student: Student, batch: Batch) -> None:
+        """Of each weight tensor the share of this round, what is fixed already included."""
+        for layer in student.layers.values():
             if not layer.has_fixed_grid:
                 layer.fix_grid()
-            weight, state = layer.layer.weight, optimizer.state[layer.layer.weight]
-            free = state.get("free", torch.ones_like(weight))
+            weight = layer.layer.weight
+            free = torch.ones_like(weight, dtype=torch.bool) if layer.free is None else layer.free
             first = fixing_order(weight, layer.quantized_weight(), self.config.order)
-            first = first[free.flatten()[first].argsort(stable=True)]  # those that are fixed already come before all others
-            fixed = first[: math.ceil(share * len(first))]
-            state["free"] = free.flatten().index_fill(0, fixed, 0.0).view_as(weight).contiguous(memory_format=memory_of(weight))
-        for state in optimizer.state.values():
-            if state.get("momentum_buffer") is not None:
-                state["momentum_buffer"].zero_()
-
-
-def memory_of(weight: Tensor) -> torch.memory_format:
-    is_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if is_last else torch.contiguous_format
+            first = first[free.flatten()[first].byte().argsort(stable=True)]  # those that are fixed already come before all others
+            fixed = first[: math.ceil(self.config.shares[self.round] * len(first))]
+            layer.leave_free(free.flatten().index_fill(0, fixed, False).view_as(weight))
 
 
 def fixing_order(weight: Tensor, on_grid: Tensor, order: str) -> Tensor:

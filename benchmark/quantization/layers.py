@@ -17,6 +17,7 @@ from dfqbench.quantization.ranges import RangeEstimator
 
 Grid = tuple[Tensor, Tensor]  # scale and zero point; where a grid is not uniform, scale and table of levels (level_tables.py)
 FIXED = ("fixed_scale", "fixed_levels")  # buffers of a grid that moves no more: scale, and zero point or table
+FREE = "left_free"  # buffer: which entries of the weight are not on the grid while the layer is `loose`
 
 
 class Codes(NamedTuple):
@@ -52,11 +53,18 @@ class QuantizedLayer(nn.Module):
     def __init__(self, layer: Layer | TransposedConv, bits: int, protocol: Protocol):
         super().__init__()
         self.layer, self.bits, self.protocol = layer, bits, protocol
-        self.enabled = True
+        self.enabled, self.loose = True, False
         self._plain = type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
     def quantized_weight(self, found: Grid | None = None) -> Tensor:
-        """The weight on its grid: same shape, float32. found: that grid, where somebody knows it already (`grids_of`)."""
+        """The weight on its grid: same shape, float32. found: that grid, where somebody knows it already (`grids_of`).
+
+        While `loose` is set, what `leave_free` named is the float weight.
+        """
+        on_grid = self._on_grid(found)
+        return torch.where(self.get_buffer(FREE), self.layer.weight, on_grid) if self.loose else on_grid
+
+    def _on_grid(self, found: Grid | None) -> Tensor:
         weight, p = self.layer.weight, self.protocol
         scale, zero_point = found or self._grid(weight)
         if p.weight_grid != "uniform":
@@ -110,12 +118,35 @@ class QuantizedLayer(nn.Module):
         for name, value in zip(FIXED, self._grid(self.layer.weight), strict=True):
             self.register_buffer(name, value.clone())
 
+    @torch.no_grad()
+    def fix_weight(self) -> None:
+        """Puts the weight itself on its levels, and from now on they are its grid, a ternary one too: all three levels map to themselves."""
+        value, found = self.quantized_weight().clone(), self._grid(self.layer.weight)
+        self.layer.weight.copy_(value)
+        for name, part in zip(FIXED, found, strict=True):
+            self.register_buffer(name, part.clone())
+
     @property
     def has_fixed_grid(self) -> bool:
         return FIXED[0] in self._buffers
 
+    def leave_free(self, entries: Tensor | None) -> None:
+        """entries: bool, the weight's shape, as part of the state; None: there are none any more, nor is the layer `loose`."""
+        if entries is None:
+            self.loose = False
+            self._buffers.pop(FREE, None)
+        elif FREE in self._buffers:
+            self.get_buffer(FREE).copy_(entries)
+        else:
+            self.register_buffer(FREE, entries.clone())
+
+    @property
+    def free(self) -> Tensor | None:
+        """What `leave_free` was given last."""
+        return self._buffers.get(FREE)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        for name in FIXED:
+        for name in (*FIXED, FREE):
             if prefix + name in state_dict:
                 self.register_buffer(name, state_dict[prefix + name].to(self.layer.weight.device, copy=True))
         super()._load_from_state_dict(state_dict, prefix, *others)

@@ -47,6 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qimera": ("qimera", {"mixed_classes": 4, "mixing": 0.5}),
     "round": ("round", {}),
     "slq": ("slq", {"shares": [0.5, 1.0]}),
+    "mlq": ("mlq", {"layer_rounds": 2}),
     "squant": ("squant", {}),
     "tszsq": ("tszsq", {"synthesis_iterations": 8, "relabel_from": 7}),
     "zaq": ("zaq", {}),
@@ -64,6 +65,7 @@ BUDGET = {"epochs": 3, "iterations": 5, "batch_size": 8}
 WAITS = {
     "gznq": ("index: a mask as an index at methods/gznq.py", "once for each batch of images: how many the teacher is sure of decides what is stored"),
     "gznq, by a generator": ("index: a mask as an index at methods/gznq.py", "as above"),
+    "mlq": ("copy to the CPU at methods/mlq.py", "once a round: what each layer costs decides which is next"),
     "tszsq": ("in a step of images", "where boxes are corrected: what the detector sees decides which boxes there are"),
     "gznq, pixels": ("index: a mask as an index at methods/gznq.py", "as above"),
     "gznq, boxes": ("index: a mask as an index at methods/gznq.py", "as above"),

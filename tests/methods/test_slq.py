@@ -10,11 +10,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dfqbench import Batch
 from dfqbench.engine.method_state import restore_state, state_of
 from dfqbench.method.registry import find_method
 from dfqbench.quantization import Bits, find_protocol
 from dfqbench.quantization.student import Student
 from dfqbench.testing import Trial, small_task, small_teacher
+from dfqbench_methods.parts.rounds import loosened
 from dfqbench_methods.slq import SLQ, fixing_order
 
 HOST = {"warmup_epochs": 1, "calibration_epochs": 1}
@@ -24,7 +26,7 @@ GRIDS = ("uniform", "pow2", "apot", "kmeans")
 
 def started(grid: str, **settings: Any) -> tuple[SLQ, Student, torch.optim.Optimizer]:
     """Ten student steps to come: two in each round."""
-    teacher = small_teacher(small_task())
+    teacher = small_teacher(small_task(size=16))
     budget = {"epochs": 2, "iterations": 10, "batch_size": 4, "student_lr": 0.01}
     method = SLQ(teacher, SLQ.Config(**budget, host_settings=HOST, **settings), seed=0)
     protocol = find_protocol({"weight_grid": grid, "weight_granularity": "per-tensor" if grid == "kmeans" else "per-channel"})
@@ -35,13 +37,14 @@ def started(grid: str, **settings: Any) -> tuple[SLQ, Student, torch.optim.Optim
 
 
 def step(method: SLQ, student: Student, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+    images, labels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)), torch.arange(4)
     method.before_step(next(phase for phase in method.phases() if phase.distill))
-    method.student_step(student, student(images).square().mean(), optimizer)
+    loss = method.distill(student, Batch(images, labels, method.teacher(images).detach()))
+    method.student_step(student, loss, optimizer)
 
 
-def free_of(student: Student, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [optimizer.state[layer.layer.weight]["free"] for layer in student.layers.values()]
+def free_of(student: Student) -> list[Tensor]:
+    return [layer.get_buffer("left_free") for layer in student.layers.values()]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -53,15 +56,49 @@ def test_what_is_fixed_stays_to_the_bit_and_in_the_end_nothing_is_free(order: st
     for update, share in enumerate([0.5, 0.5, 0.75, 0.75, 0.875, 0.875, 0.95, 0.95, 1.0, 1.0]):
         before = [(layer.layer.weight.detach().clone(), layer.quantized_weight().detach().clone()) for layer in layers]
         step(method, student, optimizer, update)
-        for layer, free, (weight, on_grid) in zip(layers, free_of(student, optimizer), before, strict=True):
-            fixed = free == 0
+        for layer, free, (weight, on_grid) in zip(layers, free_of(student), before, strict=True):
+            fixed = ~free
             assert int(fixed.sum()) == -int(-share * free.numel() // 1)
             assert torch.equal(layer.layer.weight[fixed], weight[fixed])
             assert torch.equal(layer.quantized_weight()[fixed], on_grid[fixed])
             assert bool(fixed.all()) or not torch.equal(layer.layer.weight, weight), "what is free trains"
         if last:
-            assert all(bool((now <= then).all()) for now, then in zip(free_of(student, optimizer), last, strict=True)), "fixed once, fixed to the end"
-        last = [free.clone() for free in free_of(student, optimizer)]
+            assert all(bool((now <= then).all()) for now, then in zip(free_of(student), last, strict=True)), "fixed once, fixed to the end"
+        last = [free.clone() for free in free_of(student)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_what_is_free_is_float_in_training_and_on_its_grid_for_whoever_measures(grid: str) -> None:
+    """In the images' way through the network, convolutions with batch norms behind them and the last layer alike."""
+    method, student, optimizer = started(grid)
+    step(method, student, optimizer, 0)
+    images = torch.randn(4, 3, 16, 16)
+    mixed = copy.deepcopy(student)
+    for layer, free in zip(mixed.layers.values(), free_of(student), strict=True):
+        with torch.no_grad():
+            layer.layer.weight.copy_(torch.where(free, layer.layer.weight, layer.quantized_weight()))
+        layer.enabled = False
+    measured = student(images)
+    with loosened(student.layers.values()):
+        trained = student(images)
+    assert torch.allclose(trained, mixed(images), atol=1e-5)
+    assert not torch.allclose(trained, measured, atol=1e-3)
+    assert torch.equal(student(images), measured)
+    for layer in mixed.layers.values():
+        layer.enabled = True
+    assert torch.allclose(mixed(images), measured, atol=1e-5), "what is fixed is on its levels, what is free rounds to its own"
+
+
+def test_momentum_is_cleared_where_a_round_begins_and_nowhere_else() -> None:
+    method, student, optimizer = started("uniform", student_momentum=0.9)
+    weight = student.layers["head"].layer.weight if "head" in student.layers else next(iter(student.layers.values())).layer.weight
+    cleared = []
+    for update in range(6):
+        if update:
+            optimizer.state[weight]["momentum_buffer"].fill_(1e6)
+        step(method, student, optimizer, update)
+        cleared.append(bool(optimizer.state[weight]["momentum_buffer"].abs().max() < 1e5))
+    assert cleared == [True, False, True, False, True, False]
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -77,7 +114,7 @@ def test_a_student_goes_on_from_its_state_to_the_bit(grid: str) -> None:
         step(method, student, optimizer, update)
         step(other_method, other, other_optimizer, update)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in student.state_dict().items())
-    images = torch.randn(4, 3, 32, 32)
+    images = torch.randn(4, 3, 16, 16)
     assert torch.equal(student(images), other(images))
 
 
