@@ -41,7 +41,7 @@ case $1 in
     1)
         step 20 environment bash -c 'nvidia-smi; "$0/python" -c "import json, sys, torch; from dfqbench.store.provenance import provenance
 print(json.dumps(provenance(torch.device(sys.argv[1])), indent=1))" "$1"' "$BIN" "$device"
-        step 70 graphs "$BIN/pytest" -rs tests/engine/test_step_graph.py -k cuda
+        step 100 graphs "$BIN/pytest" -rs tests/engine/test_step_graph.py -k cuda
         step 200 same-bits "$BIN/pytest" -rs tests/methods/test_on_a_gpu.py -k real_gpu
         step 280 speed "$BIN/dfqbench" speed --device "$device" "${measured[@]}" --out "$speeds"
         ;;
