@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import nms
 
 from dfqbench.task import Kind, Task
 
@@ -76,6 +75,8 @@ class SmallDetector(SmallNetwork):
     @staticmethod
     def decode(maps: list[tuple[Tensor, Tensor]], height: int, width: int) -> list[dict[str, Tensor]]:
         """Boxes, scores and labels of each image, best first."""
+        from torchvision.ops import nms  # brings half of torch along, seconds of every start
+
         scores = torch.cat([logits.flatten(2).transpose(1, 2) for logits, _ in maps], 1).float().sigmoid()
         found = []
         for boxes, score in zip(SmallDetector.boxes(maps, height, width), scores, strict=True):
