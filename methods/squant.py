@@ -60,12 +60,12 @@ def round_cancelling(student: Student, kernel: bool = True, channel: bool = True
         codes, weight = layer.codes(), layer.layer.weight.detach()
         kernels = *weight.shape[:2], -1
         scale, zero_point = (v.double().expand(len(weight))[:, None, None] for v in (codes.scale, codes.zero_point))
-        parts = (weight.reshape(kernels), codes.levels.reshape(kernels), layer.spans_grid().reshape(kernels), scale, zero_point)
+        up, down = (layer.can_have(codes.levels + way).reshape(kernels) for way in (1, -1))
+        parts = (weight.reshape(kernels), codes.levels.reshape(kernels), up, down, scale, zero_point)
         chosen, rows = [], max(1, LARGEST_PART // weight[0].numel())
-        for w, levels, spans, step, zero in zip(*(part.split(rows) for part in parts), strict=True):
+        for w, levels, higher, lower, step, zero in zip(*(part.split(rows) for part in parts), strict=True):
             error = levels - (w.double() / step + zero)
-            wanted = levels - error.sign()
-            free = ~spans & (wanted >= codes.lowest) & (wanted <= codes.highest) & (zero.abs() < LARGEST_ZERO_POINT)
+            free = torch.where(error > 0, lower, higher) & (error != 0) & (zero.abs() < LARGEST_ZERO_POINT)
             chosen.append(levels + flips(error, free, kernel, channel))
         layer.set_levels(torch.cat(chosen).view_as(weight))
 

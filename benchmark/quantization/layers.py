@@ -161,9 +161,12 @@ class QuantizedLayer(nn.Module):
         if self.protocol.weight_grid != "uniform":
             scale, table = self._grid(weight)
             return _like_rows(indices(self._table_rows(weight), scale.view(-1), table, self.protocol.weight_grid), weight).float()
-        scale, zero_point = (v if v.dim() == 0 else v.view(-1, *[1] * (weight.dim() - 1)) for v in self._grid(weight))
-        lowest, highest = levels(self.bits, self.protocol.weight_symmetric)
-        return torch.round(weight * (1.0 / scale) + zero_point).clamp_(lowest, highest)
+        return self._rounded(weight, self._grid(weight))
+
+    def _rounded(self, weight: Tensor, found: Grid) -> Tensor:
+        """Levels of a uniform grid."""
+        scale, zero_point = (v if v.dim() == 0 else v.view(-1, *[1] * (weight.dim() - 1)) for v in found)
+        return torch.round(weight * (1.0 / scale) + zero_point).clamp_(*levels(self.bits, self.protocol.weight_symmetric))
 
     @torch.no_grad()
     def codes(self) -> Codes:
@@ -189,18 +192,29 @@ class QuantizedLayer(nn.Module):
         return (self.layer.weight == low) | (self.layer.weight == high)
 
     @torch.no_grad()
+    def can_have(self, levels: Tensor) -> Tensor:
+        """Which entries of the weight could be given these levels (both of the weight's shape) on the uniform grid as it is: bool.
+
+        Not those that the grid is found from, nor where the level begins half a step beyond them or further.
+        """
+        return (self._rounded(self._within(levels), self._grid(self.layer.weight)) == levels) & ~self.spans_grid()
+
+    def _within(self, levels: Tensor) -> Tensor:
+        """The weights of these levels, none beyond those that the grid is found from."""
+        return self.codes()._replace(levels=levels).weight().clamp(*self._limits(self.layer.weight))
+
+    @torch.no_grad()
     def set_levels(self, levels: Tensor) -> None:
         """Rounds otherwise: makes the float weight one that rounds to `levels` (the weight's shape, see `codes`) on the grid as it is now.
 
-        Where the level is the old one, so is the float value. Raises ValueError, and changes nothing, where an entry cannot have its level: it spans
-        the grid (`spans_grid`), the level is outside, or the grid is too narrow for float32 or not uniform.
+        Where the level is the old one, so is the float value. Raises ValueError, and changes nothing, where an entry cannot have its level (see
+        `can_have`), or the grid is too narrow for float32 or not uniform.
         """
         if self.protocol.weight_grid != "uniform":
             raise ValueError("levels can be set on uniform grids only")
         codes, weight = self.codes(), self.layer.weight
         before = weight.clone()
-        moved = codes._replace(levels=levels).weight().clamp(*self._limits(weight))
-        weight.copy_(torch.where((levels == codes.levels) | self.spans_grid(), weight, moved))
+        weight.copy_(torch.where((levels == codes.levels) | self.spans_grid(), weight, self._within(levels)))
         now = self.codes()
         if not all(map(torch.equal, (now.levels, now.scale, now.zero_point), (levels, codes.scale, codes.zero_point))):
             weight.copy_(before)

@@ -124,6 +124,8 @@ BAD = """
 import torch
 from dfqbench import Allocator, AllocatorConfig, register_allocator
 
+CALLS = []
+
 
 @register_allocator("{name}", paper="none", fidelity="paper")
 class Bad(Allocator):
@@ -142,7 +144,11 @@ FINE = "return problem.uniform"
     ("config", "body", "found"),
     [
         ("model_config = {'extra': 'ignore'}", FINE, {"unknown_settings_fail"}),
-        ("pass", "return problem.project([torch.randint(2, 7, ()).item() for _ in range(count)])", {"the_same_problem_has_the_same_answer"}),
+        (
+            "pass",
+            "CALLS.append(0); return problem.project([2 + (len(CALLS) + i) % 5 for i in range(count)])",
+            {"the_same_problem_has_the_same_answer"},
+        ),
         ("pass", f"problem.float_weights[0].data.add_(1.0); {FINE}", {"the_networks_are_untouched"}),
         ("pass", f"problem.float_weights[0].requires_grad_(True); {FINE}", {"the_networks_are_untouched"}),
         ("pass", f"assert problem.teacher.task.kind != 'detect'; {FINE}", {"every_task_of_its_is_chosen_for"}),

@@ -49,7 +49,7 @@ def test_jitter_shifts_and_flips_but_keeps_every_pixel() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["image", "generator"])
 def test_made_images_match_the_statistics_better_than_noise(mode: str) -> None:
-    lockstep = trial(mode=mode, synthesis_iterations=60, images=8, synthesis_batch=8, batch_size=8).start()
+    lockstep = trial(mode=mode, synthesis_iterations=60, images=8, synthesis_batch=8, batch_size=8).start(task=small_task(size=32))
     lockstep.run(StopAfter())
     method = lockstep.method
     noise = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))

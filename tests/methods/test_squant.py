@@ -16,7 +16,7 @@ from dfqbench.quantization import PROTOCOLS, Bits, Protocol, find_protocol
 from dfqbench.quantization.layers import QuantizedLayer
 from dfqbench.quantization.student import Student
 from dfqbench.testing import Trial, small_task, small_teacher
-from dfqbench_methods.squant import SQuant, flips
+from dfqbench_methods.squant import SQuant, flips, round_cancelling
 
 GRIDS = {
     f"{base}, {granularity}": find_protocol({"base": base, "weight_granularity": granularity})
@@ -176,3 +176,20 @@ def test_levels_that_the_grid_cannot_have_are_refused_and_change_nothing() -> No
         assert torch.equal(layer.layer.weight, before)
     layer.set_levels(levels)
     assert torch.equal(layer.layer.weight, before), "what rounds to its level stays as it is"
+
+
+def test_a_level_that_begins_half_a_step_beyond_the_grids_end_cannot_be_had() -> None:
+    """Half a step below level 7 is the largest weight itself, and rounds to even: 6."""
+    low, high, close = -0.11747197806835175, 0.11747197061777115, 0.11412843316793442
+    student = Student(small_teacher(small_task(size=16)), PROTOCOLS["lineage"], Bits(3, 8))
+    layer = student.layers["conv1"]
+    with torch.no_grad():
+        layer.layer.weight[0] = close
+        layer.layer.weight[0, 0, 0, 0], layer.layer.weight[0, 0, 0, 1] = low, high
+    levels = layer.codes().levels
+    assert levels[0].unique().tolist() == [0.0, 6.0]
+    assert not layer.can_have(levels + 1)[0].any()
+    assert layer.can_have(levels - 1)[0].sum() == levels[0].numel() - 2, "all but those that the grid is found from"
+    with pytest.raises(ValueError, match="cannot be had"):
+        layer.set_levels(levels.index_fill(0, torch.tensor([0]), 7.0))
+    round_cancelling(student)

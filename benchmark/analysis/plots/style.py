@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette without its yellow (too light on white), five of Paul Tol's, and two that stay apart from all of these for every kind of eye
 COLOURS = [
     *("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#882255", "#999933", "#44AA99", "#332288", "#777777"),
-    *("#5D3A00", "#8A2BE2", "#6B8E23", "#DC143C", "#FF69B4"),
+    *("#5D3A00", "#8A2BE2", "#6B8E23", "#DC143C", "#FF69B4", "#00CED1"),
 ]
 MARKERS = "osD^vPX*<>h"
 DASHES: list[Any] = ["-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)), (0, (7, 2))]
